@@ -1,0 +1,29 @@
+"""Fused MLP kernels for Hugging Face Transformers.
+
+    import hf_fused_mlp
+
+    model = AutoModelForCausalLM.from_pretrained(path, use_fused_mlp=True)  # at load
+    hf_fused_mlp.fuse_model(model)  # or on a live model
+    hf_fused_mlp.unfuse_model(model)  # and back, bit for bit
+"""
+
+from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp.integrations.transformers import install, uninstall
+from hf_fused_mlp.registry import MLPSpec, register_mlp
+from hf_fused_mlp.types import MLPKind
+from hf_fused_mlp.version import __version__
+
+__all__ = [
+    "FusionReport",
+    "MLPKind",
+    "MLPSpec",
+    "__version__",
+    "fuse_model",
+    "fusion_report",
+    "install",
+    "register_mlp",
+    "unfuse_model",
+    "uninstall",
+]
+
+install()

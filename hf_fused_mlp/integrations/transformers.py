@@ -1,0 +1,49 @@
+"""The `use_fused_mlp` argument of `from_pretrained` and `from_config`.
+
+Both end in a class method of `PreTrainedModel`: Auto classes, concrete classes, pipelines and remote code come through
+them. `install` wraps the two so that they take the argument out before Transformers sees it and fuse what was loaded.
+The flag travels in the call and nowhere else, so loads without it, in this thread or another, run as they always did,
+and no config ever holds it.
+"""
+
+import functools
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
+from hf_fused_mlp.fuse import fuse_model
+
+FLAG = "use_fused_mlp"
+_LOADERS = ("from_pretrained", "_from_config")
+_originals: dict[str, classmethod] = {}
+
+
+def install() -> None:
+    """Teaches `PreTrainedModel` the flag; a second call does nothing."""
+    for name in _LOADERS:
+        if name not in _originals:
+            _originals[name] = PreTrainedModel.__dict__[name]
+            setattr(PreTrainedModel, name, classmethod(_with_flag(_originals[name].__func__)))
+
+
+def uninstall() -> None:
+    """Puts Transformers back as it was; models that were fused stay fused."""
+    while _originals:
+        name, original = _originals.popitem()
+        setattr(PreTrainedModel, name, original)
+
+
+def _with_flag(load: Callable) -> Callable:
+    @functools.wraps(load)
+    def wrapper(cls, *args, **kwargs):
+        flag = kwargs.pop(FLAG, False)
+        # identity, not equality: 1 and 0 are no answer to this question
+        if not any(flag is known for known in (True, False, None)) and flag != "strict":
+            raise ValueError(f'{FLAG}={flag!r}: expected True, False or "strict"')
+        loaded = load(cls, *args, **kwargs)
+        if flag:
+            # with output_loading_info=True, from_pretrained gives a pair
+            fuse_model(loaded[0] if isinstance(loaded, tuple) else loaded, strict=flag == "strict")
+        return loaded
+
+    return wrapper

@@ -1,0 +1,43 @@
+"""Triton helpers that the kernel families share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """`ACTIVATIONS[ACTIVATION]` of fp32 `x`: the twin of the table in `hf_fused_mlp.activations`."""
+    if ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(y)) is the logistic function of 2 * y
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "quick_gelu":
+        return x / (1.0 + tl.exp(-1.702 * x))
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x)  # unlike a maximum, it keeps NaN
+    elif ACTIVATION == "relu2":
+        return tl.where(x < 0, 0.0, x * x)
+    else:
+        tl.static_assert(ACTIVATION == "identity", "unknown activation")
+        return x
+
+
+@triton.jit
+def add_bias(acc, bias_ptr, offs, mask, AXIS: tl.constexpr):
+    """`acc` (fp32) plus `bias[offs]` broadcast along the new axis `AXIS`; `acc` itself where `bias_ptr` is None."""
+    if bias_ptr is None:
+        return acc
+    bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return acc + tl.expand_dims(bias, AXIS)
+
+
+@triton.jit
+def grouped_tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Row and column of the tile-th tile, in groups of `GROUP_M` rows so that neighbours in time share operands in L2."""
+    width = GROUP_M * num_n
+    first_m = (tile // width) * GROUP_M
+    size_m = min(num_m - first_m, GROUP_M)
+    return first_m + (tile % width) % size_m, (tile % width) // size_m

@@ -1,0 +1,103 @@
+"""``out = act(x @ gate.T) * (x @ weight.T)`` for one token: dot products on the CUDA cores, at the speed of memory.
+
+Without a gate, ``out = act(x @ weight.T)``. Picked at M = 1, for the up and the down launch, in any float dtype.
+Launches: 1. Bytes: the weights once; `x` from L2. Exact products, fp32 sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fused_mlp.kernels._common import activate, add_bias
+from hf_fused_mlp.types import LinearKey, TileConfig
+
+CANDIDATES = tuple(
+    TileConfig("gemv", block_n=block_n, block_k=block_k, num_warps=num_warps)
+    for block_n, block_k, num_warps in (
+        (1, 2048, 4),
+        (1, 4096, 4),
+        (1, 4096, 8),
+        (2, 1024, 4),
+        (2, 2048, 4),
+        (2, 2048, 8),
+        (4, 2048, 8),
+    )
+)
+
+
+def supports(key: LinearKey) -> str | None:
+    """Why the kernel cannot or should not run `key`, or None."""
+    return None if key.m == 1 else "each token reads all the weights; for M = 1 only"
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    gate_ptr,
+    gate_bias_ptr,
+    out_ptr,
+    N,
+    K,
+    stride_xm,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N
+    offs_w = offs_n[:, None] * K + offs_k[None, :]
+
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc_gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = k + offs_k < K
+        mask = mask_n[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + pid_m * stride_xm + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        if gate_ptr is not None:
+            acc_gate += tl.load(gate_ptr + offs_w + k, mask=mask, other=0.0).to(tl.float32) * x
+        acc += tl.load(weight_ptr + offs_w + k, mask=mask, other=0.0).to(tl.float32) * x
+
+    # [BLOCK_N, 1], so that the bias broadcasts as in the other families
+    out = add_bias(tl.sum(acc, 1, keep_dims=True), bias_ptr, offs_n, mask_n, 1)
+    if gate_ptr is not None:
+        gate = add_bias(tl.sum(acc_gate, 1, keep_dims=True), gate_bias_ptr, offs_n, mask_n, 1)
+        out = activate(gate, ACTIVATION) * out
+    else:
+        out = activate(out, ACTIVATION)
+    tl.store(out_ptr + pid_m * N + offs_n[:, None], out.to(out_ptr.dtype.element_ty), mask=mask_n[:, None])
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+    config: TileConfig,
+) -> Tensor:
+    """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`."""
+    M, N, K = x.shape[0], weight.shape[0], x.shape[1]
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    _gemv_kernel[(triton.cdiv(N, config.block_n), M)](
+        x,
+        weight,
+        bias,
+        gate,
+        gate_bias,
+        out,
+        N,
+        K,
+        x.stride(0),
+        ACTIVATION=activation,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+    )
+    return out

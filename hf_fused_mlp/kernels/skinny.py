@@ -1,0 +1,105 @@
+"""``out = act(x @ gate.T) * (x @ weight.T)`` for a few tokens, on the tensor cores, with the weights as left operand.
+
+Without a gate, ``out = act(x @ weight.T)``. Picked for 2 <= M <= 128. The long side of the product is the weights', so
+they fill the instruction's 64 rows and the tokens, padded to 16, its columns.
+Launches: 1. Bytes: the weights once for every `block_m` tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fused_mlp.kernels._common import activate, add_bias
+from hf_fused_mlp.types import LinearKey, TileConfig
+
+CANDIDATES = tuple(
+    TileConfig("skinny", block_m=block_m, block_n=block_n, block_k=block_k, num_warps=4, num_stages=num_stages)
+    for block_m in (16, 32, 64, 128)
+    for block_n, block_k, num_stages in ((64, 128, 4), (64, 64, 5), (128, 64, 4))
+)
+
+
+def supports(key: LinearKey) -> str | None:
+    """Why the kernel cannot or should not run `key`, or None."""
+    return None if 2 <= key.m <= 128 else "made for M of 2 to 128"
+
+
+@triton.jit(do_not_specialize=["M"])
+def _skinny_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    gate_ptr,
+    gate_bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n, mask_m = offs_n < N, offs_m < M
+    offs_w = offs_n[:, None] * K + offs_k[None, :]
+    offs_x = offs_m[None, :] * stride_xm + offs_k[:, None]
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc_gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = k + offs_k < K
+        mask_w = mask_n[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + offs_x + k, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + offs_w + k, mask=mask_w, other=0.0)
+            acc_gate = tl.dot(gate, x, acc_gate, input_precision="ieee")
+        weight = tl.load(weight_ptr + offs_w + k, mask=mask_w, other=0.0)
+        acc = tl.dot(weight, x, acc, input_precision="ieee")
+
+    out = add_bias(acc, bias_ptr, offs_n, mask_n, 1)
+    if gate_ptr is not None:
+        out = activate(add_bias(acc_gate, gate_bias_ptr, offs_n, mask_n, 1), ACTIVATION) * out
+    else:
+        out = activate(out, ACTIVATION)
+    offs_out = offs_m[None, :] * N + offs_n[:, None]
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+
+
+def skinny(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+    config: TileConfig,
+) -> Tensor:
+    """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`."""
+    M, N, K = x.shape[0], weight.shape[0], x.shape[1]
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    _skinny_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))](
+        x,
+        weight,
+        bias,
+        gate,
+        gate_bias,
+        out,
+        M,
+        N,
+        K,
+        x.stride(0),
+        ACTIVATION=activation,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

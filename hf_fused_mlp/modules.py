@@ -1,0 +1,152 @@
+"""The fused forms of an MLP module.
+
+A module is fused by giving it a generated class, `FusedLlamaMLP(FusedGatedMLP, LlamaMLP)`: it stays the same object, with
+the same children, hooks and attributes and none of ours, and is unfused by giving its class back. Whatever a call is
+that the kernels cannot do exactly, the original forward does.
+"""
+
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from hf_fused_mlp import ops
+from hf_fused_mlp.activations import find_activation
+from hf_fused_mlp.registry import MLPSpec, altered_reason
+from hf_fused_mlp.types import MLPKind
+from hf_fused_mlp.weights import pack, unpack
+
+Operands = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+class FusedMLP:
+    """What all fused modules share; mixed in before the original class."""
+
+    spec: ClassVar[MLPSpec]
+    original_class: ClassVar[type[nn.Module]]
+
+    def forward(self, *args, **kwargs):
+        inputs = (*args, *kwargs.values())
+        if len(inputs) != 1 or self.bypass_reason() or not self._accepts(inputs[0]):
+            return super().forward(*args, **kwargs)
+        return ops.mlp(inputs[0], *self._operands(), find_activation(self._modules[self.spec.activation]))
+
+    def bypass_reason(self) -> str | None:
+        """Why the next call will run the original forward, or None if the kernels will run."""
+        if self.training:
+            return "in training mode; the kernels run after model.eval()"
+        if reason := altered_reason(self, self.spec):
+            return reason
+        device = self._parameters_of(self.spec.down)["weight"].device
+        return None if device.type == "cuda" else f"on {device}, where the original forward runs; move the model to a GPU"
+
+    def _accepts(self, x: Tensor) -> bool:
+        """Whether the kernels take `x`; what they do not take, the original forward answers for, errors included."""
+        weight = self._parameters_of(self.spec.up)["weight"]
+        return (
+            isinstance(x, Tensor)
+            and x.dtype == weight.dtype
+            and x.device == weight.device
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
+            and not torch.is_autocast_enabled("cuda")
+            and not _has_any_global_hook()
+        )
+
+    def _parameters_of(self, name: str) -> dict[str, Tensor | None]:
+        # a third of the time of getattr, and asked at every call
+        return self._modules[name]._parameters
+
+    def _operands(self) -> Operands:
+        """gate, up and down weights, then their biases, as `ops.mlp` takes them."""
+        raise NotImplementedError
+
+    def repack(self) -> None:
+        """Restores the packing that copying or moving the parameters undid."""
+
+    def _unpack(self) -> None:
+        """Gives every parameter memory of its own again."""
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.repack()
+        return self
+
+    def __reduce_ex__(self, protocol):
+        # generated classes have no importable name: copies and pickles name the original class and its spec
+        return (_new_fused, (self.original_class, self.spec), *super().__reduce_ex__(protocol)[2:])
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.repack()
+
+
+class FusedGatedMLP(FusedMLP):
+    """``down(act(gate(x)) * up(x))`` with gate and up packed."""
+
+    def _operands(self) -> Operands:
+        gate, up, down = map(self._parameters_of, self.spec.projections)
+        return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
+
+    def repack(self) -> None:
+        self._on_weights(pack)
+
+    def _unpack(self) -> None:
+        self._on_weights(unpack)
+
+    def _on_weights(self, function) -> None:
+        gate, up = getattr(self, self.spec.gate), getattr(self, self.spec.up)
+        # wrapped projections (an adapter added after fusing) keep their weights where they are
+        if type(gate) is nn.Linear and type(up) is nn.Linear:
+            function(gate.weight, up.weight)
+
+
+class FusedPackedMLP(FusedMLP):
+    """``down(act(gate) * up)`` with gate and up the halves of one projection's output, as the checkpoint has it."""
+
+    def _operands(self) -> Operands:
+        gate_up, down = map(self._parameters_of, self.spec.projections)
+        gate, up = gate_up["weight"].chunk(2)
+        gate_bias, up_bias = (None, None) if gate_up["bias"] is None else gate_up["bias"].chunk(2)
+        return gate, up, down["weight"], gate_bias, up_bias, down["bias"]
+
+
+class FusedPlainMLP(FusedMLP):
+    """``down(act(up(x)))``; there is nothing to pack."""
+
+    def _operands(self) -> Operands:
+        up, down = map(self._parameters_of, self.spec.projections)
+        return None, up["weight"], down["weight"], None, up["bias"], down["bias"]
+
+
+_BASES = {MLPKind.GATED: FusedGatedMLP, MLPKind.PACKED: FusedPackedMLP, MLPKind.PLAIN: FusedPlainMLP}
+
+
+@lru_cache(maxsize=None)
+def fused_class(original: type[nn.Module], spec: MLPSpec) -> type[FusedMLP]:
+    """The class `FusedName(<base of the kind>, Name)` for an MLP class `Name`; the same one for every call."""
+    attributes = {"spec": spec, "original_class": original, "__module__": __name__, "__doc__": original.__doc__}
+    return type(f"Fused{original.__name__}", (_BASES[spec.kind], original), attributes)
+
+
+def _new_fused(original: type[nn.Module], spec: MLPSpec) -> FusedMLP:
+    cls = fused_class(original, spec)
+    return cls.__new__(cls)
+
+
+def fuse_module(module: nn.Module, spec: MLPSpec) -> None:
+    """Turns `module`, which `reject_reason` has passed, into its fused form, in place."""
+    module.__class__ = fused_class(type(module), spec)
+    try:
+        module.repack()
+    except BaseException:  # out of memory, or interrupted: both weights still hold the right values
+        unfuse_module(module)
+        raise
+
+
+def unfuse_module(module: FusedMLP) -> None:
+    """The inverse of `fuse_module`, bit for bit."""
+    module._unpack()
+    module.__class__ = module.original_class

@@ -1,0 +1,68 @@
+"""The MLP equation in plain PyTorch: the oracle of every test, the CPU implementation, and the unfused plan.
+
+It rounds where eager Transformers rounds (after each projection, after the activation, after the product).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.types import TORCH, TileConfig
+
+
+def linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    activation: str = "identity",
+    config: TileConfig = TORCH,
+) -> Tensor:
+    """``act(x @ weight.T + bias)``, or with a gate ``act(x @ gate.T + gate_bias) * (x @ weight.T + bias)``.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        weight, gate: `[N, K]`.
+        bias, gate_bias: `[N]`.
+        activation: a key of `ACTIVATIONS`.
+        config: unread; the argument makes this one more kernel in the table of `hf_fused_mlp.kernels`.
+
+    Returns:
+        `[..., N]`, dtype of `x`.
+
+    Raises:
+        KeyError: unknown activation.
+    """
+    activate = ACTIVATIONS[activation].function
+    if gate is None:
+        return activate(F.linear(x, weight, bias))
+    return activate(F.linear(x, gate, gate_bias)) * F.linear(x, weight, bias)
+
+
+def mlp_ref(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where `gate` is None.
+
+    Args:
+        x: `[..., H]`, any float dtype.
+        gate, up: `[I, H]`, adjacent in memory or not.
+        down: `[O, I]`; `O` is `H` in every known model.
+        gate_bias, up_bias: `[I]`; down_bias: `[O]`.
+        activation: a key of `ACTIVATIONS`.
+
+    Returns:
+        `[..., O]`, dtype of `x`.
+
+    Raises:
+        KeyError: unknown activation.
+    """
+    return F.linear(linear_ref(x, up, up_bias, gate, gate_bias, activation), down, down_bias)

@@ -1,0 +1,114 @@
+"""The values that cross function boundaries: frozen, hashable, and free of torch modules and of Triton."""
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+import torch
+
+
+class MLPKind(str, Enum):
+    """The three ways a Transformers MLP is written; gated and packed compute the same equation."""
+
+    GATED = "gated"  # down(act(gate(x)) * up(x)), gate and up two projections
+    PACKED = "packed"  # the same, gate and up the two halves of one projection
+    PLAIN = "plain"  # down(act(up(x)))
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What a plan may depend on of the device; `shared_memory` is bytes a thread block can have."""
+
+    name: str
+    num_sms: int
+    capability: tuple[int, int]
+    shared_memory: int
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def of(device: torch.device) -> "GPU":
+        """The GPU at `device`; for a CPU, where kernels are only interpreted, a GPU with one multiprocessor."""
+        if device.type != "cuda":
+            return GPU(device.type, 1, (0, 0), 1 << 18)
+        properties = torch.cuda.get_device_properties(device)
+        return GPU(
+            properties.name,
+            properties.multi_processor_count,
+            (properties.major, properties.minor),
+            properties.shared_memory_per_block_optin,
+        )
+
+
+@dataclass(frozen=True)
+class LinearKey:
+    """One launch: ``act(x @ weight.T)``, or with a gate ``act(x @ gate.T) * (x @ weight.T)``.
+
+    `x` is `[m, k]`, `weight` and `gate` `[n, k]`. `one_block` says that gate and weight are adjacent in memory (trivially
+    so without a gate) and 16-byte aligned, so that one tensor descriptor addresses both.
+    """
+
+    m: int
+    n: int
+    k: int
+    gated: bool
+    activation: str
+    dtype: torch.dtype
+    one_block: bool
+    gpu: GPU
+
+
+@dataclass(frozen=True)
+class ProblemKey:
+    """What a plan is chosen by. `m` is the token count rounded up to a power of two (see `m_bucket`)."""
+
+    m: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    activation: str
+    bias: bool
+    dtype: torch.dtype
+    one_block: bool
+    gpu: GPU
+
+    @property
+    def up(self) -> LinearKey:
+        """The launch from `x` to the activated `[m, intermediate]`."""
+        return LinearKey(
+            self.m, self.intermediate, self.hidden, self.gated, self.activation, self.dtype, self.one_block, self.gpu
+        )
+
+    @property
+    def down(self) -> LinearKey:
+        """The launch back to `[m, hidden]`."""
+        return LinearKey(self.m, self.hidden, self.intermediate, False, "identity", self.dtype, True, self.gpu)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Which kernel family runs a launch, and how; a family reads only the fields it has a use for."""
+
+    kernel: str
+    block_m: int = 1
+    block_n: int = 1
+    block_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
+    group_m: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one MLP call runs: its up launch (activation included) and its down launch."""
+
+    up: TileConfig
+    down: TileConfig
+
+
+TORCH = TileConfig("torch")
+UNFUSED = Plan(up=TORCH, down=TORCH)
+
+
+def m_bucket(m: int) -> int:
+    """The smallest power of two that is at least `m`, so that a plan serves a range of token counts."""
+    return 1 << (m - 1).bit_length() if m > 1 else 1

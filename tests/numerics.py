@@ -1,0 +1,41 @@
+"""The tolerance rule, and the random problems it is applied to."""
+
+import torch
+
+from hf_fused_mlp.reference import mlp_ref
+
+RELATIVE_RMS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_accurate(fused, eager, oracle):
+    """`fused` errs at most twice as far as `eager` from the float64 `oracle`, and little in the mean."""
+    dtype, fused, eager = fused.dtype, fused.double(), eager.double()
+    assert fused.shape == oracle.shape
+    assert rms(oracle) > 0.1, "the signal is too small for the tolerance to mean anything"
+    assert (fused - oracle).abs().max() <= 2 * (eager - oracle).abs().max() + 1e-6
+    assert rms(fused - oracle) / rms(oracle) <= RELATIVE_RMS[dtype]
+
+
+def random_mlp(H, I, gated, bias, dtype, device="cpu", seed=0):
+    """Operands of `ops.mlp` after `x`: weights over sqrt(fan_in), gate and up packed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)
+
+    block = normal(2 * I, H, scale=H**-0.5)
+    # a gated product is smaller than its factors; the scale keeps the output's RMS well over 0.1
+    down = normal(H, I, scale=2 * I**-0.5)
+    gate_bias, up_bias, down_bias = (normal(n, scale=0.5) for n in (I, I, H)) if bias else (None, None, None)
+    if gated:
+        return block[:I], block[I:], down, gate_bias, up_bias, down_bias
+    return None, block[I:], down, None, up_bias, down_bias
+
+
+def oracle_of(x, operands, activation):
+    """The equation in float64 on the same rounded inputs."""
+    return mlp_ref(x.double(), *(None if t is None else t.double() for t in operands), activation)
