@@ -18,7 +18,7 @@ from hf_fused_mlp.registry import MLPSpec, altered_reason
 from hf_fused_mlp.types import MLPKind
 from hf_fused_mlp.weights import pack, unpack
 
-Operands = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Tensors = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class FusedMLP:
@@ -31,7 +31,7 @@ class FusedMLP:
         inputs = (*args, *kwargs.values())
         if len(inputs) != 1 or self.bypass_reason() or not self._accepts(inputs[0]):
             return super().forward(*args, **kwargs)
-        return ops.mlp(inputs[0], *self._operands(), find_activation(self._modules[self.spec.activation]))
+        return ops.mlp(inputs[0], *self.operands())
 
     def bypass_reason(self) -> str | None:
         """Why the next call will run the original forward, or None if the kernels will run."""
@@ -59,8 +59,11 @@ class FusedMLP:
         # a third of the time of getattr, and asked at every call
         return self._modules[name]._parameters
 
-    def _operands(self) -> Operands:
-        """gate, up and down weights, then their biases, as `ops.mlp` takes them."""
+    def operands(self) -> tuple[Tensor | str | None, ...]:
+        """What `ops.mlp` takes after `x`: the weights of gate, up and down, their biases, and the activation's name."""
+        return *self._tensors(), find_activation(self._modules[self.spec.activation])
+
+    def _tensors(self) -> Tensors:
         raise NotImplementedError
 
     def repack(self) -> None:
@@ -86,7 +89,7 @@ class FusedMLP:
 class FusedGatedMLP(FusedMLP):
     """``down(act(gate(x)) * up(x))`` with gate and up packed."""
 
-    def _operands(self) -> Operands:
+    def _tensors(self) -> Tensors:
         gate, up, down = map(self._parameters_of, self.spec.projections)
         return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
 
@@ -106,7 +109,7 @@ class FusedGatedMLP(FusedMLP):
 class FusedPackedMLP(FusedMLP):
     """``down(act(gate) * up)`` with gate and up the halves of one projection's output, as the checkpoint has it."""
 
-    def _operands(self) -> Operands:
+    def _tensors(self) -> Tensors:
         gate_up, down = map(self._parameters_of, self.spec.projections)
         gate, up = gate_up["weight"].chunk(2)
         gate_bias, up_bias = (None, None) if gate_up["bias"] is None else gate_up["bias"].chunk(2)
@@ -116,7 +119,7 @@ class FusedPackedMLP(FusedMLP):
 class FusedPlainMLP(FusedMLP):
     """``down(act(up(x)))``; there is nothing to pack."""
 
-    def _operands(self) -> Operands:
+    def _tensors(self) -> Tensors:
         up, down = map(self._parameters_of, self.spec.projections)
         return None, up["weight"], down["weight"], None, up["bias"], down["bias"]
 

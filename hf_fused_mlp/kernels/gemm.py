@@ -17,8 +17,8 @@ from hf_fused_mlp.types import GPU, LinearKey, TileConfig
 
 CANDIDATES = tuple(
     TileConfig("gemm", block_m, block_n, 64, num_warps=8, num_stages=num_stages, group_m=group_m)
-    for block_m, block_n in ((128, 128), (128, 64), (64, 128))
-    for num_stages, group_m in ((4, 8), (3, 16))
+    for block_m, block_n in ((128, 128), (128, 256), (64, 128), (128, 64))
+    for num_stages, group_m in ((4, 8), (3, 8), (3, 16))
 )
 
 

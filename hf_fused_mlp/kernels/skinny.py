@@ -16,7 +16,7 @@ from hf_fused_mlp.types import LinearKey, TileConfig
 CANDIDATES = tuple(
     TileConfig("skinny", block_m=block_m, block_n=block_n, block_k=block_k, num_warps=4, num_stages=num_stages)
     for block_m in (16, 32, 64, 128)
-    for block_n, block_k, num_stages in ((64, 128, 4), (64, 64, 5), (128, 64, 4))
+    for block_n, block_k, num_stages in ((64, 128, 3), (64, 128, 4), (64, 64, 4), (64, 64, 6), (128, 64, 4))
 )
 
 

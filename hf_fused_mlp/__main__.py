@@ -1,0 +1,5 @@
+"""`python -m hf_fused_mlp`."""
+
+from hf_fused_mlp.cli import app
+
+app()

@@ -1,0 +1,15 @@
+"""The command line: `hf-fused-mlp run` and `hf-fused-mlp bench`."""
+
+import typer
+
+from hf_fused_mlp.cli.bench import bench
+from hf_fused_mlp.cli.run import run
+
+app = typer.Typer(
+    help="Fused MLP kernels for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(run)
+app.command()(bench)

@@ -1,0 +1,176 @@
+"""`hf-fused-mlp bench`: one MLP of each published shape, fused against what it replaces, on this GPU."""
+
+import copy
+import datetime
+import json
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.progress import track
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from hf_fused_mlp.cli.console import console, fail
+from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
+from hf_fused_mlp.types import MLPKind
+from hf_fused_mlp.validation import inaccuracy
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One MLP of a published model: its class in Transformers, its sizes and its activation in a config."""
+
+    name: str
+    mlp_class: str
+    hidden: int
+    intermediate: int
+    activation: str
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("llama-3-8b", "llama.LlamaMLP", 4096, 14336, "silu"),
+        Shape("llama-3.2-1b", "llama.LlamaMLP", 2048, 8192, "silu"),
+        Shape("smollm2-135m", "llama.LlamaMLP", 576, 1536, "silu"),
+        Shape("qwen2.5-7b", "qwen2.Qwen2MLP", 3584, 18944, "silu"),
+        Shape("gemma-2-9b", "gemma2.Gemma2MLP", 3584, 14336, "gelu_pytorch_tanh"),
+        Shape("phi-3-mini", "phi3.Phi3MLP", 3072, 8192, "silu"),
+        Shape("llama-3-70b", "llama.LlamaMLP", 8192, 28672, "silu"),
+        Shape("pythia-6.9b", "gpt_neox.GPTNeoXMLP", 4096, 16384, "gelu"),
+        Shape("gpt-neox-20b", "gpt_neox.GPTNeoXMLP", 6144, 24576, "gelu"),
+    )
+}
+
+
+def bench(
+    shapes: Annotated[str, typer.Option(help="Shapes, comma-separated, or 'all'.")] = "llama-3-8b,pythia-6.9b",
+    m: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,16,512,4096",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the measurements.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Print the table of an earlier run's JSON; measures nothing.")] = None,
+) -> None:
+    """Time fused MLPs against Transformers' own, on the GPU: correctness first, then in turn within one run."""
+    if table is not None:
+        print(markdown_table(json.loads(table.read_text())))
+        return
+    if not torch.cuda.is_available():
+        fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
+    names = list(SHAPES) if shapes == "all" else shapes.split(",")
+    if unknown := [name for name in names if name not in SHAPES]:
+        fail(f"unknown shape {unknown[0]!r}; the shapes are {', '.join(SHAPES)}")
+    if dtype not in ("bfloat16", "float16"):
+        fail(f"dtype {dtype!r}: expected bfloat16 or float16")
+
+    problems = [(SHAPES[name], int(tokens)) for name in names for tokens in m.split(",")]
+    result = environment() | {"rows": []}
+    for shape, tokens in track(problems, "measuring", console=console):
+        result["rows"] += measure(shape, tokens, getattr(torch, dtype))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown_table(result))
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+        "transformers": metadata.version("transformers"),
+        "date": datetime.date.today().isoformat(),
+        "copy_tbps": round(copy_tbps(), 3),
+    }
+
+
+def copy_tbps() -> float:
+    """Terabytes a second that a large copy on the device moves, bytes read plus bytes written."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    timing = round_robin({"copy": lambda: target.copy_(source)})["copy"]
+    return 2 * source.nbytes / timing.median_us / 1e6
+
+
+@torch.no_grad()
+def measure(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The rows of one shape at `m` tokens: eager, fused, and the two bare GEMMs that no kernel can do without."""
+    eager = build(shape, dtype)
+    fused = fuse_model(copy.deepcopy(eager), strict=True)
+    x = torch.randn(m, shape.hidden, device="cuda", dtype=dtype)
+    if reason := inaccuracy(fused(x), eager(x), copy.deepcopy(eager).double()(x.double())):
+        raise AssertionError(f"{shape.name}, M = {m}: the fused MLP is wrong, so it is not timed: {reason}")
+
+    if m <= GRAPHS_UP_TO:
+        copies = weight_copies(sum(p.nbytes for p in eager.parameters()))
+        sets = [implementations(copy.deepcopy(eager), copy.deepcopy(fused), x) for _ in range(copies)]
+        timings = round_robin_graphs({name: [calls[name] for calls in sets] for name in sets[0]})
+    else:
+        timings = round_robin(implementations(eager, fused, x))
+    return [row(shape, m, dtype, fused.spec.kind, name, timing) for name, timing in timings.items()]
+
+
+def build(shape: Shape, dtype: torch.dtype) -> nn.Module:
+    """The Transformers module of `shape`, with random weights, on the GPU."""
+    model_type, class_name = shape.mlp_class.split(".")
+    config = CONFIG_MAPPING[model_type](
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        hidden_act=shape.activation,
+        hidden_activation=shape.activation,
+    )
+    mlp_class = getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), class_name)
+    with torch.device("cuda"):
+        mlp = mlp_class(config).to(dtype).eval()
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
+    return mlp
+
+
+def implementations(eager: nn.Module, fused: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    """What is timed, each a call without arguments."""
+    gate, up, down, *_ = fused.operands()
+    first = up if gate is None else torch.as_strided(gate, (2 * up.shape[0], up.shape[1]), (up.shape[1], 1))
+    h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)
+
+    def two_gemms():
+        F.linear(x, first)
+        F.linear(h, down)
+
+    return {"eager": lambda: eager(x), "fused": lambda: fused(x), "two-gemms": two_gemms}
+
+
+def row(shape: Shape, m: int, dtype: torch.dtype, kind: MLPKind, impl: str, timing: Timing) -> dict[str, Any]:
+    return {
+        "shape": shape.name,
+        "hidden": shape.hidden,
+        "intermediate": shape.intermediate,
+        "kind": kind.value,
+        "activation": shape.activation,
+        "dtype": str(dtype).removeprefix("torch."),
+        "m": m,
+        "impl": impl,
+        **{name: round(value, 2) for name, value in asdict(timing).items()},
+    }
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """The rows of `result` as a table: median microseconds, and how many times faster than eager fused is."""
+    times: dict[tuple, dict[str, float]] = {}
+    for entry in result["rows"]:
+        times.setdefault((entry["shape"], entry["dtype"], entry["m"]), {})[entry["impl"]] = entry["median_us"]
+    lines = [
+        "| shape | dtype | M | eager, us | fused, us | two bare GEMMs, us | fused over eager |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for (shape, dtype, m), us in times.items():
+        gain = us["eager"] / us["fused"]
+        lines.append(
+            f"| {shape} | {dtype} | {m} | {us['eager']:.1f} | {us['fused']:.1f} | {us['two-gemms']:.1f} | {gain:.2f}x |"
+        )
+    return "\n".join(lines)

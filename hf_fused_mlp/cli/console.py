@@ -1,0 +1,14 @@
+"""Where the commands print: tables and answers on standard output, progress and errors on standard error."""
+
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+console = Console(stderr=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command with one line on standard error and exit code 2."""
+    console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2)

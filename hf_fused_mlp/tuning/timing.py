@@ -1,0 +1,92 @@
+"""Timing GPU work so that two implementations can be compared.
+
+A card slows down as it warms up, so implementations take turns, in random order, within one run; and weights that a
+model would read from memory are not left in the L2 cache between calls.
+"""
+
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+GRAPHS_UP_TO = 256  # tokens; beyond, a call runs long enough that its launches do not show
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: the median, and the 20th and 80th percentiles."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+
+
+def round_robin(calls: dict[str, Callable[[], object]], rounds: int = 10, repeats: int = 4) -> dict[str, Timing]:
+    """Times each call with events, `repeats` times in a row in each of `rounds` turns, the L2 flushed before each."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def measure(call: Callable[[], object]) -> list[float]:
+        # the first of a burst finds the queue empty and would time the host
+        return [_elapsed_us(call, before=flush.zero_) for _ in range(repeats + 1)][1:]
+
+    return _in_turn({name: partial(measure, call) for name, call in calls.items()}, rounds)
+
+
+def round_robin_graphs(calls: dict[str, list[Callable[[], object]]], rounds: int = 20) -> dict[str, Timing]:
+    """Times calls inside CUDA graphs: what launches cost on the GPU, and nothing of Python's time.
+
+    Each entry lists one call for every copy of the weights. A graph runs them in turn; together the copies should exceed
+    the L2. The time given is that of one call.
+    """
+
+    def capture(copies: list[Callable[[], object]]) -> Callable[[], list[float]]:
+        for call in copies:
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in copies:
+                call()
+        replays = range(max(1, 20 // len(copies)))
+        calls_timed = len(replays) * len(copies)
+
+        def replay():
+            for _ in replays:
+                graph.replay()
+
+        return lambda: [_elapsed_us(replay, before=graph.replay) / calls_timed]
+
+    return _in_turn({name: capture(copies) for name, copies in calls.items()}, rounds)
+
+
+def weight_copies(weight_bytes: int) -> int:
+    """How many copies of some weights to rotate so that a call never finds its own in the L2."""
+    return 1 + 3 * torch.cuda.get_device_properties("cuda").L2_cache_size // weight_bytes
+
+
+def _elapsed_us(call: Callable[[], object], before: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def _in_turn(measures: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, Timing]:
+    names, times = list(measures), {name: [] for name in measures}
+    for name in names:
+        measures[name]()
+    for _ in range(rounds):
+        random.shuffle(names)
+        for name in names:
+            times[name] += measures[name]()
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    cuts = statistics.quantiles(values, n=10)
+    return Timing(statistics.median(values), cuts[1], cuts[7])

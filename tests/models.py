@@ -1,0 +1,57 @@
+"""Small real models: one for every row of the registry, built from Transformers' own classes with random weights."""
+
+import importlib
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_fused_mlp.registry import MLP_SPECS
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+# the model types whose text configuration has another name
+_MODEL_TYPES = {"gemma3": "gemma3_text"}
+TRANSFORMERS_ROWS = tuple(path for path in MLP_SPECS if path.startswith("transformers."))
+MODEL_TYPES = tuple(_MODEL_TYPES.get(path.split(".")[2], path.split(".")[2]) for path in TRANSFORMERS_ROWS)
+
+
+def tiny_config(model_type="llama", **changes):
+    return CONFIG_MAPPING[model_type](**(SIZES | changes))
+
+
+def tiny_model(model_type="llama", dtype=torch.float32, **changes):
+    """A causal language model in eval mode; the same weights at every call."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype).eval()
+
+
+def mlp_class(path):
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def real_mlp(path, dtype=torch.float32, device="cpu", **changes):
+    """One MLP module of the class at `path`, in eval mode, scaled so that its output is of the order of one."""
+    model_type = MODEL_TYPES[TRANSFORMERS_ROWS.index(path)]
+    torch.manual_seed(0)
+    mlp = mlp_class(path)(tiny_config(model_type, **changes))
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.2)
+    return mlp.to(dtype).to(device).eval()
+
+
+def token_ids(*shape):
+    return torch.randint(2, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,63 @@
+"""Every kernel family, as its launcher launches it, compiles for every GPU it may meet. No GPU needed."""
+
+import pytest
+import torch
+from numerics import random_mlp
+
+from hf_fused_mlp.kernels import linear
+from hf_fused_mlp.types import TileConfig
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CONFIGS = {
+    "gemv": TileConfig("gemv", block_n=1, block_k=4096),
+    "skinny": TileConfig("skinny", block_m=16, block_n=64, block_k=128, num_stages=4),
+    "gemm": TileConfig("gemm", 128, 128, 64, num_warps=8, num_stages=4, group_m=8),
+}
+TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_compiles(family, gated, dtype, target, monkeypatch):
+    kernel, options = compile_launch(family, gated, dtype, TARGETS[target], monkeypatch)
+    assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
+    if target == "sm_90" and family == "gemm":
+        assert "wgmma.mma_async" in kernel.asm["ptx"], "the product does not run on Hopper's tensor cores"
+
+
+def compile_launch(family, gated, dtype, target, monkeypatch, activation="silu"):
+    """The compiled kernel of one launch, caught between the launcher and the driver."""
+    gate, up, _, gate_bias, up_bias, _ = random_mlp(256, 512, gated, True, dtype)
+    launches = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append((self, args, kw)))
+    linear(torch.randn(16, 256, dtype=dtype), up, up_bias, gate, gate_bias, activation, CONFIGS[family])
+    monkeypatch.undo()
+    ((function, args, kwargs),) = launches
+
+    signature, constexprs, attributes = {}, {}, {}
+    options = {name: kwargs.pop(name) for name in list(kwargs) if name not in function.arg_names}
+    for index, (name, value) in enumerate(zip(function.arg_names, (*args, *kwargs.values()), strict=True)):
+        if name in kwargs or value is None:
+            signature[name] = "constexpr"
+            constexprs[(index,)] = value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+        else:
+            signature[name] = f"*{TYPE_NAMES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=options), options
