@@ -1,10 +1,10 @@
 """Fused MLP kernels for Hugging Face Transformers.
 
-    import hf_fused_mlp
+import hf_fused_mlp
 
-    model = AutoModelForCausalLM.from_pretrained(path, use_fused_mlp=True)  # at load
-    hf_fused_mlp.fuse_model(model)  # or on a live model
-    hf_fused_mlp.unfuse_model(model)  # and back, bit for bit
+model = AutoModelForCausalLM.from_pretrained(path, use_fused_mlp=True)  # at load
+hf_fused_mlp.fuse_model(model)  # or on a live model
+hf_fused_mlp.unfuse_model(model)  # and back, bit for bit
 """
 
 from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model

@@ -1,13 +1,20 @@
-"""Which plan runs a problem: a look-up, never a measurement.
+"""From tensors to launches on a GPU: the plan is looked up, never measured, and its two launches run.
 
-Sources are asked in turn, and the first that knows the problem answers: tuned plans first, rules last.
+Imports Triton, so nothing imports this before the first call on a GPU.
 """
 
 from collections.abc import Callable
 
-from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import Plan, ProblemKey
+import torch
+from torch import Tensor
 
+from hf_fused_mlp.kernels import linear
+from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.tuning.heuristics import heuristic_plan
+from hf_fused_mlp.types import GPU, Plan, ProblemKey, next_power_of_two
+from hf_fused_mlp.weights import is_packed
+
+# asked in turn; the first that knows the problem answers, and the last knows every problem
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [heuristic_plan]
 
 _plans: dict[ProblemKey, Plan] = {}
@@ -19,3 +26,52 @@ def plan_for(key: ProblemKey) -> Plan:
     if plan is None:
         plan = _plans[key] = next(plan for source in SOURCES if (plan := source(key)))
     return plan
+
+
+def problem_key(
+    tokens: Tensor, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, activation: str
+) -> ProblemKey:
+    """The key of the MLP that `tokens` (`[M, H]`) and these operands make."""
+    first = up if gate is None else gate
+    return ProblemKey(
+        m=next_power_of_two(tokens.shape[0]),
+        hidden=up.shape[1],
+        intermediate=up.shape[0],
+        gated=gate is not None,
+        activation=activation,
+        bias=up_bias is not None,
+        dtype=up.dtype,
+        one_block=first.data_ptr() % 16 == 0 and (gate is None or is_packed(gate, up)),
+        gpu=GPU.of(up.device),
+    )
+
+
+def run_plan(
+    plan: Plan,
+    tokens: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The MLP for `tokens` `[M, H]` with `M` at least 1, contiguous in the last dimension, and contiguous weights."""
+    h = linear(tokens, up, up_bias, gate, gate_bias, activation, plan.up)
+    return linear(h, down, down_bias, None, None, "identity", plan.down)
+
+
+def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
+    """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.stride(-1) != 1:
+        tokens = tokens.contiguous()
+    contiguous = up.is_contiguous() and down.is_contiguous() and (gate is None or gate.is_contiguous())
+    if not contiguous or tokens.shape[0] == 0:
+        return mlp_ref(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
+    # kernels launch on the current device, which need not be the tensors'
+    with torch.cuda.device(x.device):
+        plan = plan_for(problem_key(tokens, gate, up, up_bias, activation))
+        out = run_plan(plan, tokens, gate, up, down, gate_bias, up_bias, down_bias, activation)
+    return out.view(*x.shape[:-1], down.shape[0])

@@ -4,7 +4,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -45,7 +44,11 @@ class FusionReport:
 
     def to_dict(self) -> dict:
         """Plain types, for JSON."""
-        return {"fused": len(self.select("fused")), "total": len(self.mlps), "mlps": [asdict(mlp) for mlp in self.mlps]}
+        return {
+            "fused": len(self.select("fused")),
+            "total": len(self.mlps),
+            "mlps": [asdict(mlp) for mlp in self.mlps],
+        }
 
     def __str__(self) -> str:
         lines = [f"{len(self.select('fused'))} of {len(self.mlps)} MLPs are fused"]
@@ -132,7 +135,9 @@ def _require_fusable(mlps: list[MLPStatus]) -> None:
     if skipped:
         listed = "\n".join(f"  {mlp.name} ({mlp.class_name}): {mlp.reason}" for mlp in skipped[:5])
         more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        raise ValueError(f"strict: {len(skipped)} of {len(mlps)} MLPs cannot be fused; nothing was changed\n{listed}{more}")
+        raise ValueError(
+            f"strict: {len(skipped)} of {len(mlps)} MLPs cannot be fused; nothing was changed\n{listed}{more}"
+        )
     if not mlps:
         raise ValueError("strict: found no MLP to fuse; register_mlp teaches a class that is not known")
 

@@ -5,7 +5,7 @@ the same children, hooks and attributes and none of ours, and is unfused by givi
 that the kernels cannot do exactly, the original forward does.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -40,7 +40,9 @@ class FusedMLP:
         if reason := altered_reason(self, self.spec):
             return reason
         device = self._parameters_of(self.spec.down)["weight"].device
-        return None if device.type == "cuda" else f"on {device}, where the original forward runs; move the model to a GPU"
+        return (
+            None if device.type == "cuda" else f"on {device}, where the original forward runs; move the model to a GPU"
+        )
 
     def _accepts(self, x: Tensor) -> bool:
         """Whether the kernels take `x`; what they do not take, the original forward answers for, errors included."""
@@ -127,7 +129,7 @@ class FusedPlainMLP(FusedMLP):
 _BASES = {MLPKind.GATED: FusedGatedMLP, MLPKind.PACKED: FusedPackedMLP, MLPKind.PLAIN: FusedPlainMLP}
 
 
-@lru_cache(maxsize=None)
+@cache
 def fused_class(original: type[nn.Module], spec: MLPSpec) -> type[FusedMLP]:
     """The class `FusedName(<base of the kind>, Name)` for an MLP class `Name`; the same one for every call."""
     attributes = {"spec": spec, "original_class": original, "__module__": __name__, "__doc__": original.__doc__}

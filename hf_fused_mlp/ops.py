@@ -6,10 +6,7 @@ Being an operator, it is one node to `torch.compile` and `torch.export`, with sh
 import torch
 from torch import Tensor
 
-from hf_fused_mlp.dispatch import plan_for
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.types import GPU, Plan, ProblemKey, m_bucket
-from hf_fused_mlp.weights import is_packed
 
 _LIBRARY = torch.library.Library("hf_fused_mlp", "DEF")
 _LIBRARY.define(
@@ -44,24 +41,6 @@ def mlp(
     return torch.ops.hf_fused_mlp.mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
 
 
-def run_plan(
-    plan: Plan,
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """`mlp` for `x` `[M, H]`, `M` at least 1, and contiguous weights, by the two launches of `plan`."""
-    from hf_fused_mlp.kernels import linear  # imports Triton
-
-    h = linear(x, up, up_bias, gate, gate_bias, activation, plan.up)
-    return linear(h, down, down_bias, None, None, "identity", plan.down)
-
-
 def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     """The operator's own guard: a kernel given tensors that do not fit would read whatever lies behind them."""
     tensors = [t for t in (x, gate, up, down, gate_bias, up_bias, down_bias) if t is not None]
@@ -78,34 +57,21 @@ def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     if not fits:
         found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors)
         raise ValueError(
-            f"hf_fused_mlp.mlp: expected x [..., H], gate and up [I, H], down [O, I], biases [I] or [O], all of one dtype and "
-            f"device; got {found}"
+            "hf_fused_mlp.mlp: expected x [..., H], gate and up [I, H], down [O, I], biases [I] or [O], "
+            f"all of one dtype and device; got {found}"
         )
 
 
-def _mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
-    _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
-    tokens = x.reshape(-1, x.shape[-1])
-    if tokens.stride(-1) != 1:
-        tokens = tokens.contiguous()
-    first = up if gate is None else gate
-    if not (tokens.shape[0] and up.is_contiguous() and first.is_contiguous() and down.is_contiguous()):
-        return mlp_ref(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
-    key = ProblemKey(
-        m=m_bucket(tokens.shape[0]),
-        hidden=up.shape[1],
-        intermediate=up.shape[0],
-        gated=gate is not None,
-        activation=activation,
-        bias=up_bias is not None,
-        dtype=x.dtype,
-        one_block=first.data_ptr() % 16 == 0 and (gate is None or is_packed(gate, up)),
-        gpu=GPU.of(x.device),
-    )
-    # kernels launch on the current device, which need not be the tensors'
-    with torch.cuda.device(x.device):
-        out = run_plan(plan_for(key), tokens, gate, up, down, gate_bias, up_bias, down_bias, activation)
-    return out.view(*x.shape[:-1], down.shape[0])
+def _mlp_cpu(*operands):
+    _check(*operands)
+    return mlp_ref(*operands)
+
+
+def _mlp_cuda(*operands):
+    from hf_fused_mlp.dispatch import mlp_cuda  # imports Triton
+
+    _check(*operands)
+    return mlp_cuda(*operands)
 
 
 def _mlp_fake(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
@@ -120,21 +86,18 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     """Gradients of the reference, recomputed from the inputs: nothing of size `[M, I]` is kept between the passes."""
-    tensors = list(ctx.saved_tensors)
-    wanted = [i for i, tensor in enumerate(tensors) if tensor is not None and ctx.needs_input_grad[i]]
+    tensors = dict(enumerate(ctx.saved_tensors))
+    wanted = {i: tensors[i] for i in tensors if ctx.needs_input_grad[i]}
 
-    def forward(*leaves):
-        inputs = list(tensors)
-        for i, leaf in zip(wanted, leaves):
-            inputs[i] = leaf
-        return mlp_ref(*inputs, ctx.activation)
+    def forward(leaves):
+        return mlp_ref(*(tensors | leaves).values(), ctx.activation)
 
-    _, vjp = torch.func.vjp(forward, *(tensors[i] for i in wanted))
-    grads = dict(zip(wanted, vjp(grad)))
-    return *(grads.get(i) for i in range(len(tensors))), None
+    _, vjp = torch.func.vjp(forward, wanted)
+    (grads,) = vjp(grad)
+    return *(grads.get(i) for i in tensors), None
 
 
-_LIBRARY.impl("mlp", mlp_ref, "CPU")
+_LIBRARY.impl("mlp", _mlp_cpu, "CPU")
 _LIBRARY.impl("mlp", _mlp_cuda, "CUDA")
 torch.library.register_fake("hf_fused_mlp::mlp", _mlp_fake, lib=_LIBRARY)
 torch.library.register_autograd("hf_fused_mlp::mlp", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -184,13 +184,19 @@ def _why_not_plain(linear: nn.Module) -> str:
         )
     weight = linear._parameters.get("weight")
     if type(weight) is not nn.Parameter:
-        return f"holds a {type(weight).__name__} as weight, expected nn.Parameter; load without quantization or sharding"
+        return (
+            f"holds a {type(weight).__name__} as weight, expected nn.Parameter; load without quantization or sharding"
+        )
     if weight.is_meta:
         return "has its weight on meta (offloaded, or not loaded yet); load with a device_map that keeps this layer in memory"
     if weight.dtype not in _PLAIN_DTYPES:
-        return f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"
+        return (
+            f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"
+        )
     if _is_hooked(linear):
-        return "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
+        return (
+            "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
+        )
     extra = [*linear._modules, *linear._buffers, *(linear._parameters.keys() - {"weight", "bias"})]
     return f"carries {', '.join(extra)} besides weight and bias; load without quantization, or pass exclude=[...]"
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -25,7 +25,7 @@ class GPU:
     shared_memory: int
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def of(device: torch.device) -> "GPU":
         """The GPU at `device`; for a CPU, where kernels are only interpreted, a GPU with one multiprocessor."""
         if device.type != "cuda":
@@ -35,7 +35,7 @@ class GPU:
             properties.name,
             properties.multi_processor_count,
             (properties.major, properties.minor),
-            properties.shared_memory_per_block_optin,
+            getattr(properties, "shared_memory_per_block_optin", 1 << 16),
         )
 
 
@@ -43,8 +43,8 @@ class GPU:
 class LinearKey:
     """One launch: ``act(x @ weight.T)``, or with a gate ``act(x @ gate.T) * (x @ weight.T)``.
 
-    `x` is `[m, k]`, `weight` and `gate` `[n, k]`. `one_block` says that gate and weight are adjacent in memory (trivially
-    so without a gate) and 16-byte aligned, so that one tensor descriptor addresses both.
+    `x` is `[m, k]`, `weight` and `gate` `[n, k]`. `one_block` says that gate and weight are adjacent in memory
+    (trivially so without a gate) and 16-byte aligned, so that one tensor descriptor addresses both.
     """
 
     m: int
@@ -59,7 +59,7 @@ class LinearKey:
 
 @dataclass(frozen=True)
 class ProblemKey:
-    """What a plan is chosen by. `m` is the token count rounded up to a power of two (see `m_bucket`)."""
+    """What a plan is chosen by. `m` is the token count rounded up to a power of two."""
 
     m: int
     hidden: int
@@ -109,6 +109,6 @@ TORCH = TileConfig("torch")
 UNFUSED = Plan(up=TORCH, down=TORCH)
 
 
-def m_bucket(m: int) -> int:
-    """The smallest power of two that is at least `m`, so that a plan serves a range of token counts."""
-    return 1 << (m - 1).bit_length() if m > 1 else 1
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`; of token counts, the bucket that shares a plan."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1

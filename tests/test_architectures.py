@@ -8,8 +8,8 @@ from models import MODEL_TYPES, TRANSFORMERS_ROWS, real_mlp, tiny_model, token_i
 from numerics import assert_accurate
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp.dispatch import run_plan
 from hf_fused_mlp.modules import FusedMLP
-from hf_fused_mlp.ops import run_plan
 from hf_fused_mlp.types import Plan, TileConfig
 
 SKINNY = TileConfig("skinny", block_m=16, block_n=64, block_k=64, num_stages=3)
@@ -74,7 +74,10 @@ def test_model_round_trip(model_type):
     [
         (TRANSFORMERS_ROWS[0], {"hidden_size": 4096, "intermediate_size": 14336}),
         ("transformers.models.mistral.modeling_mistral.MistralMLP", {"hidden_size": 4096, "intermediate_size": 14336}),
-        ("transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXMLP", {"hidden_size": 4096, "intermediate_size": 16384}),
+        (
+            "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXMLP",
+            {"hidden_size": 4096, "intermediate_size": 16384},
+        ),
     ],
     ids=["llama-3-8b", "mistral-7b", "pythia-6.9b"],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import random_mlp
 
+from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.kernels import linear
 from hf_fused_mlp.types import TileConfig
 
@@ -31,16 +32,17 @@ TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp3
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_compiles(family, gated, dtype, target, monkeypatch):
-    kernel, options = compile_launch(family, gated, dtype, TARGETS[target], monkeypatch)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+def test_compiles(family, gated, bias, dtype, target, monkeypatch):
+    kernel = compile_launch(family, gated, bias, dtype, TARGETS[target], monkeypatch)
     assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
     if target == "sm_90" and family == "gemm":
         assert "wgmma.mma_async" in kernel.asm["ptx"], "the product does not run on Hopper's tensor cores"
 
 
-def compile_launch(family, gated, dtype, target, monkeypatch, activation="silu"):
+def compile_launch(family, gated, bias, dtype, target, monkeypatch, activation="silu"):
     """The compiled kernel of one launch, caught between the launcher and the driver."""
-    gate, up, _, gate_bias, up_bias, _ = random_mlp(256, 512, gated, True, dtype)
+    gate, up, _, gate_bias, up_bias, _ = random_mlp(256, 512, gated, bias, dtype)
     launches = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append((self, args, kw)))
     linear(torch.randn(16, 256, dtype=dtype), up, up_bias, gate, gate_bias, activation, CONFIGS[family])
@@ -60,4 +62,10 @@ def compile_launch(family, gated, dtype, target, monkeypatch, activation="silu")
             if isinstance(value, torch.Tensor) or value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options=options), options
+    return triton.compile(source, target=target, options=options)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_compiles_every_activation(family, activation, monkeypatch):
+    assert compile_launch(family, True, True, torch.float16, TARGETS["sm_90"], monkeypatch, activation).asm["ptx"]

@@ -5,8 +5,7 @@ import torch
 from numerics import assert_accurate, oracle_of, random_mlp
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.kernels import FAMILIES
-from hf_fused_mlp.ops import run_plan
+from hf_fused_mlp.dispatch import run_plan
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.types import TORCH, Plan, TileConfig
 

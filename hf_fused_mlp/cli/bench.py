@@ -54,7 +54,9 @@ def bench(
     m: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,16,512,4096",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the measurements.")] = None,
-    table: Annotated[Path | None, typer.Option(help="Print the table of an earlier run's JSON; measures nothing.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Print the table of an earlier run's JSON; measures nothing.")
+    ] = None,
 ) -> None:
     """Time fused MLPs against Transformers' own, on the GPU: correctness first, then in turn within one run."""
     if table is not None:

