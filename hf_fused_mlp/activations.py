@@ -1,7 +1,7 @@
 """The activations the kernels know, one row each.
 
-An activation is recognised by the exact class of the module that a model holds, never by a name in a config: a subclass
-or a look-alike is unknown. `tanh` GELU is written four ways in Transformers; they are one function up to rounding.
+An activation is recognised by the exact class of the module that a model holds, never by a name in a config: a
+subclass or a look-alike is unknown. Tanh GELU is written four ways in Transformers, one function up to rounding.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,13 @@ ACTIVATIONS = {
         Activation("gelu", (_HF + "GELUActivation", _NN + "GELU(none)"), F.gelu),
         Activation(
             "gelu_tanh",
-            (_HF + "GELUTanh", _HF + "NewGELUActivation", _HF + "FastGELUActivation", _HF + "AccurateGELUActivation")
-            + (_NN + "GELU(tanh)",),
+            (
+                _HF + "GELUTanh",
+                _HF + "NewGELUActivation",
+                _HF + "FastGELUActivation",
+                _HF + "AccurateGELUActivation",
+                _NN + "GELU(tanh)",
+            ),
             partial(F.gelu, approximate="tanh"),
         ),
         Activation("quick_gelu", (_HF + "QuickGELUActivation",), lambda x: x * torch.sigmoid(1.702 * x)),

@@ -18,8 +18,8 @@ logger = logging.getLogger("hf_fused_mlp")
 class MLPStatus:
     """One MLP of a model.
 
-    `state` is `"fused"`, `"fusable"` or `"skipped"`; `reason` says why it is skipped or, where it is fused, why its next
-    call will run the original forward all the same.
+    `state` is `"fused"`, `"fusable"` or `"skipped"`; `reason` says why it is skipped or, where it is fused, why its
+    next call will run the original forward all the same.
     """
 
     name: str
@@ -60,8 +60,8 @@ class FusionReport:
 def fuse_model(model: nn.Module, strict: bool = False, exclude: Iterable[str] = ()) -> nn.Module:
     """Gives every MLP of a known class a forward that runs fused kernels, in place, and logs what was skipped and why.
 
-    Parameter names, `state_dict`, `save_pretrained` and `generate` stay as they were. Fusing again fuses what is not fused
-    yet, and packs again what has lost its packing.
+    Parameter names, `state_dict`, `save_pretrained` and `generate` stay as they were. Fusing again fuses what is not
+    fused yet, and packs again what has lost its packing.
 
     Args:
         model: any module; the MLPs are found inside it. A module that several layers share is fused once.
@@ -73,7 +73,8 @@ def fuse_model(model: nn.Module, strict: bool = False, exclude: Iterable[str] = 
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exclude` is a string.
-        ValueError: an `exclude` that matches no MLP; with `strict`, an MLP that cannot be fused. The model is as it was.
+        ValueError: an `exclude` that matches no MLP; with `strict`, an MLP that cannot be fused, or none at all. The
+            model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_model: {type(model).__name__} is not an nn.Module; pass the model itself")
@@ -102,7 +103,7 @@ def unfuse_model(model: nn.Module) -> nn.Module:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Every MLP of `model`, fused or not, with reasons. Nothing is stored: it looks at the modules as they stand now."""
+    """Every MLP of `model`, fused or not, with reasons, as the modules stand now; nothing is stored."""
     mlps: list[MLPStatus] = []
     for name, module in model.named_modules():
         class_name = type(module).__name__

@@ -1,8 +1,8 @@
 """The fused forms of an MLP module.
 
-A module is fused by giving it a generated class, `FusedLlamaMLP(FusedGatedMLP, LlamaMLP)`: it stays the same object, with
-the same children, hooks and attributes and none of ours, and is unfused by giving its class back. Whatever a call is
-that the kernels cannot do exactly, the original forward does.
+A module is fused by giving it a generated class, `FusedLlamaMLP(FusedGatedMLP, LlamaMLP)`: it stays the same object,
+with the same children, hooks and attributes and none of ours, and is unfused by giving its class back. A call that
+the kernels cannot answer exactly goes to the original forward.
 """
 
 from functools import cache
@@ -62,7 +62,7 @@ class FusedMLP:
         return self._modules[name]._parameters
 
     def operands(self) -> tuple[Tensor | str | None, ...]:
-        """What `ops.mlp` takes after `x`: the weights of gate, up and down, their biases, and the activation's name."""
+        """What `ops.mlp` takes after `x`: weights of gate, up and down, their biases, the activation's name."""
         return *self._tensors(), find_activation(self._modules[self.spec.activation])
 
     def _tensors(self) -> Tensors:

@@ -188,7 +188,7 @@ def _why_not_plain(linear: nn.Module) -> str:
             f"holds a {type(weight).__name__} as weight, expected nn.Parameter; load without quantization or sharding"
         )
     if weight.is_meta:
-        return "has its weight on meta (offloaded, or not loaded yet); load with a device_map that keeps this layer in memory"
+        return "has its weight on meta (offloaded, or not loaded yet); load with a device_map that keeps it in memory"
     if weight.dtype not in _PLAIN_DTYPES:
         return (
             f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"

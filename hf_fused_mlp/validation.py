@@ -9,8 +9,8 @@ RELATIVE_RMS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, 
 def inaccuracy(fused: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
     """Why `fused` is not as good an answer as `eager`, or None if it is.
 
-    Its largest error may be twice eager's, and its RMS error relative to the oracle's RMS at most `RELATIVE_RMS`. An oracle
-    whose RMS is not over 0.1 decides nothing, since a tolerance could exceed the signal.
+    Its largest error may be twice eager's, and its RMS error relative to the oracle's RMS at most `RELATIVE_RMS`. An
+    oracle whose RMS is not over 0.1 decides nothing, since a tolerance could exceed the signal.
 
     Args:
         fused, eager: the two outputs, any one shape, both in the dtype under test.

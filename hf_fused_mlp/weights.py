@@ -23,7 +23,7 @@ def is_packed(gate: Tensor, up: Tensor) -> bool:
 def pack(gate: nn.Parameter, up: nn.Parameter) -> None:
     """Copies both weights (`[I, H]`) into one new `[2 * I, H]` block and points them at its halves; packed ones stay.
 
-    Extra memory while it runs: that block, on the weights' own device. Weights on meta have no memory and are left alone.
+    Extra memory while it runs: that block, on the weights' own device. Weights on meta have no memory and stay.
     """
     if gate.device.type == "meta" or is_packed(gate, up):
         return

@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where kernels run: compiled on a GPU, interpreted on the CPU. New tensors hold NaN, so an unwritten output fails."""
+    """Where kernels run: compiled on a GPU, interpreted on the CPU. `torch.empty` gives NaN, to catch unwritten output."""
     if request.param == "cpu":
         interpret(monkeypatch)
     empty = torch.empty
@@ -27,7 +27,7 @@ def device(request, monkeypatch):
 def interpret(monkeypatch):
     """Swaps every jit function of the kernels, and of Triton's own library, for its interpreted form.
 
-    The environment variable that does this is read when the decorator runs, so it cannot serve a process that compiles too.
+    The environment variable for this is read when the decorator runs: it cannot serve a process that compiles too.
     """
     import triton.experimental.gluon  # noqa: F401  (it reads the library when it is imported)
     import triton.language as tl

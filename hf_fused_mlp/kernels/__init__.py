@@ -1,7 +1,7 @@
 """The kernel families, by the name that `TileConfig.kernel` gives.
 
-Every family is a function of `(x, weight, bias, gate, gate_bias, activation, config)`, the reference in PyTorch among them,
-so that a plan can put any family on either launch of an MLP.
+Every family is a function of `(x, weight, bias, gate, gate_bias, activation, config)`, the reference in PyTorch among
+them, so that a plan can put any family on either launch of an MLP.
 """
 
 from collections.abc import Callable

@@ -37,7 +37,7 @@ def add_bias(acc, bias_ptr, offs, mask, AXIS: tl.constexpr):
 
 @triton.jit
 def grouped_tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Row and column of the tile-th tile, in groups of `GROUP_M` rows so that neighbours in time share operands in L2."""
+    """Row and column of a tile, in groups of `GROUP_M` rows so that neighbours in time share operands in L2."""
     width = GROUP_M * num_n
     first_m = (tile // width) * GROUP_M
     size_m = min(num_m - first_m, GROUP_M)

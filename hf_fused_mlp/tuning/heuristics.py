@@ -1,7 +1,7 @@
 """The plan for a problem that nothing was measured for, from what was measured nearby.
 
-Each choice repeats what won on an H100 (docs/notes-kernels.md). Where nothing of ours won, or nothing was measured, the
-choice is the library's GEMM, so that a guess costs no speed.
+Each choice repeats what won on an H100 (docs/notes-kernels.md). Where nothing of ours won, or nothing was measured,
+the choice is the library's GEMM, so that a guess costs no speed.
 """
 
 from hf_fused_mlp.kernels import gemm

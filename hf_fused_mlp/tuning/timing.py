@@ -38,8 +38,8 @@ def round_robin(calls: dict[str, Callable[[], object]], rounds: int = 10, repeat
 def round_robin_graphs(calls: dict[str, list[Callable[[], object]]], rounds: int = 20) -> dict[str, Timing]:
     """Times calls inside CUDA graphs: what launches cost on the GPU, and nothing of Python's time.
 
-    Each entry lists one call for every copy of the weights. A graph runs them in turn; together the copies should exceed
-    the L2. The time given is that of one call.
+    Each entry lists one call for every copy of the weights. A graph runs them in turn; together the copies should
+    exceed the L2. The time given is that of one call.
     """
 
     def capture(copies: list[Callable[[], object]]) -> Callable[[], list[float]]:

@@ -1,6 +1,6 @@
-"""Trains the GPT-NeoX model in `byte_neox/`: 1.3 M parameters, one token a byte, on the source of Python's standard library.
+"""Trains the GPT-NeoX model in `byte_neox/`: 1.3 M parameters, one token a byte, on Python's standard library.
 
-It stands in for a real GPT-NeoX checkpoint in the tests, so they need no hub. About five minutes on two CPU cores:
+It stands in for a real GPT-NeoX checkpoint in the tests, so that they need no hub. Ten minutes on two CPU cores:
 
     python tests/data/train_byte_neox.py
 """

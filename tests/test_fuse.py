@@ -1,0 +1,315 @@
+"""Fusing: what it refuses and in which words, and that a refusal changes nothing."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from models import tiny_model, token_ids
+from torch import nn
+from transformers.activations import ACT2FN, SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from hf_fused_mlp import MLPSpec, fuse_model, fusion_report, register_mlp, unfuse_model
+from hf_fused_mlp.activations import ACTIVATIONS, find_activation
+from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.registry import MLP_SPECS
+
+
+def first_mlp(model):
+    return model.model.layers[0].mlp
+
+
+def fused_count(model):
+    return sum(isinstance(module, FusedMLP) for module in model.modules())
+
+
+class TaggedLinear(nn.Linear):
+    """What a quantizer or an adapter puts in a Linear's place."""
+
+
+class LeakySiLU(SiLUActivation):
+    def forward(self, x):
+        return super().forward(x) + 0.01 * x
+
+
+class DoublingMLP(LlamaMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class QuantizedTensor(torch.Tensor):
+    pass
+
+
+def replace_linear(mlp):
+    mlp.gate_proj = TaggedLinear(64, 176, bias=False)
+
+
+def wrap_weight(mlp):
+    mlp.up_proj.weight = nn.Parameter(torch.randn(176, 64).as_subclass(QuantizedTensor))
+
+
+def attach_buffer(mlp):
+    mlp.down_proj.register_buffer("scale", torch.ones(1))
+
+
+def attach_hook(mlp):
+    mlp.up_proj.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def patch_forward(mlp):
+    mlp.forward = lambda x: x
+
+
+def patch_linear_forward(mlp):
+    mlp.down_proj.forward = lambda x: torch.zeros(*x.shape[:-1], 64)
+
+
+def change_class(mlp):
+    mlp.__class__ = DoublingMLP
+
+
+def replace_activation(mlp):
+    mlp.act_fn = LeakySiLU()
+
+
+def mix_dtypes(mlp):
+    mlp.up_proj.double()
+
+
+def put_on_meta(mlp):
+    mlp.down_proj.to("meta")
+
+
+def shrink(mlp):
+    mlp.up_proj = nn.Linear(64, 100, bias=False)
+
+
+BAD_INPUT = pytest.mark.parametrize(
+    "damage, words",
+    [
+        (replace_linear, ["gate_proj is TaggedLinear", "expected nn.Linear", "exclude"]),
+        (wrap_weight, ["up_proj holds a", "expected nn.Parameter"]),
+        (attach_buffer, ["down_proj carries scale"]),
+        (attach_hook, ["up_proj has hooks"]),
+        (patch_forward, ["forward was replaced"]),
+        (patch_linear_forward, ["down_proj has hooks or a forward of its own"]),
+        (change_class, ["subclass of LlamaMLP", "register_mlp(DoublingMLP"]),
+        (replace_activation, ["act_fn is LeakySiLU", "silu"]),
+        (mix_dtypes, ["differ in dtype", "up_proj.weight torch.float64"]),
+        (put_on_meta, ["down_proj has its weight on meta", "device_map"]),
+        (shrink, ["shapes do not fit", "up_proj [100, 64]"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+
+
+@BAD_INPUT
+def test_strict_names_the_module_the_value_and_the_remedy(damage, words):
+    model = tiny_model()
+    damage(first_mlp(model))
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError) as caught:
+        fuse_model(model, strict=True)
+    for word in ["model.layers.0.mlp", *words]:
+        assert word in str(caught.value)
+    assert [type(module) for module in model.modules()] == classes
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+
+
+@BAD_INPUT
+def test_without_strict_the_rest_is_fused_and_the_skip_is_logged(damage, words, caplog):
+    model = tiny_model()
+    damage(first_mlp(model))
+    runs = damage not in (mix_dtypes, put_on_meta, shrink)  # the others do not run unfused either
+    ids = token_ids(1, 5)
+    before = model(ids).logits if runs else None
+    with caplog.at_level(logging.WARNING, "hf_fused_mlp"):
+        fuse_model(model)
+    assert fused_count(model) == 1
+    assert all(word in caplog.text for word in words)
+    (skipped,) = fusion_report(model).select("skipped")
+    assert skipped.name == "model.layers.0.mlp"
+    if runs:
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "damage", [replace_linear, attach_buffer, attach_hook, patch_linear_forward, replace_activation]
+)
+@torch.no_grad()
+def test_damage_after_fusing_runs_the_original_forward(damage, device):
+    """A projection that is wrapped, quantized or hooked later is called, never bypassed; and the report says so."""
+    mlp = fuse_model(copy.deepcopy(first_mlp(tiny_model())), strict=True)
+    damage(mlp)
+    mlp.to(device)
+    x = torch.randn(3, 64, device=device)
+    assert torch.equal(mlp(x), LlamaMLP.forward(mlp, x))
+    (status,) = fusion_report(mlp).mlps
+    assert status.state == "fused"
+    assert "_proj" in status.reason or "act_fn" in status.reason
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_what_the_kernels_do_not_take_runs_the_original_forward():
+    mlp = fuse_model(copy.deepcopy(first_mlp(tiny_model())), strict=True).cuda()
+    x = torch.randn(3, 64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert mlp(x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError):
+        mlp(x.half())
+    with pytest.raises(RuntimeError):
+        mlp(x.cpu())
+    mlp.up_proj.half()
+    with pytest.raises((RuntimeError, ValueError)):
+        mlp(x)
+
+
+def test_unknown_architecture():
+    """GPT-2's MLP is Conv1D: not in the registry, so it is reported, and with strict it is an error."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)).eval()
+    with pytest.raises(ValueError, match=r"2 of 2 MLPs cannot be fused(.|\n)*transformer.h.0.mlp \(GPT2MLP\)"):
+        fuse_model(model, strict=True)
+    fuse_model(model)
+    assert fused_count(model) == 0
+    assert {mlp.class_name for mlp in fusion_report(model).mlps} == {"GPT2MLP"}
+
+
+def test_no_mlp_at_all(caplog):
+    model = nn.Sequential(nn.Linear(4, 4))
+    with caplog.at_level(logging.WARNING, "hf_fused_mlp"):
+        fuse_model(model)
+    assert "0 of 0 MLPs" in caplog.text
+    with pytest.raises(ValueError, match="found no MLP"):
+        fuse_model(model, strict=True)
+
+
+def test_exclude():
+    model = tiny_model()
+    fuse_model(model, exclude=["model.layers.0.*"])
+    assert [mlp.state for mlp in fusion_report(model).mlps] == ["fusable", "fused"]
+    fuse_model(model)
+    assert fused_count(model) == 2
+
+
+@pytest.mark.parametrize("exclude, error", [("model.layers.0.mlp", TypeError), (["model.layer.0.mlp"], ValueError)])
+def test_wrong_exclude(exclude, error):
+    model = tiny_model()
+    with pytest.raises(error, match="exclude"):
+        fuse_model(model, exclude=exclude)
+    assert fused_count(model) == 0
+
+
+@pytest.mark.parametrize("model", ["gpt2", None, LlamaMLP], ids=str)
+def test_not_a_module(model):
+    with pytest.raises(TypeError, match="is not an nn.Module"):
+        fuse_model(model)
+
+
+def test_twice_is_once():
+    model = fuse_model(fuse_model(tiny_model()))
+    assert [mlp.class_name for mlp in fusion_report(model).mlps] == ["LlamaMLP", "LlamaMLP"]
+    unfuse_model(unfuse_model(model))
+    assert fused_count(model) == 0
+
+
+def test_failure_half_way_fuses_nothing(monkeypatch):
+    from hf_fused_mlp import modules
+
+    model, calls = tiny_model(), []
+
+    def pack_once(gate, up):
+        calls.append(gate)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(modules, "pack", pack_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        fuse_model(model)
+    assert fused_count(model) == 0
+
+
+def test_shared_module_is_fused_once():
+    model = tiny_model()
+    model.model.layers[1].mlp = first_mlp(model)
+    fuse_model(model, strict=True)
+    assert isinstance(model.model.layers[1].mlp, FusedMLP)
+    assert model.model.layers[1].mlp is first_mlp(model)
+    unfuse_model(model)
+    assert type(first_mlp(model)) is LlamaMLP
+
+
+def test_a_fused_module_is_still_what_it_was():
+    model = tiny_model()
+    mlp, keys = first_mlp(model), set(vars(first_mlp(model)))
+    seen = []
+    mlp.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
+    fuse_model(model)
+    assert first_mlp(model) is mlp
+    assert isinstance(mlp, LlamaMLP)
+    assert set(vars(mlp)) == keys
+    assert "(mlp): FusedLlamaMLP(" in str(model)
+    model(token_ids(1, 3))
+    assert seen == ["FusedLlamaMLP"]
+
+
+def test_keyword_call_and_wrong_calls():
+    mlp = fuse_model(copy.deepcopy(first_mlp(tiny_model())))
+    x = torch.randn(2, 64)
+    assert torch.equal(mlp(x=x), mlp(x))
+    for args, kwargs in [((), {}), ((x, x), {}), ((x,), {"y": x})]:
+        with pytest.raises(TypeError):
+            mlp(*args, **kwargs)
+    with pytest.raises(RuntimeError):
+        mlp(torch.randn(2, 63))
+
+
+def test_register_mlp_for_a_class_of_ones_own():
+    class OwnMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.act = nn.GELU(approximate="tanh")
+
+        def forward(self, x):
+            return self.c(self.act(self.a(x)) * self.b(x))
+
+    mlp, x = OwnMLP().eval(), torch.randn(3, 8)
+    expected = mlp(x)
+    spec = MLPSpec("gated", gate="a", up="b", down="c", activation="act")
+    register_mlp(OwnMLP, spec)
+    try:
+        fuse_model(mlp, strict=True)
+        assert mlp.operands()[-1] == "gelu_tanh"
+        assert torch.equal(mlp(x), expected)
+    finally:
+        del MLP_SPECS[f"{__name__}.{OwnMLP.__qualname__}"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: register_mlp("LlamaMLP", MLP_SPECS[next(iter(MLP_SPECS))]),
+        lambda: register_mlp(LlamaMLP, {"kind": "gated"}),
+        lambda: MLPSpec("gated", up="u", down="d", activation="a"),
+        lambda: MLPSpec("plain", gate="g", up="u", down="d", activation="a"),
+        lambda: MLPSpec("round", up="u", down="d", activation="a"),
+    ],
+)
+def test_wrong_registration(call):
+    with pytest.raises((TypeError, ValueError)):
+        call()
+
+
+@pytest.mark.parametrize("name", [name for name in ACT2FN if name != "xielu"])
+def test_activations_are_recognised_only_for_what_they_compute(name):
+    """Every activation that Transformers names computes the row it is given, or is given none and equals none."""
+    module, x = ACT2FN[name].double(), torch.randn(1000, dtype=torch.float64) * 8
+    rows = [row.name for row in ACTIVATIONS.values() if torch.allclose(row.function(x), module(x))]
+    assert rows == ([] if (found := find_activation(module)) is None else [found])

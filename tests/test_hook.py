@@ -1,0 +1,192 @@
+"""`use_fused_mlp` in every way in, and loads without it as they always were."""
+
+import json
+import threading
+
+import pytest
+import torch
+from models import MODEL_TYPES, tiny_config, tiny_model, token_ids
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    pipeline,
+)
+
+import hf_fused_mlp
+from hf_fused_mlp.integrations import transformers as hook
+from hf_fused_mlp.modules import FusedMLP
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model().save_pretrained(path)
+    return path
+
+
+def is_fused(model):
+    fused = [isinstance(module, FusedMLP) for name, module in model.named_modules() if name.endswith(".mlp")]
+    assert len(fused) == 2
+    assert len(set(fused)) == 1
+    return fused[0]
+
+
+@pytest.mark.parametrize("flag", [True, "strict"])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        AutoModelForCausalLM,
+        AutoModel,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        LlamaForCausalLM,
+        LlamaModel,
+    ],
+)
+def test_from_pretrained(loader, flag, directory):
+    assert is_fused(loader.from_pretrained(directory, use_fused_mlp=flag))
+    assert not is_fused(loader.from_pretrained(directory))
+    assert not is_fused(loader.from_pretrained(directory, use_fused_mlp=False))
+
+
+def test_loading_info_and_own_config(directory):
+    config = AutoConfig.from_pretrained(directory)
+    model, info = LlamaForCausalLM.from_pretrained(
+        directory, config=config, use_fused_mlp=True, output_loading_info=True
+    )
+    assert is_fused(model)
+    assert not info["missing_keys"]
+
+
+def test_from_config():
+    assert is_fused(AutoModelForCausalLM.from_config(tiny_config(), use_fused_mlp=True))
+    assert not is_fused(AutoModelForCausalLM.from_config(tiny_config()))
+
+
+def test_pipeline(directory, byte_tokenizer):
+    generator = pipeline(
+        "text-generation", str(directory), tokenizer=byte_tokenizer, model_kwargs={"use_fused_mlp": True}
+    )
+    assert is_fused(generator.model)
+    assert generator("ab", max_new_tokens=2)[0]["generated_text"].startswith("ab")
+
+
+@pytest.fixture
+def byte_tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(i + 32): i for i in range(90)} | {"<unk>": 90}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>")))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"], ids=["single", "sharded"])
+@torch.no_grad()
+def test_save_and_reload_are_vanilla(model_type, max_shard_size, tmp_path):
+    """What a fused model saves is what the unfused model saves, to the bit, and says nothing of us."""
+    plain, ids = tiny_model(model_type), token_ids(1, 6)
+    plain.save_pretrained(tmp_path / "plain", max_shard_size=max_shard_size)
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", use_fused_mlp="strict")
+    assert is_fused(fused)
+    fused.save_pretrained(tmp_path / "fused", max_shard_size=max_shard_size)
+
+    assert saved_tensors(tmp_path / "fused") == saved_tensors(tmp_path / "plain")
+    shards = len(list((tmp_path / "fused").glob("*.safetensors")))
+    assert shards == 1 if max_shard_size == "5GB" else shards > 1
+    if shards == 1:
+        # in shards, gate and up of a layer stay together, so the cuts may lie elsewhere
+        file = "model.safetensors"
+        assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    assert "fused" not in json.dumps(json.loads((tmp_path / "fused" / "config.json").read_text()))
+    vanilla = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    assert not is_fused(vanilla)
+    assert torch.equal(vanilla(ids).logits, plain(ids).logits)
+
+
+def saved_tensors(directory):
+    """Every tensor in a directory's safetensors files, as bytes by name."""
+    saved = {}
+    for path in directory.glob("*.safetensors"):
+        saved |= {name: (str(t.dtype), t.shape, t.numpy().tobytes()) for name, t in load_file(path).items()}
+    return saved
+
+
+@pytest.mark.parametrize("flag", ["yes please", "Strict", 1, 0, [], object()], ids=repr)
+def test_bad_flag(flag, directory):
+    with pytest.raises(ValueError, match='use_fused_mlp=.*expected True, False or "strict"'):
+        AutoModelForCausalLM.from_pretrained(directory, use_fused_mlp=flag)
+    assert not is_fused(AutoModelForCausalLM.from_pretrained(directory))
+
+
+def test_strict_raises_and_the_next_load_is_plain(directory, monkeypatch):
+    from hf_fused_mlp.registry import MLP_SPECS
+
+    with monkeypatch.context() as patch:
+        patch.delitem(MLP_SPECS, "transformers.models.llama.modeling_llama.LlamaMLP")
+        with pytest.raises(ValueError, match=r"strict: 2 of 2 MLPs cannot be fused(.|\n)*model.layers.0.mlp"):
+            AutoModelForCausalLM.from_pretrained(directory, use_fused_mlp="strict")
+    assert not is_fused(AutoModelForCausalLM.from_pretrained(directory))
+
+
+def test_failed_load_leaves_nothing_behind(directory, tmp_path):
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path, use_fused_mlp=True)
+    assert not is_fused(AutoModelForCausalLM.from_pretrained(directory))
+
+
+def test_threads_do_not_see_each_other(directory):
+    wrong = []
+
+    def load(fused):
+        for _ in range(4):
+            if is_fused(LlamaForCausalLM.from_pretrained(directory, use_fused_mlp=fused)) is not fused:
+                wrong.append(fused)
+
+    threads = [threading.Thread(target=load, args=(i % 2 == 0,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_load_without_the_flag_is_the_original_function(directory):
+    """Same bits before and after, and `uninstall` puts the very same objects back."""
+    weights = {name: p.clone() for name, p in LlamaForCausalLM.from_pretrained(directory).state_dict().items()}
+    LlamaForCausalLM.from_pretrained(directory, use_fused_mlp=True)
+    again = LlamaForCausalLM.from_pretrained(directory).state_dict()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+    originals = dict(hook._originals)
+    hf_fused_mlp.uninstall()
+    try:
+        assert all(PreTrainedModel.__dict__[name] is original for name, original in originals.items())
+        with pytest.raises(TypeError, match="use_fused_mlp"):
+            LlamaForCausalLM.from_pretrained(directory, use_fused_mlp=True)
+    finally:
+        hf_fused_mlp.install()
+    hf_fused_mlp.install()
+    assert hook._originals == originals
+    assert is_fused(LlamaForCausalLM.from_pretrained(directory, use_fused_mlp=True))
+
+
+def test_remote_code(tmp_path):
+    """A class that ships with the checkpoint, registered by its user, fuses on load."""
+    config = tiny_config()
+    config.auto_map = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    tiny_model().save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, use_fused_mlp="strict")
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert is_fused(model)

@@ -1,0 +1,132 @@
+"""Packing: same values, one block, and the parameters never notice."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import tiny_model, token_ids
+from torch import nn
+
+from hf_fused_mlp import fuse_model
+from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.weights import is_packed, pack, unpack
+
+
+def pair(rows=6, columns=4):
+    return nn.Parameter(torch.randn(rows, columns)), nn.Parameter(torch.randn(rows, columns))
+
+
+def packs(model):
+    mlps = [module for module in model.modules() if isinstance(module, FusedMLP)]
+    assert mlps
+    return [is_packed(mlp.gate_proj.weight, mlp.up_proj.weight) for mlp in mlps]
+
+
+def test_pack_and_back():
+    gate, up = pair()
+    values, identities = (gate.clone(), up.clone()), (id(gate), id(up))
+    assert not is_packed(gate, up)
+    pack(gate, up)
+    assert is_packed(gate, up)
+    assert torch.equal(torch.as_strided(gate, (12, 4), (4, 1)), torch.cat(values))
+    pointer = gate.data_ptr()
+    pack(gate, up)
+    assert gate.data_ptr() == pointer, "packing twice moves nothing"
+
+    unpack(gate, up)
+    assert not is_packed(gate, up)
+    assert gate.untyped_storage().nbytes() == gate.nbytes
+    assert torch.equal(gate, values[0])
+    assert torch.equal(up, values[1])
+    assert (id(gate), id(up)) == identities
+    assert gate.requires_grad
+
+
+def test_optimizer_step_writes_through_the_pack():
+    gate, up = pair()
+    optimizer = torch.optim.SGD([gate, up], lr=1.0)
+    pack(gate, up)
+    expected = gate.detach() - 1, up.detach() - 1
+    (gate.sum() + up.sum()).backward()
+    optimizer.step()
+    assert is_packed(gate, up)
+    assert torch.equal(gate, expected[0])
+    assert torch.equal(up, expected[1])
+
+
+def test_meta_weights_stay():
+    gate, up = (nn.Parameter(torch.empty(6, 4, device="meta")) for _ in range(2))
+    pack(gate, up)
+    assert gate.is_meta
+
+
+@pytest.mark.parametrize(
+    "remake",
+    [
+        lambda model: model.to(torch.float64),
+        lambda model: model.half().float(),
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: torch_save_and_load(model),
+        lambda model: copy.deepcopy(model).to("meta").to_empty(device="cpu"),
+    ],
+    ids=["to", "half", "deepcopy", "pickle", "torch.save", "to_empty"],
+)
+def test_packing_survives(remake):
+    model = remake(fuse_model(tiny_model()))
+    assert all(packs(model))
+
+
+def torch_save_and_load(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
+def test_copies_are_fused_and_give_the_same_logits(model_type):
+    model, ids = fuse_model(tiny_model(model_type)), token_ids(1, 5)
+    with torch.no_grad():
+        logits = model(ids).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch_save_and_load(model)):
+            assert sum(isinstance(module, FusedMLP) for module in twin.modules()) == 2
+            assert torch.equal(twin(ids).logits, logits)
+
+
+def test_load_state_dict_writes_through_the_pack():
+    model, other = fuse_model(tiny_model()), tiny_model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.gate_proj.weight.normal_()
+    model.load_state_dict(other.state_dict())
+    assert all(packs(model))
+    ids = token_ids(1, 5)
+    assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+def test_fusing_again_restores_a_lost_pack():
+    model = fuse_model(tiny_model())
+    model.load_state_dict(tiny_model().state_dict(), assign=True)
+    assert not any(packs(model))
+    fuse_model(model)
+    assert all(packs(model))
+
+
+@pytest.mark.gpu
+def test_moving_to_the_gpu_packs_there():
+    model = fuse_model(tiny_model()).cuda()
+    assert all(packs(model))
+    assert all(packs(model.cpu()))
+
+
+@pytest.mark.gpu
+def test_memory_while_fusing_is_one_layer():
+    model = tiny_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=6).cuda()
+    layer_bytes = 2 * model.model.layers[0].mlp.gate_proj.weight.nbytes
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fuse_model(model, strict=True)
+    assert torch.cuda.max_memory_allocated() - before <= layer_bytes
+    assert torch.cuda.memory_allocated() == before
