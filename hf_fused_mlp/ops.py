@@ -6,6 +6,7 @@ Being an operator, it is one node to `torch.compile` and `torch.export`, with sh
 import torch
 from torch import Tensor
 
+from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.reference import mlp_ref
 
 _LIBRARY = torch.library.Library("hf_fused_mlp", "DEF")
@@ -37,6 +38,10 @@ def mlp(
 
     Returns:
         `[..., O]`, dtype of `x`, contiguous. Differentiable in all tensors.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+        KeyError: unknown activation.
     """
     return torch.ops.hf_fused_mlp.mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
 
@@ -54,6 +59,8 @@ def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         and (down_bias is None or down_bias.shape == down.shape[:1])
         and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
     )
+    if activation not in ACTIVATIONS:
+        raise KeyError(f"hf_fused_mlp.mlp: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
     if not fits:
         found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors)
         raise ValueError(

@@ -3,9 +3,6 @@
 import pytest
 import torch
 
-import hf_fused_mlp.kernels as kernels
-from hf_fused_mlp.kernels import _common
-
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
@@ -16,7 +13,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where kernels run: compiled on a GPU, interpreted on the CPU. `torch.empty` gives NaN, to catch unwritten output."""
+    """Where kernels run: compiled on a GPU, interpreted on the CPU. New memory holds NaN, so that a gap shows."""
     if request.param == "cpu":
         interpret(monkeypatch)
     empty = torch.empty
@@ -33,6 +30,9 @@ def interpret(monkeypatch):
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
+
+    from hf_fused_mlp import kernels
+    from hf_fused_mlp.kernels import _common
 
     for module in (tl, tl.standard, _common, *kernels.FAMILIES.values()):
         for name, value in list(vars(module).items()):

@@ -208,7 +208,7 @@ def test_wrong_exclude(exclude, error):
 
 @pytest.mark.parametrize("model", ["gpt2", None, LlamaMLP], ids=str)
 def test_not_a_module(model):
-    with pytest.raises(TypeError, match="is not an nn.Module"):
+    with pytest.raises(TypeError, match=r"is not an nn\.Module"):
         fuse_model(model)
 
 

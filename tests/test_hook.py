@@ -121,7 +121,7 @@ def saved_tensors(directory):
 
 @pytest.mark.parametrize("flag", ["yes please", "Strict", 1, 0, [], object()], ids=repr)
 def test_bad_flag(flag, directory):
-    with pytest.raises(ValueError, match='use_fused_mlp=.*expected True, False or "strict"'):
+    with pytest.raises(ValueError, match=r'use_fused_mlp=.*expected True, False or "strict"'):
         AutoModelForCausalLM.from_pretrained(directory, use_fused_mlp=flag)
     assert not is_fused(AutoModelForCausalLM.from_pretrained(directory))
 

@@ -55,7 +55,8 @@ def bench(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the measurements.")] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Print the table of an earlier run's JSON; measures nothing.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Print the table of an earlier run's JSON; measures nothing."),
     ] = None,
 ) -> None:
     """Time fused MLPs against Transformers' own, on the GPU: correctness first, then in turn within one run."""

@@ -1,0 +1,197 @@
+"""Real trained models: SmolLM2 as Llama and, with the same weights, as Mistral; and a small GPT-NeoX.
+
+On the CPU a fused module runs the original forward, so the CPU tests also send the models through the operator.
+"""
+
+import copy
+import math
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import assert_accurate
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp.integrations import demo
+from hf_fused_mlp.modules import FusedMLP
+
+BYTE_NEOX = Path(__file__).parent / "data" / "byte_neox"
+PROMPTS = [
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain in two sentences why the sky is blue.",
+    "List three uses of copper.",
+    "def fibonacci(n):",
+]
+TEXT = pydoc_data.topics.topics["lambda"] + pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["typesseq"]
+
+DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The original and the fused model, loaded separately, fp32 on the CPU; and the tokenizer."""
+    original = demo.load_demo(dtype=torch.float32)
+    fused = demo.load_demo(dtype=torch.float32, use_fused_mlp="strict")
+    assert len(fusion_report(fused).select("fused")) == 30
+    assert not any(isinstance(module, FusedMLP) for module in original.modules())
+    return original, fused, demo.load_demo_tokenizer()
+
+
+def prompt_ids(tokenizer, prompt, where):
+    turn = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return ids["input_ids"].to(where)
+
+
+def greedy(model, ids, new_tokens=64):
+    # no end token, so that every prompt gives all its tokens
+    mask = torch.ones_like(ids)
+    out = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0
+    )
+    return out[0, ids.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def perplexity(model, ids):
+    return math.exp(model(ids, labels=ids).loss.item())
+
+
+def through_the_operator(model, monkeypatch):
+    """On the CPU, makes fused modules call the operator as they do on a GPU."""
+    if next(model.parameters()).device.type == "cpu":
+        monkeypatch.setattr(FusedMLP, "bypass_reason", lambda self: None)
+
+
+@pytest.mark.slow
+@DEVICES
+def test_smollm2_generates_the_same_tokens(smollm2, where, monkeypatch):
+    original, fused, tokenizer = smollm2
+    original, fused = original.to(where), fused.to(where)
+    through_the_operator(fused, monkeypatch)
+    for prompt in PROMPTS:
+        ids = prompt_ids(tokenizer, prompt, where)
+        expected, got = greedy(original, ids), greedy(fused, ids)
+        assert len(got) == 64
+        assert got == expected, prompt
+        if prompt == PROMPTS[0]:
+            assert tokenizer.decode(got).startswith("The capital of France is Paris.")
+
+
+@pytest.mark.slow
+@DEVICES
+def test_smollm2_perplexity(smollm2, where, monkeypatch):
+    original, fused, tokenizer = smollm2
+    original, fused = original.to(where), fused.to(where)
+    through_the_operator(fused, monkeypatch)
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :2000].to(where)
+    assert ids.shape[1] == 2000
+    expected = perplexity(original, ids)
+    assert 2 < expected < 60, "the model predicts real text"
+    assert abs(perplexity(fused, ids) - expected) <= 1e-4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_layer_through_the_interpreted_kernels(smollm2, device):
+    """The first layer's trained weights and real hidden states, in fp16, through the kernel for a few tokens."""
+    from hf_fused_mlp.dispatch import run_plan
+    from hf_fused_mlp.types import Plan, TileConfig
+
+    original, fused, tokenizer = smollm2
+    inputs = []
+    hook = original.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    original.to("cpu")(prompt_ids(tokenizer, PROMPTS[0], "cpu")[:, :12])
+    hook.remove()
+    x = inputs[0][0].half().to(device)
+    mlp = copy.deepcopy(fused.model.layers[0].mlp).half().to(device)
+    config = TileConfig("skinny", block_m=16, block_n=128, block_k=128)
+    # the layer's outputs are small; the tolerance rule wants a signal of the order of one, and down is linear
+    mlp.down_proj.weight *= 100
+    oracle = copy.deepcopy(mlp).double()
+    eager = type(mlp).original_class.forward(mlp, x)
+    expected = type(mlp).original_class.forward(oracle, x.double())
+    assert_accurate(run_plan(Plan(config, config), x, *mlp.operands()), eager, expected)
+
+
+@pytest.mark.slow
+def test_smollm2_saves_and_reloads_without_us(smollm2, tmp_path):
+    original, fused, _ = smollm2
+    fused.to("cpu").save_pretrained(tmp_path, max_shard_size="200MB")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = original.to("cpu").state_dict()
+    assert reloaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in reloaded.state_dict().items())
+    assert not any(isinstance(module, FusedMLP) for module in reloaded.modules())
+
+
+@pytest.mark.slow
+@DEVICES
+def test_smollm2_as_mistral(smollm2, where, monkeypatch):
+    """Mistral's layers compute what Llama's do, so the same tensors make a second real model of another class."""
+    original, _, tokenizer = smollm2
+    llama = original.config.to_dict()
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ]
+    names += ["max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "hidden_act"]
+    config = MistralConfig(**{name: llama[name] for name in names.split()}, sliding_window=None)
+    model = MistralForCausalLM(config).eval()
+    model.load_state_dict(original.state_dict())
+    model.to(where)
+    ids = prompt_ids(tokenizer, PROMPTS[0], where)
+    expected = greedy(model, ids, 16)
+    assert tokenizer.decode(expected).startswith("The capital of France is Paris.")
+    fuse_model(model, strict=True)
+    through_the_operator(model, monkeypatch)
+    assert greedy(model, ids, 16) == expected
+
+
+@DEVICES
+def test_byte_neox(where, monkeypatch):
+    """A GPT-NeoX trained on Python source (see data/train_byte_neox.py), loaded by the flag."""
+    model = AutoModelForCausalLM.from_pretrained(BYTE_NEOX, dtype=torch.float32, use_fused_mlp="strict").to(where)
+    ids = torch.tensor([list(TEXT.encode()[:400])], device=where)
+    source = b'def main():\n    """'
+    start = torch.tensor([list(source)], device=where)
+    through_the_operator(model, monkeypatch)
+    tokens, loss = greedy(model, start), perplexity(model, ids)
+    unfuse_model(model)
+    assert tokens == greedy(model, start)
+    assert bytes(tokens).decode().isascii()
+    assert abs(loss - perplexity(model, ids)) <= 1e-4
+    assert loss < 40, "far from the 256 of a guess: it has learned"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 12, 300])
+@torch.no_grad()
+def test_smollm2_logits_in_bf16(smollm2, tokens):
+    """Fused logits are no further from the fp32 model's than eager bf16's are."""
+    original, fused, tokenizer = smollm2
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :tokens].cuda()
+    oracle = original.cuda().float()(ids).logits
+    eager = copy.deepcopy(original).bfloat16()(ids).logits.float()
+    kernels = copy.deepcopy(fused).cuda().bfloat16()(ids).logits.float()
+    error, allowed = (kernels - oracle).square().mean().sqrt(), (eager - oracle).square().mean().sqrt()
+    assert error <= 1.25 * allowed, (error, allowed)
+
+
+@pytest.mark.gpu
+def test_device_map(tmp_path):
+    from models import tiny_model
+
+    tiny_model().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, use_fused_mlp="strict", device_map="cuda:0", dtype=torch.bfloat16
+    )
+    assert all(mlp.reason is None for mlp in fusion_report(model).mlps)

@@ -1,0 +1,72 @@
+"""The layers of docs/how-it-works.md: who may import whom, and that importing needs no Triton and no GPU."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_fused_mlp
+
+PACKAGE = Path(hf_fused_mlp.__file__).parent
+
+# each part may import itself and the parts listed
+MAY_IMPORT = {
+    "types": {"torch"},
+    "version": set(),
+    "activations": {"torch"},
+    "weights": {"torch"},
+    "validation": {"torch"},
+    "reference": {"torch", "activations", "types"},
+    "registry": {"torch", "activations", "types"},
+    "kernels": {"torch", "triton", "types", "reference"},
+    "tuning": {"torch", "triton", "types", "kernels"},
+    "dispatch": {"torch", "types", "weights", "reference", "kernels", "tuning"},
+    "ops": {"torch", "activations", "reference", "dispatch"},
+    "modules": {"torch", "types", "activations", "weights", "registry", "ops"},
+    "fuse": {"torch", "registry", "modules"},
+    "integrations": {"torch", "transformers", "fuse"},
+    "cli": {"torch", "transformers", "typer", "rich", "types", "fuse", "tuning", "validation", "integrations"},
+    "__init__": {"types", "version", "registry", "fuse", "integrations"},
+    "__main__": {"cli"},
+}
+
+
+def part_of(module):
+    """`hf_fused_mlp.kernels.gemm` is in `kernels`; other modules go by their first name."""
+    names = module.split(".")
+    return (names[1] if len(names) > 1 else "__init__") if names[0] == "hf_fused_mlp" else names[0]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {part_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            imported |= {part_of(name if node.module == "hf_fused_mlp" else node.module) for name in names}
+    assert imported - set(sys.stdlib_module_names) - {part} <= MAY_IMPORT[part]
+
+
+def test_no_file_is_long():
+    assert max(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 400
+
+
+def test_import_and_cpu_use_need_no_triton():
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch, hf_fused_mlp
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+model = hf_fused_mlp.fuse_model(LlamaForCausalLM(config).eval(), strict=True)
+print(model(torch.tensor([[1, 2]])).logits.shape)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "torch.Size([1, 2, 9])" in result.stdout

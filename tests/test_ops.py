@@ -1,0 +1,145 @@
+"""The operator: shapes, gradients, errors, and what `torch.compile` and `torch.export` see of it."""
+
+import pytest
+import torch
+from numerics import assert_accurate, oracle_of, random_mlp
+
+from hf_fused_mlp import ops
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.reference import mlp_ref
+
+DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+KINDS = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+
+
+def problem(where, gated=True, bias=True, dtype=torch.float32, H=64, I=96):
+    return torch.randn(3, H, dtype=dtype, device=where), random_mlp(H, I, gated, bias, dtype, where)
+
+
+@DEVICES
+@KINDS
+def test_opcheck(where, gated):
+    x, operands = problem(where, gated)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *operands)]
+    torch.library.opcheck(torch.ops.hf_fused_mlp.mlp.default, (*leaves, "silu"))
+
+
+@DEVICES
+@KINDS
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients(where, gated, activation):
+    x, operands = problem(where, gated, dtype=torch.float64, H=5, I=4)
+    leaves = [t.clone().requires_grad_() for t in (x, *operands) if t is not None]
+
+    def call(*leaves):
+        tensors = iter(leaves)
+        return ops.mlp(*(None if t is None else next(tensors) for t in (x, *operands)), activation)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@DEVICES
+def test_gradients_for_what_wants_them_only(where):
+    x, (gate, up, down, *_) = problem(where, bias=False)
+    down.requires_grad_()
+    ops.mlp(x, gate, up, down, None, None, None, "silu").sum().backward()
+    expected = down.detach().clone().requires_grad_()
+    mlp_ref(x, gate, up, expected, None, None, None, "silu").sum().backward()
+    torch.testing.assert_close(down.grad, expected.grad)
+    assert x.grad is None
+    assert gate.grad is None
+
+
+@DEVICES
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (2, 3, 4, 64), (0, 64), (2, 0, 64)], ids=str)
+def test_shapes(where, shape):
+    _, operands = problem(where)
+    x = torch.randn(shape, device=where)
+    out = ops.mlp(x, *operands, "silu")
+    assert out.shape == x.shape
+    torch.testing.assert_close(out, mlp_ref(x, *operands, "silu"), rtol=1e-4, atol=1e-4)
+
+
+@DEVICES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("M", [1, 5, 300])
+def test_strides(where, M, dtype):
+    """Inputs that are transposed, sliced, broadcast or at an odd address; weights that are not contiguous."""
+    operands = random_mlp(64, 96, True, True, dtype, where)
+    base = torch.randn(64, M + 1, device=where).to(dtype)
+    wide = torch.randn(M, 65, device=where).to(dtype)
+    for x in (base.T[:M], base.T[1:], wide[:, 1:], wide[:1, :64].expand(M, 64)):
+        assert_accurate(ops.mlp(x, *operands, "silu"), mlp_ref(x, *operands, "silu"), oracle_of(x, operands, "silu"))
+    gate, up, down, *biases = operands
+    transposed = (gate.T.contiguous().T, up.clone(), down.T.contiguous().T, *biases)
+    x = base.T[:M]
+    assert_accurate(ops.mlp(x, *transposed, "silu"), mlp_ref(x, *transposed, "silu"), oracle_of(x, transposed, "silu"))
+
+
+@DEVICES
+def test_output_size_may_differ_from_hidden(where):
+    x, (gate, up, down, gate_bias, up_bias, down_bias) = problem(where)
+    operands = gate, up, down[:40], gate_bias, up_bias, down_bias[:40]
+    assert_accurate(ops.mlp(x, *operands, "gelu"), mlp_ref(x, *operands, "gelu"), oracle_of(x, operands, "gelu"))
+
+
+@DEVICES
+def test_operands_that_do_not_fit(where):
+    x, (gate, up, down, gate_bias, up_bias, down_bias) = problem(where)
+    wrong = [
+        (x[:, :63], gate, up, down, gate_bias, up_bias, down_bias),
+        (x, gate[:95], up, down, gate_bias, up_bias, down_bias),
+        (x, gate, up, down[:, :95], gate_bias, up_bias, down_bias),
+        (x, gate, up, down, gate_bias[:5], up_bias, down_bias),
+        (x, gate, up, down, gate_bias, up_bias, up_bias),
+        (x.half(), gate, up, down, gate_bias, up_bias, down_bias),
+        (torch.tensor(1.0, device=where), gate, up, down, gate_bias, up_bias, down_bias),
+    ]
+    for operands in wrong:
+        with pytest.raises(ValueError, match=r"expected x \[\.\.\., H\]"):
+            ops.mlp(*operands, "silu")
+    with pytest.raises(KeyError, match="unknown activation 'swish'"):
+        ops.mlp(x, gate, up, down, None, None, None, "swish")
+
+
+@DEVICES
+def test_compile_and_export(where):
+    x, operands = problem(where)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return ops.mlp(x, *operands, "silu").relu()
+
+    expected = Module()(x)
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x), expected)
+    program = torch.export.export(Module(), (x,), dynamic_shapes=({0: torch.export.Dim("m", min=2, max=64)},))
+    torch.testing.assert_close(program.module()(x), expected)
+    assert "hf_fused_mlp.mlp" in program.graph_module.code
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_fused_model_compiles_without_a_break():
+    from models import tiny_model, token_ids
+
+    from hf_fused_mlp import fuse_model
+
+    model = fuse_model(tiny_model(dtype=torch.bfloat16).cuda())
+    ids = token_ids(1, 8).cuda()
+    graphs = torch._dynamo.explain(model)(ids)
+    assert graphs.graph_break_count == 0, graphs.break_reasons
+    assert any("hf_fused_mlp.mlp" in graph.code for graph in graphs.graphs)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cuda_graph_capture():
+    x, operands = problem("cuda", dtype=torch.bfloat16, H=256, I=512)
+    expected = ops.mlp(x, *operands, "silu")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.mlp(x, *operands, "silu")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
