@@ -4,6 +4,7 @@ Imports Triton, so nothing imports this before the first call on a GPU.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -70,8 +71,9 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     contiguous = up.is_contiguous() and down.is_contiguous() and (gate is None or gate.is_contiguous())
     if not contiguous or tokens.shape[0] == 0:
         return mlp_ref(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
-    # kernels launch on the current device, which need not be the tensors'
-    with torch.cuda.device(x.device):
-        plan = plan_for(problem_key(tokens, gate, up, up_bias, activation))
+    plan = plan_for(problem_key(tokens, gate, up, up_bias, activation))
+    # kernels launch on the current device, which need not be the tensors'; asking is cheap, setting is not
+    elsewhere = x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
         out = run_plan(plan, tokens, gate, up, down, gate_bias, up_bias, down_bias, activation)
     return out.view(*x.shape[:-1], down.shape[0])

@@ -43,26 +43,46 @@ def mlp(
         ValueError: shapes, dtypes or devices that do not go together.
         KeyError: unknown activation.
     """
-    return torch.ops.hf_fused_mlp.mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
+    call = _mlp_cuda if _runs_now(x) else torch.ops.hf_fused_mlp.mlp
+    return call(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
+
+
+def _runs_now(x: Tensor) -> bool:
+    """Whether nothing but the result is wanted of this call: no graph, no trace, no gradient, on a GPU.
+
+    Then it need not go through PyTorch's dispatcher, which costs as much of the host's time as a launch.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cuda
+        and not torch.is_grad_enabled()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     """The operator's own guard: a kernel given tensors that do not fit would read whatever lies behind them."""
-    tensors = [t for t in (x, gate, up, down, gate_bias, up_bias, down_bias) if t is not None]
-    fits = (
-        x.dim() > 0
-        and up.dim() == down.dim() == 2
-        and x.shape[-1] == up.shape[1]
-        and down.shape[1] == up.shape[0]
-        and (gate is None or gate.shape == up.shape)
-        and all(bias is None or bias.shape == up.shape[:1] for bias in (gate_bias, up_bias))
-        and (down_bias is None or down_bias.shape == down.shape[:1])
-        and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
-    )
     if activation not in ACTIVATIONS:
         raise KeyError(f"hf_fused_mlp.mlp: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    dtype, device, shape = x.dtype, x.device, up.shape
+    fits = (
+        x.dim() > 0 and len(shape) == 2 and x.shape[-1] == shape[1] and down.dim() == 2 and down.shape[1] == shape[0]
+    )
+    for tensor, expected in (
+        (up, shape),
+        (down, down.shape),
+        (gate, shape),
+        (gate_bias, shape[:1]),
+        (up_bias, shape[:1]),
+        (down_bias, down.shape[:1]),
+    ):
+        if tensor is not None:
+            fits = fits and tensor.shape == expected and tensor.dtype == dtype and tensor.device == device
     if not fits:
-        found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors)
+        tensors = (x, gate, up, down, gate_bias, up_bias, down_bias)
+        found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors if t is not None)
         raise ValueError(
             "hf_fused_mlp.mlp: expected x [..., H], gate and up [I, H], down [O, I], biases [I] or [O], "
             f"all of one dtype and device; got {found}"

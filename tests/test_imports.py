@@ -27,7 +27,18 @@ MAY_IMPORT = {
     "modules": {"torch", "types", "activations", "weights", "registry", "ops"},
     "fuse": {"torch", "registry", "modules"},
     "integrations": {"torch", "transformers", "fuse"},
-    "cli": {"torch", "transformers", "typer", "rich", "types", "fuse", "tuning", "validation", "integrations"},
+    "cli": {
+        "torch",
+        "transformers",
+        "typer",
+        "rich",
+        "types",
+        "dispatch",
+        "fuse",
+        "tuning",
+        "validation",
+        "integrations",
+    },
     "__init__": {"types", "version", "registry", "fuse", "integrations"},
     "__main__": {"cli"},
 }
@@ -61,7 +72,7 @@ def test_import_and_cpu_use_need_no_triton():
     script = """
 import sys
 sys.modules["triton"] = None
-import torch, hf_fused_mlp
+import torch, hf_fused_mlp, hf_fused_mlp.cli
 from transformers import LlamaConfig, LlamaForCausalLM
 config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
 model = hf_fused_mlp.fuse_model(LlamaForCausalLM(config).eval(), strict=True)

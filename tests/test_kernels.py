@@ -1,13 +1,18 @@
 """Every kernel family against the oracle: interpreted on the CPU, compiled on a GPU."""
 
+import itertools
+
 import pytest
 import torch
 from numerics import assert_accurate, oracle_of, random_mlp
+from triton.runtime.errors import OutOfResources
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.dispatch import run_plan
+from hf_fused_mlp.dispatch import plan_for, run_plan
+from hf_fused_mlp.kernels import FAMILIES
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.types import TORCH, Plan, TileConfig
+from hf_fused_mlp.tuning.tuner import candidates
+from hf_fused_mlp.types import GPU, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
 
 SMALL = {
     "gemv": TileConfig("gemv", block_n=16, block_k=64),
@@ -38,8 +43,11 @@ def test_activations(family, activation, gated, device):
 
 @KINDS
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("M", [1, 2, 3, 16, 17, 63, 128])
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(
+    "family, M",
+    [("gemv", M) for M in (1, 2, 3)]
+    + [(family, M) for family in ("skinny", "gemm") for M in (1, 2, 3, 16, 17, 63, 128)],
+)
 def test_token_counts(family, M, gated, bias, device):
     check(family, M, 72, 104, device, gated, bias)
 
@@ -57,3 +65,33 @@ def test_fp32_is_exact(family, device):
 
 def test_gemv_bf16(device):
     check("gemv", 2, 72, 104, device, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@KINDS
+@pytest.mark.parametrize("shape", [(3, 256, 512), (64, 1000, 2736), (1000, 2736, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_candidate(dtype, shape, gated):
+    """All that a tuner may choose is right."""
+    device = torch.device("cuda", 0)
+    M, H, I = shape
+    key = LinearKey(next_power_of_two(M), I, H, gated, "silu", dtype, True, GPU.of(device))
+    for config in candidates(key):
+        try:
+            check(config.kernel, M, H, I, device, gated, bias=True, dtype=dtype, config=config)
+        except OutOfResources:
+            assert config.kernel != "torch"
+
+
+def test_plans_fit_the_problem():
+    """Whatever the problem, the plan names kernels that support it."""
+    gpus = [GPU("H100", 132, (9, 0), 232448), GPU("A100", 108, (8, 0), 166912), GPU("T4", 40, (7, 5), 65536)]
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    sizes = itertools.product([1, 2, 16, 128, 256, 16384], [64, 100, 4096], [64, 36, 14336])
+    for (m, H, I), gated, activation, dtype, one_block, gpu in itertools.product(
+        sizes, [True, False], ACTIVATIONS, dtypes, [True, False], gpus
+    ):
+        key = ProblemKey(m, H, I, gated, activation, False, dtype, one_block, gpu)
+        plan = plan_for(key)
+        for launch, config in ((key.up, plan.up), (key.down, plan.down)):
+            assert config.kernel == "torch" or FAMILIES[config.kernel].supports(launch) is None

@@ -53,6 +53,7 @@ def bench(
     shapes: Annotated[str, typer.Option(help="Shapes, comma-separated, or 'all'.")] = "llama-3-8b,pythia-6.9b",
     m: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,16,512,4096",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    candidates: Annotated[bool, typer.Option("--candidates", help="Time every tile configuration instead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the measurements.")] = None,
     table: Annotated[
         Path | None,
@@ -61,7 +62,8 @@ def bench(
 ) -> None:
     """Time fused MLPs against Transformers' own, on the GPU: correctness first, then in turn within one run."""
     if table is not None:
-        print(markdown_table(json.loads(table.read_text())))
+        earlier = json.loads(table.read_text())
+        print(candidates_table(earlier) if "launch" in earlier["rows"][0] else markdown_table(earlier))
         return
     if not torch.cuda.is_available():
         fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
@@ -74,10 +76,12 @@ def bench(
     problems = [(SHAPES[name], int(tokens)) for name in names for tokens in m.split(",")]
     result = environment() | {"rows": []}
     for shape, tokens in track(problems, "measuring", console=console):
-        result["rows"] += measure(shape, tokens, getattr(torch, dtype))
+        result["rows"] += (measure_candidates if candidates else measure)(shape, tokens, getattr(torch, dtype))
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown_table(result))
+        rows = ",\n  ".join(json.dumps(row) for row in result.pop("rows"))
+        json_file.write_text(f'{json.dumps(result)[:-1]}, "rows": [\n  {rows}\n]}}\n')
+        result = json.loads(json_file.read_text())
+    print(candidates_table(result) if candidates else markdown_table(result))
 
 
 def environment() -> dict[str, Any]:
@@ -118,6 +122,23 @@ def measure(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     return [row(shape, m, dtype, fused.spec.kind, name, timing) for name, timing in timings.items()]
 
 
+@torch.no_grad()
+def measure_candidates(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Every configuration of both launches of one shape at `m` tokens, fastest first."""
+    from hf_fused_mlp.dispatch import problem_key  # these two import Triton
+    from hf_fused_mlp.tuning.tuner import time_candidates
+
+    mlp = fuse_model(build(shape, dtype), strict=True)
+    gate, up, _, _, up_bias, _, activation = mlp.operands()
+    key = problem_key(torch.empty(m, shape.hidden), gate, up, up_bias, activation)
+    rows = []
+    for launch, linear_key in (("up", key.up), ("down", key.down)):
+        timings = sorted(time_candidates(linear_key).items(), key=lambda item: item[1].median_us)
+        for config, timing in timings:
+            rows.append({"shape": shape.name, "m": m, "launch": launch, **asdict(config), **rounded(timing)})
+    return rows
+
+
 def build(shape: Shape, dtype: torch.dtype) -> nn.Module:
     """The Transformers module of `shape`, with random weights, on the GPU."""
     model_type, class_name = shape.mlp_class.split(".")
@@ -138,7 +159,7 @@ def build(shape: Shape, dtype: torch.dtype) -> nn.Module:
 def implementations(eager: nn.Module, fused: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     """What is timed, each a call without arguments."""
     gate, up, down, *_ = fused.operands()
-    first = up if gate is None else torch.as_strided(gate, (2 * up.shape[0], up.shape[1]), (up.shape[1], 1))
+    first = up if gate is None else torch.cat((gate, up))
     h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)
 
     def two_gemms():
@@ -158,8 +179,12 @@ def row(shape: Shape, m: int, dtype: torch.dtype, kind: MLPKind, impl: str, timi
         "dtype": str(dtype).removeprefix("torch."),
         "m": m,
         "impl": impl,
-        **{name: round(value, 2) for name, value in asdict(timing).items()},
+        **rounded(timing),
     }
+
+
+def rounded(timing: Timing) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in asdict(timing).items()}
 
 
 def markdown_table(result: dict[str, Any]) -> str:
@@ -175,3 +200,22 @@ def markdown_table(result: dict[str, Any]) -> str:
         cells = *problem, *(f"{us[impl]:.1f}" for impl in ("eager", "fused", "two-gemms"))
         lines.append(f"| {' | '.join(map(str, cells))} | {us['eager'] / us['fused']:.2f}x |")
     return "\n".join(lines)
+
+
+def candidates_table(result: dict[str, Any]) -> str:
+    """For each launch in `result`, PyTorch's time and the three fastest configurations of ours."""
+    launches: dict[tuple, list[dict[str, Any]]] = {}
+    for entry in result["rows"]:
+        launches.setdefault((entry["shape"], entry["m"], entry["launch"]), []).append(entry)
+    lines = ["| shape | M | launch | PyTorch, us | fastest of ours, us |", "|---|---:|---|---:|---|"]
+    for launch, entries in launches.items():
+        library = next(entry["median_us"] for entry in entries if entry["kernel"] == "torch")
+        ours = [entry for entry in entries if entry["kernel"] != "torch"][:3]
+        fastest = "; ".join(f"{describe(entry)}: {entry['median_us']:.1f}" for entry in ours)
+        lines.append(f"| {' | '.join(map(str, launch))} | {library:.1f} | {fastest} |")
+    return "\n".join(lines)
+
+
+def describe(config: dict[str, Any]) -> str:
+    tile = "x".join(str(config[name]) for name in ("block_m", "block_n", "block_k"))
+    return f"{config['kernel']} {tile}, {config['num_warps']} warps, {config['num_stages']} stages"
