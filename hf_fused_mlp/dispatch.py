@@ -25,24 +25,25 @@ def plan_for(key: ProblemKey) -> Plan:
     """The plan for `key`, remembered for the life of the process."""
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = next(plan for source in SOURCES if (plan := source(key)))
+        plan = _plans[key] = next(filter(None, (source(key) for source in SOURCES)))
     return plan
 
 
 def problem_key(
-    tokens: Tensor, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, activation: str
+    m: int, gate: Tensor | None, up: Tensor, down: Tensor, up_bias: Tensor | None, activation: str
 ) -> ProblemKey:
-    """The key of the MLP that `tokens` (`[M, H]`) and these operands make."""
+    """The key of the MLP that `m` tokens and these operands make."""
     first = up if gate is None else gate
+    aligned = first.data_ptr() % 16 == 0 and down.data_ptr() % 16 == 0
     return ProblemKey(
-        m=next_power_of_two(tokens.shape[0]),
+        m=next_power_of_two(m),
         hidden=up.shape[1],
         intermediate=up.shape[0],
         gated=gate is not None,
         activation=activation,
         bias=up_bias is not None,
         dtype=up.dtype,
-        one_block=first.data_ptr() % 16 == 0 and (gate is None or is_packed(gate, up)),
+        one_block=aligned and (gate is None or is_packed(gate, up)),
         gpu=GPU.of(up.device),
     )
 
@@ -68,12 +69,12 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     tokens = x.reshape(-1, x.shape[-1])
     if tokens.stride(-1) != 1:
         tokens = tokens.contiguous()
-    contiguous = up.is_contiguous() and down.is_contiguous() and (gate is None or gate.is_contiguous())
-    if not contiguous or tokens.shape[0] == 0:
-        return mlp_ref(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
-    plan = plan_for(problem_key(tokens, gate, up, up_bias, activation))
+    operands = (gate, up, down, gate_bias, up_bias, down_bias)
+    if tokens.shape[0] == 0 or not all(t is None or t.is_contiguous() for t in operands):
+        return mlp_ref(x, *operands, activation)
+    plan = plan_for(problem_key(tokens.shape[0], gate, up, down, up_bias, activation))
     # kernels launch on the current device, which need not be the tensors'; asking is cheap, setting is not
     elsewhere = x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else nullcontext():
-        out = run_plan(plan, tokens, gate, up, down, gate_bias, up_bias, down_bias, activation)
+        out = run_plan(plan, tokens, *operands, activation)
     return out.view(*x.shape[:-1], down.shape[0])

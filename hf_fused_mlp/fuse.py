@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from hf_fused_mlp.modules import FusedMLP, fuse_module, unfuse_module
-from hf_fused_mlp.registry import MLP_SPECS, class_path, find_spec, looks_like_mlp, reject_reason
+from hf_fused_mlp.registry import find_spec, looks_like_mlp, reject_reason
 
 logger = logging.getLogger("hf_fused_mlp")
 
@@ -109,8 +109,8 @@ def fusion_report(model: nn.Module) -> FusionReport:
         class_name = type(module).__name__
         if isinstance(module, FusedMLP):
             mlps.append(MLPStatus(name, module.original_class.__name__, "fused", module.bypass_reason()))
-        elif spec := find_spec(module):
-            reason = reject_reason(module, spec)
+        elif spec := find_spec(type(module)):
+            reason = reject_reason(module, type(module), spec)
             mlps.append(MLPStatus(name, class_name, "skipped" if reason else "fusable", reason))
         elif looks_like_mlp(name, module) and not any(name.startswith(f"{mlp.name}.") for mlp in mlps):
             mlps.append(MLPStatus(name, class_name, "skipped", _unknown_reason(type(module))))
@@ -118,7 +118,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 
 def _unknown_reason(cls: type[nn.Module]) -> str:
-    known = next((base.__name__ for base in cls.__mro__[1:] if class_path(base) in MLP_SPECS), None)
+    known = next((base.__name__ for base in cls.__mro__[1:] if find_spec(base)), None)
     what = f"a subclass of {known} may compute something else" if known else "unknown class"
     return f"{what}; if it computes a gated or plain MLP, call register_mlp({cls.__name__}, MLPSpec(...)) first"
 
@@ -149,8 +149,9 @@ def _fuse_all(model: nn.Module, names: list[str]) -> None:
     try:
         for name in names:
             module = model.get_submodule(name)
-            fuse_module(module, find_spec(module))
-            done.append(name)
+            if not isinstance(module, FusedMLP):  # another thread was faster
+                fuse_module(module, find_spec(type(module)))
+                done.append(name)
     except BaseException:
         for name in done:
             unfuse_module(model.get_submodule(name))

@@ -5,56 +5,73 @@ with the same children, hooks and attributes and none of ours, and is unfused by
 the kernels cannot answer exactly goes to the original forward.
 """
 
+import inspect
 from functools import cache
+from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import ops
 from hf_fused_mlp.activations import find_activation
-from hf_fused_mlp.registry import MLPSpec, altered_reason
+from hf_fused_mlp.registry import MLPSpec, altered_reason, is_plain
 from hf_fused_mlp.types import MLPKind
 from hf_fused_mlp.weights import pack, unpack
 
 Tensors = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work; the operator has rules for neither."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
 
 class FusedMLP:
     """What all fused modules share; mixed in before the original class."""
 
-    spec: ClassVar[MLPSpec]
+    mlp_spec: ClassVar[MLPSpec]
     original_class: ClassVar[type[nn.Module]]
+    input_name: ClassVar[str]
 
     def forward(self, *args, **kwargs):
-        inputs = (*args, *kwargs.values())
-        if len(inputs) != 1 or self.bypass_reason() or not self._accepts(inputs[0]):
+        # who wraps a module's forward may call it after the module was unfused
+        if not isinstance(self, FusedMLP):
+            return type(self).forward(self, *args, **kwargs)
+        x = args[0] if args else kwargs.get(self.input_name)
+        if len(args) + len(kwargs) != 1 or self.bypass_reason() or not self._accepts(x):
             return super().forward(*args, **kwargs)
-        return ops.mlp(inputs[0], *self.operands())
+        return ops.mlp(x, *self.operands())
 
     def bypass_reason(self) -> str | None:
         """Why the next call will run the original forward, or None if the kernels will run."""
         if self.training:
             return "in training mode; the kernels run after model.eval()"
-        if reason := altered_reason(self, self.spec):
+        if reason := altered_reason(self, self.original_class, self.mlp_spec):
             return reason
-        device = self._parameters_of(self.spec.down)["weight"].device
+        if not _HAS_TRITON:
+            return "Triton is not installed; install triton for your platform"
+        device = self._parameters_of(self.mlp_spec.down)["weight"].device
         return (
             None if device.type == "cuda" else f"on {device}, where the original forward runs; move the model to a GPU"
         )
 
     def _accepts(self, x: Tensor) -> bool:
         """Whether the kernels take `x`; what they do not take, the original forward answers for, errors included."""
-        weight = self._parameters_of(self.spec.up)["weight"]
+        weight = self._parameters_of(self.mlp_spec.up)["weight"]
         return (
-            isinstance(x, Tensor)
+            type(x) is Tensor
             and x.dtype == weight.dtype
             and x.device == weight.device
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and not torch.is_autocast_enabled("cuda")
             and not _has_any_global_hook()
+            and (torch.compiler.is_compiling() or not _is_transformed())
         )
 
     def _parameters_of(self, name: str) -> dict[str, Tensor | None]:
@@ -63,7 +80,7 @@ class FusedMLP:
 
     def operands(self) -> tuple[Tensor | str | None, ...]:
         """What `ops.mlp` takes after `x`: weights of gate, up and down, their biases, the activation's name."""
-        return *self._tensors(), find_activation(self._modules[self.spec.activation])
+        return *self._tensors(), find_activation(self._modules[self.mlp_spec.activation])
 
     def _tensors(self) -> Tensors:
         raise NotImplementedError
@@ -81,7 +98,7 @@ class FusedMLP:
 
     def __reduce_ex__(self, protocol):
         # generated classes have no importable name: copies and pickles name the original class and its spec
-        return (_new_fused, (self.original_class, self.spec), *super().__reduce_ex__(protocol)[2:])
+        return (_new_fused, (self.original_class, self.mlp_spec), *super().__reduce_ex__(protocol)[2:])
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -92,7 +109,7 @@ class FusedGatedMLP(FusedMLP):
     """``down(act(gate(x)) * up(x))`` with gate and up packed."""
 
     def _tensors(self) -> Tensors:
-        gate, up, down = map(self._parameters_of, self.spec.projections)
+        gate, up, down = map(self._parameters_of, self.mlp_spec.projections)
         return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
 
     def repack(self) -> None:
@@ -102,9 +119,9 @@ class FusedGatedMLP(FusedMLP):
         self._on_weights(unpack)
 
     def _on_weights(self, function) -> None:
-        gate, up = getattr(self, self.spec.gate), getattr(self, self.spec.up)
-        # wrapped projections (an adapter added after fusing) keep their weights where they are
-        if type(gate) is nn.Linear and type(up) is nn.Linear:
+        gate, up = getattr(self, self.mlp_spec.gate), getattr(self, self.mlp_spec.up)
+        # projections that were wrapped, sharded or quantized after fusing keep their weights where they are
+        if is_plain(gate) and is_plain(up):
             function(gate.weight, up.weight)
 
 
@@ -112,7 +129,7 @@ class FusedPackedMLP(FusedMLP):
     """``down(act(gate) * up)`` with gate and up the halves of one projection's output, as the checkpoint has it."""
 
     def _tensors(self) -> Tensors:
-        gate_up, down = map(self._parameters_of, self.spec.projections)
+        gate_up, down = map(self._parameters_of, self.mlp_spec.projections)
         gate, up = gate_up["weight"].chunk(2)
         gate_bias, up_bias = (None, None) if gate_up["bias"] is None else gate_up["bias"].chunk(2)
         return gate, up, down["weight"], gate_bias, up_bias, down["bias"]
@@ -122,7 +139,7 @@ class FusedPlainMLP(FusedMLP):
     """``down(act(up(x)))``; there is nothing to pack."""
 
     def _tensors(self) -> Tensors:
-        up, down = map(self._parameters_of, self.spec.projections)
+        up, down = map(self._parameters_of, self.mlp_spec.projections)
         return None, up["weight"], down["weight"], None, up["bias"], down["bias"]
 
 
@@ -132,7 +149,13 @@ _BASES = {MLPKind.GATED: FusedGatedMLP, MLPKind.PACKED: FusedPackedMLP, MLPKind.
 @cache
 def fused_class(original: type[nn.Module], spec: MLPSpec) -> type[FusedMLP]:
     """The class `FusedName(<base of the kind>, Name)` for an MLP class `Name`; the same one for every call."""
-    attributes = {"spec": spec, "original_class": original, "__module__": __name__, "__doc__": original.__doc__}
+    attributes = {
+        "mlp_spec": spec,
+        "original_class": original,
+        "input_name": list(inspect.signature(original.forward).parameters)[1],
+        "__module__": __name__,
+        "__doc__": original.__doc__,
+    }
     return type(f"Fused{original.__name__}", (_BASES[spec.kind], original), attributes)
 
 

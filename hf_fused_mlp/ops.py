@@ -68,7 +68,11 @@ def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         raise KeyError(f"hf_fused_mlp.mlp: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
     dtype, device, shape = x.dtype, x.device, up.shape
     fits = (
-        x.dim() > 0 and len(shape) == 2 and x.shape[-1] == shape[1] and down.dim() == 2 and down.shape[1] == shape[0]
+        x.dim() > 0
+        and len(shape) == down.dim() == 2
+        and x.shape[-1] == shape[1]
+        and down.shape[1] == shape[0]
+        and (gate is not None or gate_bias is None)
     )
     for tensor, expected in (
         (up, shape),
@@ -119,8 +123,10 @@ def _backward(ctx, grad):
     def forward(leaves):
         return mlp_ref(*(tensors | leaves).values(), ctx.activation)
 
-    _, vjp = torch.func.vjp(forward, wanted)
-    (grads,) = vjp(grad)
+    # the forward was not under autocast, so its recomputation must not be
+    with torch.autocast(grad.device.type, enabled=False):
+        _, vjp = torch.func.vjp(forward, wanted)
+        (grads,) = vjp(grad)
     return *(grads.get(i) for i in tensors), None
 
 

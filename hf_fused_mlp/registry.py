@@ -5,6 +5,7 @@ compute something else) and its projections are plain enough to be read without 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,8 @@ class MLPSpec:
 
 _SWIGLU = MLPSpec(MLPKind.GATED, gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn")
 
-MLP_SPECS: dict[str, MLPSpec] = {
+# classes of Transformers by path, since none is imported before a model is loaded; classes of the user by identity
+MLP_SPECS: dict[str | type, MLPSpec] = {
     "transformers.models.llama.modeling_llama.LlamaMLP": _SWIGLU,
     "transformers.models.mistral.modeling_mistral.MistralMLP": _SWIGLU,
     "transformers.models.qwen2.modeling_qwen2.Qwen2MLP": _SWIGLU,
@@ -73,8 +75,12 @@ MLP_SPECS: dict[str, MLPSpec] = {
 }
 
 
+# what `forward` was when a class was registered
+_registered_forwards: dict[type, Callable] = {}
+
+
 def class_path(cls: type) -> str:
-    """The key of `cls` in `MLP_SPECS`: module path and qualified name."""
+    """Module path and qualified name."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -88,12 +94,21 @@ def register_mlp(cls: type[nn.Module], spec: MLPSpec) -> None:
         raise TypeError(f"register_mlp: {cls!r} is not an nn.Module class; pass the class, not an instance or a name")
     if not isinstance(spec, MLPSpec):
         raise TypeError(f"register_mlp({cls.__name__}): {spec!r} is not an MLPSpec")
-    MLP_SPECS[class_path(cls)] = spec
+    MLP_SPECS[cls] = spec
+    _registered_forwards[cls] = cls.forward
 
 
-def find_spec(module: nn.Module) -> MLPSpec | None:
-    """The spec of exactly this module's class, or None."""
-    return MLP_SPECS.get(class_path(type(module)))
+def find_spec(cls: type[nn.Module]) -> MLPSpec | None:
+    """The spec of exactly this class, or None."""
+    return MLP_SPECS.get(cls) or MLP_SPECS.get(class_path(cls))
+
+
+def _is_patched(cls: type[nn.Module]) -> bool:
+    """Whether `cls.forward` is another function than the one that the spec of `cls` was written for."""
+    forward = cls.forward
+    if cls in _registered_forwards:
+        return forward is not _registered_forwards[cls]
+    return forward.__module__ != cls.__module__ or forward.__qualname__ != f"{cls.__qualname__}.forward"
 
 
 _MLP_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|GLU|Experts")
@@ -107,20 +122,27 @@ def looks_like_mlp(name: str, module: nn.Module) -> bool:
     return bool(_MLP_CLASS.search(type(module).__name__) or _MLP_NAME.search(name))
 
 
-def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
-    """Why the instance `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
-    return altered_reason(module, spec) or _mismatch({name: getattr(module, name) for name in spec.projections}, spec)
+def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str | None:
+    """Why `module`, an instance of `cls`, cannot be fused as `spec` says, with the remedy, or None if it can."""
+    linears = {name: getattr(module, name, None) for name in spec.projections}
+    return altered_reason(module, cls, spec) or _mismatch(linears, spec)
 
 
-def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
+def altered_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str | None:
     """Why the kernels may not stand in for a call of `module`: something in it is, or has become, not plain.
 
     A fused module asks at every call, so the way to None is short and the words are found only when they are needed.
     """
-    if "forward" in module.__dict__:
+    if _is_patched(cls):
+        forward = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
         return (
-            f"its forward was replaced on the instance by {module.__dict__['forward']!r}; "
-            "fuse before the patch or the accelerate dispatch that did it, or pass exclude=[...]"
+            f"the forward of {cls.__name__} was replaced by {forward}; undo the patch, or, if it computes the same, "
+            f"call register_mlp({cls.__name__}, MLPSpec(...))"
+        )
+    if _has_own_forward(module):
+        return (
+            "its forward was replaced on the instance, as accelerate and some patches do; "
+            "fuse before that, or pass exclude=[...]"
         )
     children = module._modules
     missing = [name for name in (*spec.projections, spec.activation) if name not in children]
@@ -166,7 +188,7 @@ def _is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module does anything but run its class's forward."""
     attributes = module.__dict__
     return bool(
-        "forward" in attributes
+        _has_own_forward(module)
         or "_hf_hook" in attributes
         or attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
@@ -175,11 +197,17 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance shadows its class's forward; accelerate leaves the class's own behind when it lets go."""
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 def _why_not_plain(linear: nn.Module) -> str:
     """The words for what `is_plain` has found."""
     if type(linear) is not nn.Linear:
         return (
-            f"is {type(linear).__name__}, expected nn.Linear; load without quantization_config, "
+            f"is {class_path(type(linear))}, expected nn.Linear; load without quantization_config, "
             "merge or unload the adapter, or pass exclude=[...]"
         )
     weight = linear._parameters.get("weight")

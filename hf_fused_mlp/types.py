@@ -17,7 +17,10 @@ class MLPKind(str, Enum):
 
 @dataclass(frozen=True)
 class GPU:
-    """What a plan may depend on of the device; `shared_memory` is bytes a thread block can have."""
+    """What a plan may depend on of the device.
+
+    `capability` is CUDA's, `(0, 0)` where there is none; `shared_memory` is the bytes a thread block can have.
+    """
 
     name: str
     num_sms: int
@@ -34,7 +37,7 @@ class GPU:
         return GPU(
             properties.name,
             properties.multi_processor_count,
-            (properties.major, properties.minor),
+            (0, 0) if torch.version.hip else (properties.major, properties.minor),
             getattr(properties, "shared_memory_per_block_optin", 1 << 16),
         )
 
@@ -44,7 +47,7 @@ class LinearKey:
     """One launch: ``act(x @ weight.T)``, or with a gate ``act(x @ gate.T) * (x @ weight.T)``.
 
     `x` is `[m, k]`, `weight` and `gate` `[n, k]`. `one_block` says that gate and weight are adjacent in memory
-    (trivially so without a gate) and 16-byte aligned, so that one tensor descriptor addresses both.
+    (trivially so without a gate) and 16-byte aligned, so that one tensor descriptor can address both.
     """
 
     m: int
@@ -59,7 +62,10 @@ class LinearKey:
 
 @dataclass(frozen=True)
 class ProblemKey:
-    """What a plan is chosen by. `m` is the token count rounded up to a power of two."""
+    """What a plan is chosen by.
+
+    `m` is the token count rounded up to a power of two; `one_block` holds for the weights of both launches.
+    """
 
     m: int
     hidden: int
@@ -81,7 +87,9 @@ class ProblemKey:
     @property
     def down(self) -> LinearKey:
         """The launch back to `[m, hidden]`."""
-        return LinearKey(self.m, self.hidden, self.intermediate, False, "identity", self.dtype, True, self.gpu)
+        return LinearKey(
+            self.m, self.hidden, self.intermediate, False, "identity", self.dtype, self.one_block, self.gpu
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Packing: gate and up as the two halves of one block of memory, seen from outside as the parameters they always were.
 
-The parameters keep their identity, so optimizers, tied weights and state dicts see nothing of it.
+The parameters keep their identity, and each half is a storage of its own: optimizers, tied weights, `state_dict` and
+every way of saving, which look for tensors that share a storage, see nothing of it.
 """
 
 import torch
@@ -12,7 +13,7 @@ def is_packed(gate: Tensor, up: Tensor) -> bool:
     return (
         gate.dtype == up.dtype
         and gate.device == up.device
-        and gate.device.type != "meta"
+        and not gate.is_meta
         and gate.is_contiguous()
         and up.is_contiguous()
         and gate.data_ptr() + gate.nbytes == up.data_ptr()
@@ -21,23 +22,32 @@ def is_packed(gate: Tensor, up: Tensor) -> bool:
 
 @torch.no_grad()
 def pack(gate: nn.Parameter, up: nn.Parameter) -> None:
-    """Copies both weights (`[I, H]`) into one new `[2 * I, H]` block and points them at its halves; packed ones stay.
+    """Copies both weights (`[I, H]`) into one new `[2 * I, H]` block and points them at its halves.
 
-    Extra memory while it runs: that block, on the weights' own device. Weights on meta have no memory and stay.
+    Weights that are packed already stay where they are; so do those that cannot share a block (of two dtypes, devices
+    or shapes, or on meta) and those that the user has put into shared or pinned memory.
+
+    Extra memory while it runs: the block, on the weights' own device.
     """
-    if gate.device.type == "meta" or is_packed(gate, up):
+    if is_packed(gate, up) or not _can_share(gate, up):
         return
-    rows = gate.shape[0]
-    block = torch.empty((rows + up.shape[0], gate.shape[1]), dtype=gate.dtype, device=gate.device)
+    block = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device)
     # one at a time: each old weight is freed before the next is copied
-    for parameter, half in ((gate, block[:rows]), (up, block[rows:])):
+    for parameter, half in ((gate, block[0]), (up, block[1])):
         half.copy_(parameter)
-        parameter.data = half
+        # through dlpack, the half is a tensor with its own storage, which keeps the block alive
+        parameter.data = torch.from_dlpack(half)
 
 
 @torch.no_grad()
 def unpack(gate: nn.Parameter, up: nn.Parameter) -> None:
     """The inverse of `pack`: gives each weight memory of its own, same bits."""
-    for parameter in (gate, up):
-        if parameter.untyped_storage().nbytes() != parameter.nbytes:
-            parameter.data = parameter.data.clone()
+    if is_packed(gate, up):
+        gate.data, up.data = gate.data.clone(), up.data.clone()
+
+
+def _can_share(gate: Tensor, up: Tensor) -> bool:
+    alike = gate.dtype == up.dtype and gate.device == up.device and gate.shape == up.shape
+    on_cpu = gate.device.type == "cpu"
+    kept = on_cpu and any(weight.is_shared() or weight.is_pinned() for weight in (gate, up))
+    return alike and not gate.is_meta and not kept

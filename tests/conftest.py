@@ -1,5 +1,7 @@
 """Fixtures: a device to run on, and on the CPU Triton's interpreter in place of its compiler."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
@@ -14,17 +16,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """Where kernels run: compiled on a GPU, interpreted on the CPU. New memory holds NaN, so that a gap shows."""
-    if request.param == "cpu":
-        interpret(monkeypatch)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(float("nan")))
-    return torch.device(request.param)
+    with interpreter(monkeypatch) if request.param == "cpu" else nullcontext():
+        yield torch.device(request.param)
 
 
-def interpret(monkeypatch):
+@contextmanager
+def interpreter(monkeypatch):
     """Swaps every jit function of the kernels, and of Triton's own library, for its interpreted form.
 
-    The environment variable for this is read when the decorator runs: it cannot serve a process that compiles too.
+    The environment variable for this is read when the decorator runs: it cannot serve a process that compiles too. The
+    interpreter does not put back all that it changes in the language, so this does.
     """
     import triton.experimental.gluon  # noqa: F401  (it reads the library when it is imported)
     import triton.language as tl
@@ -34,7 +37,17 @@ def interpret(monkeypatch):
     from hf_fused_mlp import kernels
     from hf_fused_mlp.kernels import _common
 
+    changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base)
+    before = [dict(vars(owner)) for owner in changed]
     for module in (tl, tl.standard, _common, *kernels.FAMILIES.values()):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
+    yield
+    monkeypatch.undo()
+    for owner, attributes in zip(changed, before, strict=True):
+        for name, value in list(vars(owner).items()):
+            if name not in attributes:
+                delattr(owner, name)
+            elif value is not attributes[name]:
+                setattr(owner, name, attributes[name])

@@ -64,7 +64,6 @@ def test_model_round_trip(model_type):
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
 
 
 @pytest.mark.gpu

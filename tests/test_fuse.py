@@ -5,8 +5,10 @@ import logging
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from models import tiny_model, token_ids
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.activations import ACT2FN, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -89,7 +91,7 @@ def shrink(mlp):
 BAD_INPUT = pytest.mark.parametrize(
     "damage, words",
     [
-        (replace_linear, ["gate_proj is TaggedLinear", "expected nn.Linear", "exclude"]),
+        (replace_linear, ["gate_proj is ", "TaggedLinear, expected nn.Linear", "exclude"]),
         (wrap_weight, ["up_proj holds a", "expected nn.Parameter"]),
         (attach_buffer, ["down_proj carries scale"]),
         (attach_hook, ["up_proj has hooks"]),
@@ -212,6 +214,72 @@ def test_not_a_module(model):
         fuse_model(model)
 
 
+def test_a_patched_class_is_refused(monkeypatch):
+    """A patch changes what every instance computes; the row was about the class as it was defined."""
+    fused = fuse_model(tiny_model())
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", lambda self, x: 2 * self.down_proj(x))
+        with pytest.raises(ValueError, match="the forward of LlamaMLP was replaced by"):
+            fuse_model(tiny_model(), strict=True)
+        assert "was replaced by" in fusion_report(fused).mlps[0].reason
+    fuse_model(tiny_model(), strict=True)
+
+
+def test_a_registered_class_defined_again_is_another_class():
+    def define(factor):
+        class Cell(LlamaMLP):
+            def forward(self, x):
+                return factor * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+        return Cell
+
+    first, second = define(1), define(2)
+    register_mlp(first, MLPSpec("gated", gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn"))
+    try:
+        for cls, fusable in ((first, 1), (second, 0)):
+            model = tiny_model()
+            first_mlp(model).__class__ = cls
+            fuse_model(model, exclude=["model.layers.1.mlp"])
+            assert fused_count(model) == fusable
+    finally:
+        del MLP_SPECS[first]
+
+
+def test_unfused_under_a_wrapper_that_kept_the_fused_forward():
+    model, ids = fuse_model(tiny_model()), token_ids(1, 4)
+    expected = model(ids).logits
+    add_hook_to_module(first_mlp(model), ModelHook())
+    unfuse_model(model)
+    assert torch.equal(model(ids).logits, expected)
+    remove_hook_from_module(first_mlp(model))
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_fusing_after_accelerate_let_go():
+    model = tiny_model()
+    add_hook_to_module(first_mlp(model), ModelHook())
+    assert "forward was replaced on the instance" in fusion_report(model).mlps[0].reason
+    remove_hook_from_module(first_mlp(model))
+    fuse_model(model, strict=True)
+
+
+def test_transforms_run_the_original_forward():
+    mlp = first_mlp(fuse_model(tiny_model()))
+    mlp.bypass_reason = lambda: None  # as on a GPU
+    x = torch.randn(2, 64)
+
+    def original(x):
+        return LlamaMLP.forward(mlp, x)
+
+    for fused, plain in zip(torch.func.jvp(mlp, (x,), (x,)), torch.func.jvp(original, (x,), (x,)), strict=True):
+        torch.testing.assert_close(fused, plain)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(mlp(forward_ad.make_dual(x, x))).tangent is not None
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: mlp(x).sum())(x), torch.func.grad(lambda x: original(x).sum())(x)
+    )
+
+
 def test_twice_is_once():
     model = fuse_model(fuse_model(tiny_model()))
     assert [mlp.class_name for mlp in fusion_report(model).mlps] == ["LlamaMLP", "LlamaMLP"]
@@ -263,7 +331,7 @@ def test_keyword_call_and_wrong_calls():
     mlp = fuse_model(copy.deepcopy(first_mlp(tiny_model())))
     x = torch.randn(2, 64)
     assert torch.equal(mlp(x=x), mlp(x))
-    for args, kwargs in [((), {}), ((x, x), {}), ((x,), {"y": x})]:
+    for args, kwargs in [((), {}), ((x, x), {}), ((x,), {"y": x}), ((), {"y": x})]:
         with pytest.raises(TypeError):
             mlp(*args, **kwargs)
     with pytest.raises(RuntimeError):
@@ -289,7 +357,7 @@ def test_register_mlp_for_a_class_of_ones_own():
         assert mlp.operands()[-1] == "gelu_tanh"
         assert torch.equal(mlp(x), expected)
     finally:
-        del MLP_SPECS[f"{__name__}.{OwnMLP.__qualname__}"]
+        del MLP_SPECS[OwnMLP]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_strides(where, M, dtype):
     for x in (base.T[:M], base.T[1:], wide[:, 1:], wide[:1, :64].expand(M, 64)):
         assert_accurate(ops.mlp(x, *operands, "silu"), mlp_ref(x, *operands, "silu"), oracle_of(x, operands, "silu"))
     gate, up, down, *biases = operands
+    biases = [torch.stack((bias, bias + 1), 1)[:, 0] for bias in biases]
     transposed = (gate.T.contiguous().T, up.clone(), down.T.contiguous().T, *biases)
     x = base.T[:M]
     assert_accurate(ops.mlp(x, *transposed, "silu"), mlp_ref(x, *transposed, "silu"), oracle_of(x, transposed, "silu"))
@@ -92,6 +93,7 @@ def test_operands_that_do_not_fit(where):
         (x, gate, up, down[:, :95], gate_bias, up_bias, down_bias),
         (x, gate, up, down, gate_bias[:5], up_bias, down_bias),
         (x, gate, up, down, gate_bias, up_bias, up_bias),
+        (x, None, up, down, gate_bias, up_bias, down_bias),
         (x.half(), gate, up, down, gate_bias, up_bias, down_bias),
         (torch.tensor(1.0, device=where), gate, up, down, gate_bias, up_bias, down_bias),
     ]

@@ -6,7 +6,9 @@ import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator
 from models import tiny_model, token_ids
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from hf_fused_mlp import fuse_model
@@ -30,14 +32,16 @@ def test_pack_and_back():
     assert not is_packed(gate, up)
     pack(gate, up)
     assert is_packed(gate, up)
-    assert torch.equal(torch.as_strided(gate, (12, 4), (4, 1)), torch.cat(values))
+    assert torch.equal(gate, values[0])
+    assert torch.equal(up, values[1])
+    for half in (gate, up):
+        assert half.untyped_storage().nbytes() == half.nbytes, "each half is a storage of its own"
     pointer = gate.data_ptr()
     pack(gate, up)
     assert gate.data_ptr() == pointer, "packing twice moves nothing"
 
     unpack(gate, up)
     assert not is_packed(gate, up)
-    assert gate.untyped_storage().nbytes() == gate.nbytes
     assert torch.equal(gate, values[0])
     assert torch.equal(up, values[1])
     assert (id(gate), id(up)) == identities
@@ -56,10 +60,23 @@ def test_optimizer_step_writes_through_the_pack():
     assert torch.equal(up, expected[1])
 
 
-def test_meta_weights_stay():
-    gate, up = (nn.Parameter(torch.empty(6, 4, device="meta")) for _ in range(2))
+@pytest.mark.parametrize(
+    "gate, up",
+    [
+        (torch.empty(6, 4, device="meta"), torch.empty(6, 4, device="meta")),
+        (torch.randn(6, 4), torch.empty(6, 4, device="meta")),
+        (torch.randn(6, 4), torch.randn(6, 4).half()),
+        (torch.randn(6, 4), torch.randn(5, 4)),
+        (torch.randn(6, 4).share_memory_(), torch.randn(6, 4).share_memory_()),
+    ],
+    ids=["meta", "half on meta", "dtypes", "shapes", "shared memory"],
+)
+def test_what_cannot_share_a_block_stays(gate, up):
+    gate, up = nn.Parameter(gate), nn.Parameter(up)
+    before = [(t.data_ptr(), t.dtype, t.device, t.is_shared()) for t in (gate, up)]
     pack(gate, up)
-    assert gate.is_meta
+    unpack(gate, up)
+    assert [(t.data_ptr(), t.dtype, t.device, t.is_shared()) for t in (gate, up)] == before
 
 
 @pytest.mark.parametrize(
@@ -83,6 +100,38 @@ def torch_save_and_load(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+def test_plain_pickle_is_no_larger():
+    model = tiny_model()
+    size = len(pickle.dumps(model))
+    assert len(pickle.dumps(fuse_model(model))) < 1.02 * size
+
+
+@pytest.mark.parametrize(
+    "save, load",
+    [
+        (
+            lambda model, path: Accelerator().save_model(model, path),
+            lambda path: load_file(path / "model.safetensors"),
+        ),
+        (
+            lambda model, path: save_model(model, path / "m.safetensors"),
+            lambda path: load_file(path / "m.safetensors"),
+        ),
+        (lambda model, path: save_file(model.state_dict(), path / "f"), lambda path: load_file(path / "f")),
+        (lambda model, path: torch.save(model.state_dict(), path / "t"), lambda path: torch.load(path / "t")),
+    ],
+    ids=["accelerate", "safetensors.save_model", "safetensors.save_file", "torch.save"],
+)
+def test_every_way_of_saving_keeps_every_weight(save, load, tmp_path):
+    """Some look for tensors of one storage and drop all but one of them."""
+    model = tiny_model()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save(fuse_model(model, strict=True), tmp_path)
+    saved = load(tmp_path)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])

@@ -119,7 +119,7 @@ def measure(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         timings = round_robin_graphs({name: [calls[name] for calls in sets] for name in sets[0]})
     else:
         timings = round_robin(implementations(eager, fused, x))
-    return [row(shape, m, dtype, fused.spec.kind, name, timing) for name, timing in timings.items()]
+    return [row(shape, m, dtype, fused.mlp_spec.kind, name, timing) for name, timing in timings.items()]
 
 
 @torch.no_grad()
@@ -129,8 +129,8 @@ def measure_candidates(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[st
     from hf_fused_mlp.tuning.tuner import time_candidates
 
     mlp = fuse_model(build(shape, dtype), strict=True)
-    gate, up, _, _, up_bias, _, activation = mlp.operands()
-    key = problem_key(torch.empty(m, shape.hidden), gate, up, up_bias, activation)
+    gate, up, down, _, up_bias, _, activation = mlp.operands()
+    key = problem_key(m, gate, up, down, up_bias, activation)
     rows = []
     for launch, linear_key in (("up", key.up), ("down", key.down)):
         timings = sorted(time_candidates(linear_key).items(), key=lambda item: item[1].median_us)

@@ -16,6 +16,7 @@ from hf_fused_mlp.fuse import fuse_model
 FLAG = "use_fused_mlp"
 _LOADERS = ("from_pretrained", "_from_config")
 _originals: dict[str, classmethod] = {}
+_wrappers: dict[str, classmethod] = {}
 
 
 def install() -> None:
@@ -23,14 +24,24 @@ def install() -> None:
     for name in _LOADERS:
         if name not in _originals:
             _originals[name] = PreTrainedModel.__dict__[name]
-            setattr(PreTrainedModel, name, classmethod(_with_flag(_originals[name].__func__)))
+            _wrappers[name] = classmethod(_with_flag(_originals[name].__func__))
+            setattr(PreTrainedModel, name, _wrappers[name])
 
 
 def uninstall() -> None:
-    """Puts Transformers back as it was; models that were fused stay fused."""
-    while _originals:
-        name, original = _originals.popitem()
+    """Puts Transformers back as it was; models that were fused stay fused.
+
+    Raises:
+        RuntimeError: another library has wrapped the loaders since; they are left as they are.
+    """
+    for name, wrapper in _wrappers.items():
+        if PreTrainedModel.__dict__[name] is not wrapper:
+            other = PreTrainedModel.__dict__[name]
+            raise RuntimeError(f"PreTrainedModel.{name} has been wrapped again by {other!r}; undo that first")
+    for name, original in _originals.items():
         setattr(PreTrainedModel, name, original)
+    _originals.clear()
+    _wrappers.clear()
 
 
 def _with_flag(load: Callable) -> Callable:

@@ -89,7 +89,7 @@ def gemm(
     planes = 1 if gate is None else 2
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
-        x = x.contiguous() if x.stride(0) != K else x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
     num_sms = GPU.of(x.device).num_sms
     num_tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     _gemm_kernel[(min(num_sms, num_tiles),)](

@@ -28,6 +28,8 @@ CANDIDATES = tuple(
 
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
+    if key.dtype.itemsize > 4:
+        return "sums in fp32, which is not enough for fp64"
     return None if key.m == 1 else "each token reads all the weights; for M = 1 only"
 
 

@@ -22,6 +22,8 @@ CANDIDATES = tuple(
 
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
+    if key.dtype.itemsize > 4:
+        return "sums in fp32, which is not enough for fp64"
     return None if 2 <= key.m <= 128 else "made for M of 2 to 128"
 
 
