@@ -47,20 +47,20 @@ def compile_launch(family, gated, bias, dtype, target, monkeypatch, activation="
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append((self, args, kw)))
     linear(torch.randn(16, 256, dtype=dtype), up, up_bias, gate, gate_bias, activation, CONFIGS[family])
     monkeypatch.undo()
-    ((function, args, kwargs),) = launches
+    ((function, args, options),) = launches
 
     signature, constexprs, attributes = {}, {}, {}
-    options = {name: kwargs.pop(name) for name in list(kwargs) if name not in function.arg_names}
-    for index, (name, value) in enumerate(zip(function.arg_names, (*args, *kwargs.values()), strict=True)):
-        if name in kwargs or value is None:
-            signature[name] = "constexpr"
+    for index, (parameter, value) in enumerate(zip(function.params, args, strict=True)):
+        if parameter.is_constexpr or value is None:
+            kind = "constexpr"
             constexprs[(index,)] = value
         elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+            kind = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
         else:
-            signature[name] = f"*{TYPE_NAMES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
+            kind = f"*{TYPE_NAMES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
             if isinstance(value, torch.Tensor) or value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
     source = ASTSource(function, signature, constexprs, attributes)
     return triton.compile(source, target=target, options=options)
 

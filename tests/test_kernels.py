@@ -69,10 +69,10 @@ def test_gemv_bf16(device):
 
 @pytest.mark.gpu
 @KINDS
-@pytest.mark.parametrize("shape", [(3, 256, 512), (64, 1000, 2736), (1000, 2736, 1000)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_candidate(dtype, shape, gated):
+@pytest.mark.parametrize("shape", [(1, 1000, 2736), (64, 1000, 2736), (1000, 2736, 1000)], ids=str)
+def test_every_candidate(shape, gated):
     """All that a tuner may choose is right."""
+    dtype = torch.bfloat16
     device = torch.device("cuda", 0)
     M, H, I = shape
     key = LinearKey(next_power_of_two(M), I, H, gated, "silu", dtype, True, GPU.of(device))

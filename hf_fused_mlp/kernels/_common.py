@@ -1,7 +1,27 @@
 """Triton helpers that the kernel families share."""
 
+from collections.abc import Hashable
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+_compiled: dict[Hashable, object] = {}
+
+
+def launch(kernel, key: Hashable, grid: tuple[int, int, int], args: tuple, **options) -> None:
+    """``kernel[grid](*args, **options)``, by the binary that an earlier launch of the same `key` has compiled.
+
+    Triton inspects every argument of every launch to find the binary, which takes the host longer than the launch.
+    `key` must tell apart what Triton would: dtypes, which arguments are None, device, options, integers and constants.
+    """
+    # a binary is compiled for aligned pointers if its first launch had them
+    if any(arg.data_ptr() % 16 for arg in args if isinstance(arg, Tensor)):
+        kernel[grid](*args, **options)
+    elif binary := _compiled.get((kernel, key)):
+        binary[grid](*args)
+    elif binary := kernel[grid](*args, **options):  # None from the interpreter
+        _compiled[kernel, key] = binary
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_mlp.kernels._common import activate, add_bias, grouped_tile
+from hf_fused_mlp.kernels._common import activate, add_bias, grouped_tile, launch
 from hf_fused_mlp.types import GPU, LinearKey, TileConfig
 
 CANDIDATES = tuple(
@@ -92,27 +92,16 @@ def gemm(
         x = x.clone(memory_format=torch.contiguous_format)
     num_sms = GPU.of(x.device).num_sms
     num_tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    _gemm_kernel[(min(num_sms, num_tiles),)](
-        TensorDescriptor(x, [M, K], [x.stride(0), 1], [config.block_m, config.block_k]),
-        TensorDescriptor(
-            weight if gate is None else gate,
-            [planes, N, K],
-            [N * K, K, 1],
-            [planes, config.block_n, config.block_k],
-        ),
-        TensorDescriptor(out, [M, N], [N, 1], [config.block_m, config.block_n]),
-        bias,
-        gate_bias,
-        M,
-        N,
-        K,
-        ACTIVATION=activation,
-        PLANES=planes,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        NUM_SMS=num_sms,
+    block_m, block_n, block_k = tile = config.block_m, config.block_n, config.block_k
+    first = weight if gate is None else gate
+    x_desc = TensorDescriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k])
+    w_desc = TensorDescriptor(first, [planes, N, K], [N * K, K, 1], [planes, block_n, block_k])
+    out_desc = TensorDescriptor(out, [M, N], [N, 1], [block_m, block_n])
+    launch(
+        _gemm_kernel,
+        (x.dtype, x.device, N, K, bias is None, gate_bias is None, planes, activation, config),
+        (min(num_sms, num_tiles), 1, 1),
+        (x_desc, w_desc, out_desc, bias, gate_bias, M, N, K, activation, planes, *tile, config.group_m, num_sms),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

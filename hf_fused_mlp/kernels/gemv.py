@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fused_mlp.kernels._common import activate, add_bias
+from hf_fused_mlp.kernels._common import activate, add_bias, launch
 from hf_fused_mlp.types import LinearKey, TileConfig
 
 CANDIDATES = tuple(
@@ -50,17 +50,22 @@ def _gemv_kernel(
 ):
     pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
 
+    # 64-bit sums stay scalar; what varies inside a block is 32-bit
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < N
-    offs_w = offs_n[:, None] * K + offs_k[None, :]
+    offs_w = tl.arange(0, BLOCK_N)[:, None] * K + offs_k[None, :]
+    x_ptr += pid_m * stride_xm
+    weight_ptr += pid_n * BLOCK_N * K
+    if gate_ptr is not None:
+        gate_ptr += pid_n * BLOCK_N * K
 
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     acc_gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_k = k + offs_k < K
         mask = mask_n[:, None] & mask_k[None, :]
-        x = tl.load(x_ptr + pid_m * stride_xm + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
         if gate_ptr is not None:
             acc_gate += tl.load(gate_ptr + offs_w + k, mask=mask, other=0.0).to(tl.float32) * x
         acc += tl.load(weight_ptr + offs_w + k, mask=mask, other=0.0).to(tl.float32) * x
@@ -87,19 +92,11 @@ def gemv(
     """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`."""
     M, N, K = x.shape[0], weight.shape[0], x.shape[1]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    _gemv_kernel[(triton.cdiv(N, config.block_n), M)](
-        x,
-        weight,
-        bias,
-        gate,
-        gate_bias,
-        out,
-        N,
-        K,
-        x.stride(0),
-        ACTIVATION=activation,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+    launch(
+        _gemv_kernel,
+        (x.dtype, x.device, N, K, x.stride(0), bias is None, gate is None, gate_bias is None, activation, config),
+        (triton.cdiv(N, config.block_n), M, 1),
+        (x, weight, bias, gate, gate_bias, out, N, K, x.stride(0), activation, config.block_n, config.block_k),
         num_warps=config.num_warps,
     )
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fused_mlp.kernels._common import activate, add_bias
+from hf_fused_mlp.kernels._common import activate, add_bias, launch
 from hf_fused_mlp.types import LinearKey, TileConfig
 
 CANDIDATES = tuple(
@@ -46,12 +46,17 @@ def _skinny_kernel(
 ):
     pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
 
+    # 64-bit sums stay scalar; what varies inside a block is 32-bit
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_m = offs_n < N, offs_m < M
-    offs_w = offs_n[:, None] * K + offs_k[None, :]
-    offs_x = offs_m[None, :] * stride_xm + offs_k[:, None]
+    offs_w = tl.arange(0, BLOCK_N)[:, None] * K + offs_k[None, :]
+    offs_x = tl.arange(0, BLOCK_M)[None, :] * stride_xm + offs_k[:, None]
+    x_ptr += pid_m * BLOCK_M * stride_xm
+    weight_ptr += pid_n * BLOCK_N * K
+    if gate_ptr is not None:
+        gate_ptr += pid_n * BLOCK_N * K
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -86,21 +91,12 @@ def skinny(
     """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`."""
     M, N, K = x.shape[0], weight.shape[0], x.shape[1]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    _skinny_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))](
-        x,
-        weight,
-        bias,
-        gate,
-        gate_bias,
-        out,
-        M,
-        N,
-        K,
-        x.stride(0),
-        ACTIVATION=activation,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+    tile = config.block_m, config.block_n, config.block_k
+    launch(
+        _skinny_kernel,
+        (x.dtype, x.device, N, K, x.stride(0), bias is None, gate is None, gate_bias is None, activation, config),
+        (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m), 1),
+        (x, weight, bias, gate, gate_bias, out, M, N, K, x.stride(0), activation, *tile),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -35,10 +35,11 @@ def _gemv(key: LinearKey) -> TileConfig:
 
 
 def _skinny(key: LinearKey) -> TileConfig:
-    """All tokens in one tile, so that weights are read once, unless that leaves multiprocessors idle."""
+    """All tokens in one tile, so that weights are read once, unless half of the multiprocessors would be idle."""
     block_m, block_n, block_k = max(16, key.m), 64, 128
-    if -(-key.n // block_n) < key.gpu.num_sms:
-        block_m = 16
+    programs = -(-key.n // block_n)
+    while block_m > 16 and 2 * programs <= key.gpu.num_sms:
+        block_m, programs = block_m // 2, programs * 2
     stage_bytes = (block_m + block_n * (2 if key.gated else 1)) * block_k * key.dtype.itemsize
     num_stages = min(4 if block_m <= 32 else 3, max(1, key.gpu.shared_memory // stage_bytes))
     return TileConfig("skinny", block_m, block_n, block_k, num_warps=4, num_stages=num_stages)

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+QUEUE_CYCLES = 8_000_000  # about 4 ms, in which the host enqueues a turn
 GRAPHS_UP_TO = 256  # tokens; beyond, a call runs long enough that its launches do not show
 
 
@@ -25,12 +26,17 @@ class Timing:
 
 
 def round_robin(calls: dict[str, Callable[[], object]], rounds: int = 10, repeats: int = 4) -> dict[str, Timing]:
-    """Times each call with events, `repeats` times in a row in each of `rounds` turns, the L2 flushed before each."""
+    """Times each call with events, `repeats` times in a row in each of `rounds` turns, the L2 flushed before each.
+
+    Before a turn the GPU is put to sleep, so that its whole queue is written when it begins: the host's time, which
+    differs between implementations, is not in the figures.
+    """
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
     def measure(call: Callable[[], object]) -> list[float]:
-        # the first of a burst finds the queue empty and would time the host
-        return [_elapsed_us(call, before=flush.zero_) for _ in range(repeats + 1)][1:]
+        torch.cuda._sleep(QUEUE_CYCLES)
+        spans = [_record(call, before=flush.zero_) for _ in range(repeats)]
+        return [_elapsed_us(*span) for span in spans]
 
     return _in_turn({name: partial(measure, call) for name, call in calls.items()}, rounds)
 
@@ -56,7 +62,7 @@ def round_robin_graphs(calls: dict[str, list[Callable[[], object]]], rounds: int
             for _ in replays:
                 graph.replay()
 
-        return lambda: [_elapsed_us(replay, before=graph.replay) / calls_timed]
+        return lambda: [_elapsed_us(*_record(replay, before=graph.replay)) / calls_timed]
 
     return _in_turn({name: capture(copies) for name, copies in calls.items()}, rounds)
 
@@ -66,12 +72,16 @@ def weight_copies(weight_bytes: int) -> int:
     return 1 + 3 * torch.cuda.get_device_properties("cuda").L2_cache_size // weight_bytes
 
 
-def _elapsed_us(call: Callable[[], object], before: Callable[[], object]) -> float:
+def _record(call: Callable[[], object], before: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before()
     start.record()
     call()
     end.record()
+    return start, end
+
+
+def _elapsed_us(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
     end.synchronize()
     return start.elapsed_time(end) * 1e3
 
