@@ -4,7 +4,6 @@ Imports Triton, so nothing imports this before the first call on a GPU.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -70,11 +69,16 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     if tokens.stride(-1) != 1:
         tokens = tokens.contiguous()
     operands = (gate, up, down, gate_bias, up_bias, down_bias)
-    if tokens.shape[0] == 0 or not all(t is None or t.is_contiguous() for t in operands):
-        return mlp_ref(x, *operands, activation)
+    for operand in operands:
+        if operand is not None and not operand.is_contiguous():
+            return mlp_ref(x, *operands, activation)
+    if tokens.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], down.shape[0]))
+
     plan = plan_for(problem_key(tokens.shape[0], gate, up, down, up_bias, activation))
-    # kernels launch on the current device, which need not be the tensors'; asking is cheap, setting is not
-    elsewhere = x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if elsewhere else nullcontext():
+    if x.device.index == torch.cuda.current_device():
         out = run_plan(plan, tokens, *operands, activation)
+    else:  # kernels launch on the current device
+        with torch.cuda.device(x.device):
+            out = run_plan(plan, tokens, *operands, activation)
     return out.view(*x.shape[:-1], down.shape[0])

@@ -64,14 +64,14 @@ class FusedMLP:
         """Whether the kernels take `x`; what they do not take, the original forward answers for, errors included."""
         weight = self._parameters_of(self.mlp_spec.up)["weight"]
         return (
-            type(x) is Tensor
+            isinstance(x, Tensor)
             and x.dtype == weight.dtype
             and x.device == weight.device
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and not torch.is_autocast_enabled("cuda")
             and not _has_any_global_hook()
-            and (torch.compiler.is_compiling() or not _is_transformed())
+            and (torch.compiler.is_compiling() or (type(x) is Tensor and not _is_transformed()))
         )
 
     def _parameters_of(self, name: str) -> dict[str, Tensor | None]:

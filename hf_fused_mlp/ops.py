@@ -99,7 +99,7 @@ def _mlp_cpu(*operands):
 
 
 def _mlp_cuda(*operands):
-    from hf_fused_mlp.dispatch import mlp_cuda  # imports Triton
+    from hf_fused_mlp.dispatch import mlp_cuda  # imports Triton, so not before it is needed
 
     _check(*operands)
     return mlp_cuda(*operands)

@@ -2,26 +2,34 @@
 
 from collections.abc import Hashable
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-_compiled: dict[Hashable, object] = {}
+_binaries: dict[Hashable, object] = {}
 
 
-def launch(kernel, key: Hashable, grid: tuple[int, int, int], args: tuple, **options) -> None:
-    """``kernel[grid](*args, **options)``, by the binary that an earlier launch of the same `key` has compiled.
+def launch(kernel, key: Hashable, grid: tuple[int, int, int], args: tuple, tensors: tuple, **options) -> None:
+    """``kernel[grid](*args, **options)``, with the binary that an earlier launch of the same `key` compiled.
 
-    Triton inspects every argument of every launch to find the binary, which takes the host longer than the launch.
-    `key` must tell apart what Triton would: dtypes, which arguments are None, device, options, integers and constants.
+    Triton looks at every argument of every launch to find the binary, which takes the host longer than the launch itself.
+
+    Args:
+        key: whatever else Triton would tell binaries apart by: dtype, device, integers, constants, options.
+        args: the kernel's arguments, constants included.
+        tensors: those of `args`, bare or in a descriptor, whose alignment matters.
     """
-    # a binary is compiled for aligned pointers if its first launch had them
-    if any(arg.data_ptr() % 16 for arg in args if isinstance(arg, Tensor)):
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    if addresses % 16:  # a kept binary reads 16 bytes at a time
         kernel[grid](*args, **options)
-    elif binary := _compiled.get((kernel, key)):
-        binary[grid](*args)
-    elif binary := kernel[grid](*args, **options):  # None from the interpreter
-        _compiled[kernel, key] = binary
+    elif binary := _binaries.get((kernel, key)):
+        stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
+        binary.run(*grid, stream, binary.function, binary.packed_metadata, None, None, None, *args)
+    elif binary := kernel[grid](*args, **options):  # the interpreter has none
+        _binaries[kernel, key] = binary
 
 
 @triton.jit

@@ -102,6 +102,7 @@ def gemm(
         (x.dtype, x.device, N, K, bias is None, gate_bias is None, planes, activation, config),
         (min(num_sms, num_tiles), 1, 1),
         (x_desc, w_desc, out_desc, bias, gate_bias, M, N, K, activation, planes, *tile, config.group_m, num_sms),
+        tensors=(x, weight, bias, gate, gate_bias),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
