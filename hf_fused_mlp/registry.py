@@ -133,7 +133,8 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> st
 
     A fused module asks at every call, so the way to None is short and the words are found only when they are needed.
     """
-    if _is_patched(cls):
+    # the compiler of torch 2.11 misreads a function's __qualname__; what it traces was checked when it was fused
+    if not torch.compiler.is_compiling() and _is_patched(cls):
         forward = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
         return (
             f"the forward of {cls.__name__} was replaced by {forward}; undo the patch, or, if it computes the same, "

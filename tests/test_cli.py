@@ -58,6 +58,8 @@ def test_run_a_directory(tmp_path):
         (["run", "/no/such/directory"], "/no/such/directory: no such directory"),
         (["run", "--dtype", "int4"], "dtype 'int4': expected one of auto, float32"),
         (["bench", "--table", "/no/such/file.json"], "/no/such/file.json"),
+        (["bench", "--shapes", "gpt-5"], "unknown shape 'gpt-5'; the shapes are llama-3-8b"),
+        (["bench", "--m", "one"], "m 'one': expected token counts"),
     ],
 )
 def test_errors_are_one_line(args, words):
@@ -76,12 +78,13 @@ def test_run_with_nothing_fusable(tmp_path):
 
 
 def test_table_of_an_earlier_run(tmp_path):
-    row = {"shape": "s", "dtype": "bfloat16", "m": 1}
+    row = {"shape": "phi-3-mini", "dtype": "bfloat16", "m": 1}
     times = {"eager": 30.0, "fused": 20.0, "two-gemms": 25.0}
-    result = {"rows": [row | {"impl": impl, "median_us": us} for impl, us in times.items()]}
-    (tmp_path / "run.json").write_text(json.dumps(result))
-    assert invoke("bench", "--table", tmp_path / "run.json").stdout.strip() == markdown_table(result)
-    assert markdown_table(result).splitlines()[-1] == "| s | bfloat16 | 1 | 30.0 | 20.0 | 25.0 | 1.50x |"
+    rows = [row | {"impl": impl, "median_us": us} for impl, us in times.items()]
+    (tmp_path / "run.json").write_text(json.dumps({"rows": rows + [entry | {"m": 2} for entry in rows]}))
+    table = invoke("bench", "--table", tmp_path / "run.json", "--shapes", "phi-3-mini", "--m", "1").stdout.strip()
+    assert table == markdown_table(rows)
+    assert table.splitlines()[2:] == ["| phi-3-mini | bfloat16 | 1 | 30.0 | 20.0 | 25.0 | 1.50x |"]
 
 
 @pytest.mark.gpu

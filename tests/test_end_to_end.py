@@ -6,6 +6,7 @@ On the CPU a fused module runs the original forward, so the CPU tests also send 
 import copy
 import math
 import pydoc_data.topics
+import statistics
 from pathlib import Path
 
 import pytest
@@ -177,21 +178,23 @@ def test_byte_neox(where, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("length, texts", [(1, 64), (12, 16), (300, 4)])
+@pytest.mark.parametrize("length, texts", [(1, 64), (12, 32), (300, 6)])
 @torch.no_grad()
 def test_smollm2_logits_in_bf16(smollm2, length, texts):
-    """Over several texts, fused bf16 logits are no further than eager's from the same weights computed in fp32."""
+    """Fused bf16 logits are as far as eager's from those that the same weights give in fp32, in the median text.
+
+    Thirty layers make one text's error a matter of luck, ten times larger or smaller: a sum would decide nothing.
+    """
     original, fused, tokenizer = smollm2
     eager, kernels = copy.deepcopy(original).cuda().bfloat16(), copy.deepcopy(fused).cuda().bfloat16()
     oracle = copy.deepcopy(eager).float()
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0, : length * texts].cuda().view(texts, 1, length)
-    squared_error = {"eager": 0.0, "fused": 0.0}
+    ratios = []
     for text in ids:
         expected = oracle(text).logits
-        for name, model in (("eager", eager), ("fused", kernels)):
-            squared_error[name] += (model(text).logits.float() - expected).square().sum().item()
-    print(length, squared_error)
-    assert squared_error["fused"] <= 1.2 * squared_error["eager"]
+        errors = [(model(text).logits.float() - expected).norm().item() for model in (kernels, eager)]
+        ratios.append(errors[0] / errors[1])
+    assert statistics.median(ratios) <= 1.1, sorted(ratios)
 
 
 @pytest.mark.gpu

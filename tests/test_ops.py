@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from models import tiny_model, token_ids
 from numerics import assert_accurate, oracle_of, random_mlp
 
-from hf_fused_mlp import ops
+from hf_fused_mlp import fuse_model, ops
 from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.registry import altered_reason
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 KINDS = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -120,18 +123,19 @@ def test_compile_and_export(where):
     assert "hf_fused_mlp.mlp" in program.graph_module.code
 
 
-@pytest.mark.gpu
+@DEVICES
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
 @torch.no_grad()
-def test_fused_model_compiles_without_a_break():
-    from models import tiny_model, token_ids
-
-    from hf_fused_mlp import fuse_model
-
-    model = fuse_model(tiny_model(dtype=torch.bfloat16).cuda())
-    ids = token_ids(1, 8).cuda()
+def test_fused_model_compiles_without_a_break(where, model_type, monkeypatch):
+    model = fuse_model(tiny_model(model_type).to(where))
+    if where == "cpu":  # as on a GPU, but for the device
+        monkeypatch.setattr(
+            FusedMLP, "bypass_reason", lambda self: altered_reason(self, self.original_class, self.mlp_spec)
+        )
+    ids = token_ids(1, 8).to(where)
     graphs = torch._dynamo.explain(model)(ids)
     assert graphs.graph_break_count == 0, graphs.break_reasons
-    assert any("hf_fused_mlp.mlp" in graph.code for graph in graphs.graphs)
+    assert sum(graph.code.count("hf_fused_mlp.mlp(") for graph in graphs.graphs) == 2
 
 
 @pytest.mark.gpu

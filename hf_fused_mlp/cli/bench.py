@@ -57,31 +57,35 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the measurements.")] = None,
     table: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Print the table of an earlier run's JSON; measures nothing."),
+        typer.Option(exists=True, dir_okay=False, help="Measure nothing; print these rows of an earlier run's JSON."),
     ] = None,
 ) -> None:
     """Time fused MLPs against Transformers' own, on the GPU: correctness first, then in turn within one run."""
-    if table is not None:
-        earlier = json.loads(table.read_text())
-        print(candidates_table(earlier) if "launch" in earlier["rows"][0] else markdown_table(earlier))
-        return
-    if not torch.cuda.is_available():
-        fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
     names = list(SHAPES) if shapes == "all" else shapes.split(",")
     if unknown := [name for name in names if name not in SHAPES]:
         fail(f"unknown shape {unknown[0]!r}; the shapes are {', '.join(SHAPES)}")
+    try:
+        tokens = [int(count) for count in m.split(",")]
+    except ValueError:
+        fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
     if dtype not in ("bfloat16", "float16"):
         fail(f"dtype {dtype!r}: expected bfloat16 or float16")
 
-    problems = [(SHAPES[name], int(tokens)) for name in names for tokens in m.split(",")]
-    result = environment() | {"rows": []}
-    for shape, tokens in track(problems, "measuring", console=console):
-        result["rows"] += (measure_candidates if candidates else measure)(shape, tokens, getattr(torch, dtype))
-    if json_file is not None:
-        rows = ",\n  ".join(json.dumps(row) for row in result.pop("rows"))
-        json_file.write_text(f'{json.dumps(result)[:-1]}, "rows": [\n  {rows}\n]}}\n')
-        result = json.loads(json_file.read_text())
-    print(candidates_table(result) if candidates else markdown_table(result))
+    if table is not None:
+        rows = json.loads(table.read_text())["rows"]
+        rows = [row for row in rows if row["shape"] in names and row["m"] in tokens]
+    elif torch.cuda.is_available():
+        result = environment()
+        problems = [(SHAPES[name], count) for name in names for count in tokens]
+        rows = []
+        for shape, count in track(problems, "measuring", console=console):
+            rows += (measure_candidates if candidates else measure)(shape, count, getattr(torch, dtype))
+        if json_file is not None:
+            lines = ",\n  ".join(json.dumps(row) for row in rows)
+            json_file.write_text(f'{json.dumps(result)[:-1]}, "rows": [\n  {lines}\n]}}\n')
+    else:
+        fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
+    print(candidates_table(rows) if any("launch" in row for row in rows) else markdown_table(rows))
 
 
 def environment() -> dict[str, Any]:
@@ -187,10 +191,10 @@ def rounded(timing: Timing) -> dict[str, float]:
     return {name: round(value, 2) for name, value in asdict(timing).items()}
 
 
-def markdown_table(result: dict[str, Any]) -> str:
-    """The rows of `result` as a table: median microseconds, and how many times faster than eager fused is."""
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table: median microseconds, and how many times faster than eager fused is."""
     times: dict[tuple, dict[str, float]] = {}
-    for entry in result["rows"]:
+    for entry in rows:
         times.setdefault((entry["shape"], entry["dtype"], entry["m"]), {})[entry["impl"]] = entry["median_us"]
     lines = [
         "| shape | dtype | M | eager, us | fused, us | two bare GEMMs, us | fused over eager |",
@@ -202,12 +206,12 @@ def markdown_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def candidates_table(result: dict[str, Any]) -> str:
-    """For each launch in `result`, PyTorch's time and the three fastest configurations of ours."""
+def candidates_table(rows: list[dict[str, Any]]) -> str:
+    """For each launch, PyTorch's time and the three fastest configurations of ours."""
     launches: dict[tuple, list[dict[str, Any]]] = {}
-    for entry in result["rows"]:
+    for entry in rows:
         launches.setdefault((entry["shape"], entry["m"], entry["launch"]), []).append(entry)
-    lines = ["| shape | M | launch | PyTorch, us | fastest of ours, us |", "|---|---:|---|---:|---|"]
+    lines = ["| shape | M | launch | PyTorch, us | fastest of ours: M x N x K tile, us |", "|---|---:|---|---:|---|"]
     for launch, entries in launches.items():
         library = next(entry["median_us"] for entry in entries if entry["kernel"] == "torch")
         ours = [entry for entry in entries if entry["kernel"] != "torch"][:3]

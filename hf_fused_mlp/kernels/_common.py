@@ -12,7 +12,7 @@ _binaries: dict[Hashable, object] = {}
 def launch(kernel, key: Hashable, grid: tuple[int, int, int], args: tuple, tensors: tuple, **options) -> None:
     """``kernel[grid](*args, **options)``, with the binary that an earlier launch of the same `key` compiled.
 
-    Triton looks at every argument of every launch to find the binary, which takes the host longer than the launch itself.
+    Triton looks at every argument of every launch to find the binary, which takes the host longer than to launch it.
 
     Args:
         key: whatever else Triton would tell binaries apart by: dtype, device, integers, constants, options.

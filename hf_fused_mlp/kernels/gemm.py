@@ -91,7 +91,7 @@ def gemm(
     if x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     num_sms = GPU.of(x.device).num_sms
-    num_tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    num_tiles = -(-M // config.block_m) * -(-N // config.block_n)
     block_m, block_n, block_k = tile = config.block_m, config.block_n, config.block_k
     first = weight if gate is None else gate
     x_desc = TensorDescriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k])

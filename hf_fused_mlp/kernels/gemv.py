@@ -95,7 +95,7 @@ def gemv(
     launch(
         _gemv_kernel,
         (x.dtype, x.device, N, K, x.stride(0), bias is None, gate is None, gate_bias is None, activation, config),
-        (triton.cdiv(N, config.block_n), M, 1),
+        (-(-N // config.block_n), M, 1),
         (x, weight, bias, gate, gate_bias, out, N, K, x.stride(0), activation, config.block_n, config.block_k),
         tensors=(x, weight, bias, gate, gate_bias),
         num_warps=config.num_warps,

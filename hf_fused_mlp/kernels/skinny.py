@@ -95,7 +95,7 @@ def skinny(
     launch(
         _skinny_kernel,
         (x.dtype, x.device, N, K, x.stride(0), bias is None, gate is None, gate_bias is None, activation, config),
-        (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m), 1),
+        (-(-N // config.block_n), -(-M // config.block_m), 1),
         (x, weight, bias, gate, gate_bias, out, M, N, K, x.stride(0), activation, *tile),
         tensors=(x, weight, bias, gate, gate_bias),
         num_warps=config.num_warps,

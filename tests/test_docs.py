@@ -1,0 +1,38 @@
+"""The documentation: its code runs, its tables are the measurements, its links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from models import tiny_model
+
+from hf_fused_mlp.cli.bench import markdown_table
+from hf_fused_mlp.modules import FusedMLP
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_readme_code_runs(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path)
+    namespace = {"path": tmp_path, "__name__": "readme"}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "2 of 2 MLPs are fused" in capsys.readouterr().out
+    layers = namespace["model"].model.layers
+    assert [isinstance(layer.mlp, FusedMLP) for layer in layers] == [False, True]
+
+
+def test_performance_table_is_the_json():
+    rows = json.loads((ROOT / "docs/benchmarks/h100.json").read_text())["rows"]
+    table = markdown_table([row for row in rows if row["m"] in (1, 16, 512, 4096)])
+    assert f"<!-- table -->\n{table}\n<!-- /table -->" in (ROOT / "docs/performance.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
