@@ -36,3 +36,13 @@ def test_performance_table_is_the_json():
 def test_links(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebook_code_runs(notebook):
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    namespace = {"__name__": "notebook"}
+    for cell in cells:
+        assert cell["outputs"] or cell is cells[0], "the outputs are committed"
+        exec(compile("".join(cell["source"]), notebook.name, "exec"), namespace)
