@@ -25,12 +25,13 @@ style: .venv/installed
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# PyPI's torch for Linux brings gigabytes of CUDA, so where there is no GPU a CPU build goes in first
+# PyPI's torch for Linux brings gigabytes of CUDA, so where there is no GPU a CPU build goes in first: one that pip is
+# configured to find, or PyTorch's own
 .venv/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	@if ! command -v nvidia-smi >/dev/null && [ "$$(uname)" = Linux ]; then \
 		set -x; \
-		$(BIN)/pip install -q torch==$(TORCH)+cpu || \
+		$(BIN)/pip install -q torch==$(TORCH)+cpu 2>/dev/null || \
 		$(BIN)/pip install -q torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu; \
 	fi
 	$(BIN)/pip install -q -e ".[dev]"

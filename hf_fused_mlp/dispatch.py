@@ -28,9 +28,7 @@ def plan_for(key: ProblemKey) -> Plan:
     return plan
 
 
-def problem_key(
-    m: int, gate: Tensor | None, up: Tensor, down: Tensor, up_bias: Tensor | None, activation: str
-) -> ProblemKey:
+def problem_key(m: int, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> ProblemKey:
     """The key of the MLP that `m` tokens and these operands make."""
     first = up if gate is None else gate
     aligned = first.data_ptr() % 16 == 0 and down.data_ptr() % 16 == 0
@@ -40,7 +38,6 @@ def problem_key(
         intermediate=up.shape[0],
         gated=gate is not None,
         activation=activation,
-        bias=up_bias is not None,
         dtype=up.dtype,
         one_block=aligned and (gate is None or is_packed(gate, up)),
         gpu=GPU.of(up.device),
@@ -75,7 +72,7 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     if tokens.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], down.shape[0]))
 
-    plan = plan_for(problem_key(tokens.shape[0], gate, up, down, up_bias, activation))
+    plan = plan_for(problem_key(tokens.shape[0], gate, up, down, activation))
     if x.device.index == torch.cuda.current_device():
         out = run_plan(plan, tokens, *operands, activation)
     else:  # kernels launch on the current device

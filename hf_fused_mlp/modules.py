@@ -12,23 +12,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import ops
 from hf_fused_mlp.activations import find_activation
 from hf_fused_mlp.registry import MLPSpec, altered_reason, is_plain
-from hf_fused_mlp.types import MLPKind
+from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack
 
 Tensors = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 _HAS_TRITON = find_spec("triton") is not None
-
-
-def _is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work; the operator has rules for neither."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class FusedMLP:
@@ -48,17 +42,23 @@ class FusedMLP:
         return ops.mlp(x, *self.operands())
 
     def bypass_reason(self) -> str | None:
-        """Why the next call will run the original forward, or None if the kernels will run."""
+        """Why calls run the original forward, or None if they run the kernels.
+
+        One call may still go to the original forward for what it is: under autocast, say, or in another dtype.
+        """
         if self.training:
             return "in training mode; the kernels run after model.eval()"
         if reason := altered_reason(self, self.original_class, self.mlp_spec):
             return reason
         if not _HAS_TRITON:
             return "Triton is not installed; install triton for your platform"
-        device = self._parameters_of(self.mlp_spec.down)["weight"].device
-        return (
-            None if device.type == "cuda" else f"on {device}, where the original forward runs; move the model to a GPU"
-        )
+        weight = self._parameters_of(self.mlp_spec.down)["weight"]
+        if weight.device.type != "cuda":
+            return f"on {weight.device}, where the original forward runs; move the model to a GPU"
+        # not asked while compiling, where it would break the graph; the operator then runs PyTorch's GEMMs
+        if not torch.compiler.is_compiling() and GPU.of(weight.device).capability < (8, 0):
+            return f"no kernels for {GPU.of(weight.device).name}; they need CUDA compute capability 8.0 or later"
+        return "no kernels for float64; load as bfloat16 or float16" if weight.dtype == torch.float64 else None
 
     def _accepts(self, x: Tensor) -> bool:
         """Whether the kernels take `x`; what they do not take, the original forward answers for, errors included."""
@@ -71,7 +71,7 @@ class FusedMLP:
             and x.shape[-1] == weight.shape[1]
             and not torch.is_autocast_enabled("cuda")
             and not _has_any_global_hook()
-            and (torch.compiler.is_compiling() or (type(x) is Tensor and not _is_transformed()))
+            and (torch.compiler.is_compiling() or (type(x) is Tensor and not ops.is_transformed()))
         )
 
     def _parameters_of(self, name: str) -> dict[str, Tensor | None]:

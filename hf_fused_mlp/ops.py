@@ -5,6 +5,7 @@ Being an operator, it is one node to `torch.compile` and `torch.export`, with sh
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.reference import mlp_ref
@@ -59,7 +60,13 @@ def _runs_now(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and not is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work; the operator has rules for neither."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation):

@@ -142,8 +142,8 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> st
         )
     if _has_own_forward(module):
         return (
-            "its forward was replaced on the instance, as accelerate and some patches do; "
-            "fuse before that, or pass exclude=[...]"
+            "its forward was replaced on the instance, as some patches do, and accelerate where a model is on several "
+            "devices; load on one device, fuse before the patch, or pass exclude=[...]"
         )
     children = module._modules
     missing = [name for name in (*spec.projections, spec.activation) if name not in children]

@@ -72,7 +72,6 @@ class ProblemKey:
     intermediate: int
     gated: bool
     activation: str
-    bias: bool
     dtype: torch.dtype
     one_block: bool
     gpu: GPU
@@ -114,7 +113,6 @@ class Plan:
 
 
 TORCH = TileConfig("torch")
-UNFUSED = Plan(up=TORCH, down=TORCH)
 
 
 def next_power_of_two(n: int) -> int:

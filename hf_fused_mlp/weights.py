@@ -25,7 +25,7 @@ def pack(gate: nn.Parameter, up: nn.Parameter) -> None:
     """Copies both weights (`[I, H]`) into one new `[2 * I, H]` block and points them at its halves.
 
     Weights that are packed already stay where they are; so do those that cannot share a block (of two dtypes, devices
-    or shapes, or on meta) and those that the user has put into shared or pinned memory.
+    or shapes, or on another device than a CPU or GPU) and those that the user has put into shared or pinned memory.
 
     Extra memory while it runs: the block, on the weights' own device.
     """
@@ -33,10 +33,11 @@ def pack(gate: nn.Parameter, up: nn.Parameter) -> None:
         return
     block = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device)
     # one at a time: each old weight is freed before the next is copied
-    for parameter, half in ((gate, block[0]), (up, block[1])):
-        half.copy_(parameter)
-        # through dlpack, the half is a tensor with its own storage, which keeps the block alive
-        parameter.data = torch.from_dlpack(half)
+    with torch.cuda.device_of(gate):  # dlpack serves the current GPU only
+        for parameter, half in ((gate, block[0]), (up, block[1])):
+            half.copy_(parameter)
+            # through dlpack, the half is a tensor with its own storage, which keeps the block alive
+            parameter.data = torch.from_dlpack(half)
 
 
 @torch.no_grad()
@@ -48,6 +49,5 @@ def unpack(gate: nn.Parameter, up: nn.Parameter) -> None:
 
 def _can_share(gate: Tensor, up: Tensor) -> bool:
     alike = gate.dtype == up.dtype and gate.device == up.device and gate.shape == up.shape
-    on_cpu = gate.device.type == "cpu"
-    kept = on_cpu and any(weight.is_shared() or weight.is_pinned() for weight in (gate, up))
-    return alike and not gate.is_meta and not kept
+    kept = gate.device.type == "cpu" and any(weight.is_shared() or weight.is_pinned() for weight in (gate, up))
+    return alike and gate.device.type in ("cpu", "cuda") and not kept

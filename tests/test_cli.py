@@ -75,6 +75,7 @@ def test_run_with_nothing_fusable(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)).save_pretrained(tmp_path)
     result = invoke("run", tmp_path)
     assert result.exit_code == 2
+    assert "no MLP of this model was fused" in result.output
 
 
 def test_table_of_an_earlier_run(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import as_on_gpu, tiny_model
 from numerics import assert_accurate
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -61,18 +62,13 @@ def perplexity(model, ids):
     return math.exp(model(ids, labels=ids).loss.item())
 
 
-def through_the_operator(model, monkeypatch):
-    """On the CPU, makes fused modules call the operator as they do on a GPU."""
-    if next(model.parameters()).device.type == "cpu":
-        monkeypatch.setattr(FusedMLP, "bypass_reason", lambda self: None)
-
-
 @pytest.mark.slow
 @DEVICES
 def test_smollm2_generates_the_same_tokens(smollm2, where, monkeypatch):
     original, fused, tokenizer = smollm2
     original, fused = original.to(where), fused.to(where)
-    through_the_operator(fused, monkeypatch)
+    if where == "cpu":
+        as_on_gpu(monkeypatch)
     for prompt in PROMPTS:
         ids = prompt_ids(tokenizer, prompt, where)
         expected, got = greedy(original, ids), greedy(fused, ids)
@@ -87,7 +83,8 @@ def test_smollm2_generates_the_same_tokens(smollm2, where, monkeypatch):
 def test_smollm2_perplexity(smollm2, where, monkeypatch):
     original, fused, tokenizer = smollm2
     original, fused = original.to(where), fused.to(where)
-    through_the_operator(fused, monkeypatch)
+    if where == "cpu":
+        as_on_gpu(monkeypatch)
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :2000].to(where)
     assert ids.shape[1] == 2000
     expected = perplexity(original, ids)
@@ -156,7 +153,8 @@ def test_smollm2_as_mistral(smollm2, where, monkeypatch):
     expected = greedy(model, ids, 16)
     assert tokenizer.decode(expected).startswith("The capital of France is Paris.")
     fuse_model(model, strict=True)
-    through_the_operator(model, monkeypatch)
+    if where == "cpu":
+        as_on_gpu(monkeypatch)
     assert greedy(model, ids, 16) == expected
 
 
@@ -167,7 +165,8 @@ def test_byte_neox(where, monkeypatch):
     ids = torch.tensor([list(TEXT.encode()[:400])], device=where)
     source = b'def main():\n    """'
     start = torch.tensor([list(source)], device=where)
-    through_the_operator(model, monkeypatch)
+    if where == "cpu":
+        as_on_gpu(monkeypatch)
     tokens, loss = greedy(model, start), perplexity(model, ids)
     unfuse_model(model)
     assert tokens == greedy(model, start)
@@ -199,8 +198,6 @@ def test_smollm2_logits_in_bf16(smollm2, length, texts):
 
 @pytest.mark.gpu
 def test_device_map(tmp_path):
-    from models import tiny_model
-
     tiny_model().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, use_fused_mlp="strict", device_map="cuda:0", dtype=torch.bfloat16

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from models import tiny_model, token_ids
+from models import as_on_gpu, tiny_model, token_ids
 from torch import nn
 from torch.autograd import forward_ad
 from transformers.activations import ACT2FN, SiLUActivation
@@ -143,8 +143,10 @@ def test_without_strict_the_rest_is_fused_and_the_skip_is_logged(damage, words, 
     "damage", [replace_linear, attach_buffer, attach_hook, patch_linear_forward, replace_activation]
 )
 @torch.no_grad()
-def test_damage_after_fusing_runs_the_original_forward(damage, device):
+def test_damage_after_fusing_runs_the_original_forward(damage, device, monkeypatch):
     """A projection that is wrapped, quantized or hooked later is called, never bypassed; and the report says so."""
+    if device == "cpu":  # as on a GPU, but for the device
+        as_on_gpu(monkeypatch)
     mlp = fuse_model(copy.deepcopy(first_mlp(tiny_model())), strict=True)
     damage(mlp)
     mlp.to(device)
@@ -263,9 +265,9 @@ def test_fusing_after_accelerate_let_go():
     fuse_model(model, strict=True)
 
 
-def test_transforms_run_the_original_forward():
+def test_transforms_run_the_original_forward(monkeypatch):
+    as_on_gpu(monkeypatch)
     mlp = first_mlp(fuse_model(tiny_model()))
-    mlp.bypass_reason = lambda: None  # as on a GPU
     x = torch.randn(2, 64)
 
     def original(x):

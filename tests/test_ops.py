@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from models import tiny_model, token_ids
+from models import as_on_gpu, tiny_model, token_ids
 from numerics import assert_accurate, oracle_of, random_mlp
 
 from hf_fused_mlp import fuse_model, ops
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.registry import altered_reason
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 KINDS = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -128,10 +126,8 @@ def test_compile_and_export(where):
 @torch.no_grad()
 def test_fused_model_compiles_without_a_break(where, model_type, monkeypatch):
     model = fuse_model(tiny_model(model_type).to(where))
-    if where == "cpu":  # as on a GPU, but for the device
-        monkeypatch.setattr(
-            FusedMLP, "bypass_reason", lambda self: altered_reason(self, self.original_class, self.mlp_spec)
-        )
+    if where == "cpu":
+        as_on_gpu(monkeypatch)
     ids = token_ids(1, 8).to(where)
     graphs = torch._dynamo.explain(model)(ids)
     assert graphs.graph_break_count == 0, graphs.break_reasons
@@ -139,13 +135,25 @@ def test_fused_model_compiles_without_a_break(where, model_type, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 3, 300])
 @torch.no_grad()
-def test_cuda_graph_capture():
-    x, operands = problem("cuda", dtype=torch.bfloat16, H=256, I=512)
-    expected = ops.mlp(x, *operands, "silu")
+def test_cuda_graph_capture(M):
+    operands = random_mlp(256, 512, True, True, torch.bfloat16, "cuda")
+    x, new = (torch.randn(M, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    ops.mlp(x, *operands, "silu")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = ops.mlp(x, *operands, "silu")
-    out.zero_()
+    x.copy_(new)
     graph.replay()
-    assert torch.equal(out, expected)
+    assert torch.equal(out, ops.mlp(new, *operands, "silu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.no_grad()
+def test_a_gpu_that_is_not_the_current_one():
+    model = fuse_model(tiny_model(dtype=torch.bfloat16).to("cuda:1"), strict=True)
+    ids = token_ids(1, 8).to("cuda:1")
+    assert torch.allclose(model(ids).logits, tiny_model(dtype=torch.bfloat16).to("cuda:1")(ids).logits, atol=0.1)
+    assert model.to("cuda:0").model.layers[0].mlp.bypass_reason() is None

@@ -17,9 +17,7 @@ FAMILIES: dict[str, ModuleType] = {"gemv": gemv, "skinny": skinny, "gemm": gemm}
 
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "torch": linear_ref,
-    "gemv": gemv.gemv,
-    "skinny": skinny.skinny,
-    "gemm": gemm.gemm,
+    **{name: getattr(family, name) for name, family in FAMILIES.items()},
 }
 
 

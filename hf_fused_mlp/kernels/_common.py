@@ -13,9 +13,12 @@ def launch(kernel, key: Hashable, grid: tuple[int, int, int], args: tuple, tenso
     """``kernel[grid](*args, **options)``, with the binary that an earlier launch of the same `key` compiled.
 
     Triton looks at every argument of every launch to find the binary, which takes the host longer than to launch it.
+    Triton's launch hooks, which some profilers set, see the first launch of a key only.
 
     Args:
-        key: whatever else Triton would tell binaries apart by: dtype, device, integers, constants, options.
+        key: all that Triton tells binaries apart by: dtype, device, integers, constants, options, what is None.
+            (For AMD it would have to say which tensors exceed 2 GB.)
+        grid: of the current device, which must be the tensors'.
         args: the kernel's arguments, constants included.
         tensors: those of `args`, bare or in a descriptor, whose alignment matters.
     """

@@ -1,8 +1,8 @@
 """``out = act(x @ gate.T) * (x @ weight.T)`` for many tokens: a persistent GEMM with the activation in its epilogue.
 
-Without a gate, ``out = act(x @ weight.T)``. Picked for M > 128. Gate and weight are the two planes of one `[2, N, K]`
-block; a descriptor loads `block_n` rows of each into one tile, so a single wide product makes both, and splitting the
-accumulator gives the pair in registers.
+Without a gate, ``out = act(x @ weight.T)``. Picked for the gated up launch of more than 128 tokens, on Hopper. Gate
+and weight are the two planes of one `[2, N, K]` block; a descriptor loads `block_n` rows of each into one tile, so a
+single wide product makes both, and splitting the accumulator gives the pair in registers.
 Launches: 1. Bytes: x, the weights and out once, if tiles that share them meet in L2 (`group_m`).
 """
 

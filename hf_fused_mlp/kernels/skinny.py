@@ -1,7 +1,7 @@
 """``out = act(x @ gate.T) * (x @ weight.T)`` for a few tokens, on the tensor cores, with the weights as left operand.
 
-Without a gate, ``out = act(x @ weight.T)``. Picked for 2 <= M <= 128. The long side of the product is the weights', so
-they fill the instruction's 64 rows and the tokens, padded to 16, its columns.
+Without a gate, ``out = act(x @ weight.T)``. Picked for the up launch of 2 to 128 tokens, 64 without a gate. The long
+side of the product is the weights', so they fill the instruction's 64 rows, and the tokens, padded to 16, its columns.
 Launches: 1. Bytes: the weights once for every `block_m` tokens.
 """
 
@@ -90,13 +90,16 @@ def skinny(
 ) -> Tensor:
     """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`."""
     M, N, K = x.shape[0], weight.shape[0], x.shape[1]
+    if config.block_m * x.stride(0) >= 2**31:  # a tile's offsets are 32-bit
+        x = x.contiguous()
+    stride_xm = x.stride(0) if M > 1 else K  # of one row, the stride may be anything
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     tile = config.block_m, config.block_n, config.block_k
     launch(
         _skinny_kernel,
-        (x.dtype, x.device, N, K, x.stride(0), bias is None, gate is None, gate_bias is None, activation, config),
+        (x.dtype, x.device, N, K, stride_xm, bias is None, gate is None, gate_bias is None, activation, config),
         (-(-N // config.block_n), -(-M // config.block_m), 1),
-        (x, weight, bias, gate, gate_bias, out, M, N, K, x.stride(0), activation, *tile),
+        (x, weight, bias, gate, gate_bias, out, M, N, K, stride_xm, activation, *tile),
         tensors=(x, weight, bias, gate, gate_bias),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

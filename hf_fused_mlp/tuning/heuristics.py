@@ -1,7 +1,7 @@
 """The plan for a problem that nothing was measured for, from what was measured nearby.
 
-Each choice repeats what won on an H100 (docs/notes-kernels.md). Where nothing of ours won, or nothing was measured,
-the choice is the library's GEMM, so that a guess costs no speed.
+Each choice repeats what won on an H100 in bf16 (docs/notes-kernels.md). The kernels for few tokens are bound by
+memory, and so are picked on every GPU that can run them; the one for many is picked on Hopper only.
 """
 
 from hf_fused_mlp.kernels import gemm
@@ -19,7 +19,7 @@ def _linear(key: LinearKey) -> TileConfig:
     if key.m == 1:
         return _gemv(key)
     # a bare product, and fp32 without tf32, are what the library is best at
-    if key.activation == "identity" or key.dtype.itemsize > 2:
+    if (key.activation == "identity" and not key.gated) or key.dtype.itemsize > 2:
         return TORCH
     if key.m <= (128 if key.gated else 64):
         return _skinny(key)
