@@ -66,7 +66,7 @@ def fuse_model(model: nn.Module, strict: bool = False, exclude: Iterable[str] = 
     Args:
         model: any module; the MLPs are found inside it. A module that several layers share is fused once.
         strict: raise if any MLP that is not excluded would stay unfused, or if there is none to fuse.
-        exclude: names of MLPs to leave alone, as `fusion_report` prints them; `*` matches anything, dots included.
+        exclude: names of MLPs to leave alone, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
 
     Returns:
         `model`.

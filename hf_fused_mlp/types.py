@@ -64,7 +64,8 @@ class LinearKey:
 class ProblemKey:
     """What a plan is chosen by.
 
-    `m` is the token count rounded up to a power of two; `one_block` holds for the weights of both launches.
+    `m` is the token count rounded up to a power of two; `one_block` holds for the weights of both launches. Down is
+    taken to give `hidden` back; no plan yet puts a kernel on it that would mind another size.
     """
 
     m: int
