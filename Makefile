@@ -15,7 +15,7 @@ test: .venv/installed  ## everything that needs no GPU
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu
 
-bench: .venv/installed  ## the figures of docs/performance.md, on this GPU
+bench: .venv/installed  ## two shapes on this GPU; docs/performance.md has the command for all
 	$(BIN)/hf-fused-mlp bench
 
 style: .venv/installed

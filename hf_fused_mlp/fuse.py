@@ -81,16 +81,16 @@ def fuse_model(model: nn.Module, strict: bool = False, exclude: Iterable[str] = 
     if isinstance(exclude, str):
         raise TypeError(f"exclude={exclude!r} is a string; pass a list of module names: exclude=[{exclude!r}]")
 
-    mlps = _without_excluded(fusion_report(model).mlps, tuple(exclude))
+    exclude = tuple(exclude)
+    report = _without_excluded(fusion_report(model), exclude)
     if strict:
-        _require_fusable(mlps)
-    _fuse_all(model, [mlp.name for mlp in mlps if mlp.state == "fusable"])
+        _require_fusable(report)
+    _fuse_all(model, [mlp.name for mlp in report.select("fusable")])
     for module in model.modules():
         if isinstance(module, FusedMLP):
             module.repack()
 
-    names = {mlp.name for mlp in mlps}
-    _log(FusionReport(tuple(mlp for mlp in fusion_report(model).mlps if mlp.name in names)))
+    _log(_without_excluded(fusion_report(model), exclude))
     return model
 
 
@@ -123,23 +123,23 @@ def _unknown_reason(cls: type[nn.Module]) -> str:
     return f"{what}; if it computes a gated or plain MLP, call register_mlp({cls.__name__}, MLPSpec(...)) first"
 
 
-def _without_excluded(mlps: tuple[MLPStatus, ...], patterns: tuple[str, ...]) -> list[MLPStatus]:
+def _without_excluded(report: FusionReport, patterns: tuple[str, ...]) -> FusionReport:
     for pattern in patterns:
-        if not any(fnmatchcase(mlp.name, pattern) for mlp in mlps):
-            names = ", ".join(mlp.name for mlp in mlps[:3]) or "none"
+        if not any(fnmatchcase(mlp.name, pattern) for mlp in report.mlps):
+            names = ", ".join(mlp.name for mlp in report.mlps[:3]) or "none"
             raise ValueError(f"exclude: {pattern!r} matches no MLP of this model; its MLPs are {names}, ...")
-    return [mlp for mlp in mlps if not any(fnmatchcase(mlp.name, pattern) for pattern in patterns)]
+    kept = (mlp for mlp in report.mlps if not any(fnmatchcase(mlp.name, pattern) for pattern in patterns))
+    return FusionReport(tuple(kept))
 
 
-def _require_fusable(mlps: list[MLPStatus]) -> None:
-    skipped = [mlp for mlp in mlps if mlp.state == "skipped"]
-    if skipped:
+def _require_fusable(report: FusionReport) -> None:
+    if skipped := report.select("skipped"):
         listed = "\n".join(f"  {mlp.name} ({mlp.class_name}): {mlp.reason}" for mlp in skipped[:5])
         more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         raise ValueError(
-            f"strict: {len(skipped)} of {len(mlps)} MLPs cannot be fused; nothing was changed\n{listed}{more}"
+            f"strict: {len(skipped)} of {len(report.mlps)} MLPs cannot be fused; nothing was changed\n{listed}{more}"
         )
-    if not mlps:
+    if not report.mlps:
         raise ValueError("strict: found no MLP to fuse; register_mlp teaches a class that is not known")
 
 

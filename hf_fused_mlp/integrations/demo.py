@@ -28,11 +28,11 @@ def demo_directory() -> Path:
     return directory
 
 
-def load_demo(model_class=AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+def load_demo(**kwargs) -> PreTrainedModel:
     """The model, its 4-bit weights dequantized; `kwargs` go to `from_pretrained`."""
     # without dequantize the model counts as quantized, and its projections are no nn.Linear
     kwargs |= {"gguf_file": _FILE, "quantization_config": GgufConfig(dequantize=True)}
-    return model_class.from_pretrained(demo_directory(), **kwargs)
+    return AutoModelForCausalLM.from_pretrained(demo_directory(), **kwargs)
 
 
 def load_demo_tokenizer() -> PreTrainedTokenizerBase:

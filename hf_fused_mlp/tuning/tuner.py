@@ -1,6 +1,7 @@
 """Measuring every candidate for one launch. Never called from a forward."""
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from hf_fused_mlp.kernels import FAMILIES, linear
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
@@ -37,8 +38,6 @@ def time_candidates(key: LinearKey, rounds: int = 10) -> dict[TileConfig, Timing
 
 
 def _runs(call) -> bool:
-    from triton.runtime.errors import OutOfResources
-
     try:
         call()
     except OutOfResources:
