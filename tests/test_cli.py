@@ -5,12 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from models import tiny_model
+from rich.markup import escape
 from typer.testing import CliRunner
 
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.bench import markdown_table
-from hf_fused_mlp.cli.run import first_difference
+from hf_fused_mlp.cli.console import fail
+from hf_fused_mlp.cli.run import first_difference, report_table
+from hf_fused_mlp.fuse import FusionReport, MLPStatus
 
 
 def invoke(*args):
@@ -67,6 +71,15 @@ def test_errors_are_one_line(args, words):
     assert result.exit_code == 2
     assert words in result.output.replace("\n", " ")
     assert "Traceback" not in result.output
+
+
+def test_brackets_in_messages_are_no_markup(capsys):
+    with pytest.raises(typer.Exit):
+        fail("the spec [red] names [/no] style")
+    assert "the spec [red] names [/no] style" in capsys.readouterr().err
+    reason = "remove [/it], or pass exclude=[...]"
+    report = FusionReport((MLPStatus("mlp", "SomeMLP", "skipped", reason),))
+    assert list(report_table(report).columns[3].cells) == [escape(reason)]
 
 
 def test_run_with_nothing_fusable(tmp_path):

@@ -4,6 +4,7 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 output = Console()
 console = Console(stderr=True)
@@ -11,5 +12,5 @@ console = Console(stderr=True)
 
 def fail(message: str) -> NoReturn:
     """Ends the command with one line on standard error and exit code 2."""
-    console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)

@@ -165,7 +165,7 @@ def report_table(report: FusionReport) -> Table:
     table = Table("class", "MLPs", "state", "remark", title=str(report).splitlines()[0], title_justify="left")
     for (class_name, state, reason), count in report.grouped().items():
         color = "green" if state == "fused" else "yellow"
-        table.add_row(class_name, str(count), f"[{color}]{state}[/]", reason or "")
+        table.add_row(class_name, str(count), f"[{color}]{state}[/]", escape(reason or ""))
     return table
 
 
