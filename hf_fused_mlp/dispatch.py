@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_fused_mlp.kernels import linear
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, Plan, ProblemKey, next_power_of_two
+from hf_fused_mlp.types import GPU, TORCH, Plan, ProblemKey, next_power_of_two
 from hf_fused_mlp.weights import is_packed
 
 # asked in turn; the first that knows the problem answers, and the last knows every problem
@@ -57,7 +57,9 @@ def run_plan(
 ) -> Tensor:
     """The MLP for `tokens` `[M, H]` with `M` at least 1, contiguous in the last dimension, and contiguous weights."""
     h = linear(tokens, up, up_bias, gate, gate_bias, activation, plan.up)
-    return linear(h, down, down_bias, None, None, "identity", plan.down)
+    # down may read its weights before h is done, since whatever wrote them was over when up began
+    overlap = plan.up != TORCH and GPU.of(h.device).can_overlap
+    return linear(h, down, down_bias, None, None, "identity", plan.down, overlap)
 
 
 def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):

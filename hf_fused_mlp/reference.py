@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.types import TORCH, TileConfig
 
 
 def linear_ref(
@@ -17,7 +16,6 @@ def linear_ref(
     gate: Tensor | None = None,
     gate_bias: Tensor | None = None,
     activation: str = "identity",
-    config: TileConfig = TORCH,
 ) -> Tensor:
     """``act(x @ weight.T + bias)``, or with a gate ``act(x @ gate.T + gate_bias) * (x @ weight.T + bias)``.
 
@@ -26,7 +24,6 @@ def linear_ref(
         weight, gate: `[N, K]`.
         bias, gate_bias: `[N]`.
         activation: a key of `ACTIVATIONS`.
-        config: unread; the argument makes this one more kernel in the table of `hf_fused_mlp.kernels`.
 
     Returns:
         `[..., N]`, dtype of `x`.

@@ -30,9 +30,9 @@ class GPU:
     @staticmethod
     @cache
     def of(device: torch.device) -> "GPU":
-        """The GPU at `device`; for a CPU, where kernels are only interpreted, a GPU with one multiprocessor."""
+        """The GPU at `device`; for a CPU, where kernels are only interpreted, a GPU with four multiprocessors."""
         if device.type != "cuda":
-            return GPU(device.type, 1, (0, 0), 1 << 18)
+            return GPU(device.type, 4, (0, 0), 1 << 18)
         properties = torch.cuda.get_device_properties(device)
         return GPU(
             properties.name,
@@ -40,6 +40,11 @@ class GPU:
             (0, 0) if torch.version.hip else (properties.major, properties.minor),
             getattr(properties, "shared_memory_per_block_optin", 1 << 16),
         )
+
+    @property
+    def can_overlap(self) -> bool:
+        """Whether a launch may begin while the one before is finishing: CUDA's programmatic dependent launch."""
+        return self.capability >= (9, 0)
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 1
     group_m: int = 1
+    split_k: int = 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from hf_fused_mlp.validation import inaccuracy
 
 
 def assert_accurate(fused, eager, oracle):
-    assert inaccuracy(fused, eager, oracle) is None
+    reason = inaccuracy(fused, eager, oracle)
+    assert reason is None, reason
 
 
 def random_mlp(H, I, gated, bias, dtype, device="cpu", seed=0):

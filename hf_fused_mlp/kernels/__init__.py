@@ -1,10 +1,9 @@
 """The kernel families, by the name that `TileConfig.kernel` gives.
 
-Every family is a function of `(x, weight, bias, gate, gate_bias, activation, config)`, the reference in PyTorch among
-them, so that a plan can put any family on either launch of an MLP.
+A family is a module with a launcher of its own name; `supports(key)`, the reason why it cannot run a problem; and
+`candidates(key)`, the configurations that a tuner should try for one that it can.
 """
 
-from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
@@ -15,10 +14,7 @@ from hf_fused_mlp.types import TileConfig
 
 FAMILIES: dict[str, ModuleType] = {"gemv": gemv, "skinny": skinny, "gemm": gemm}
 
-LAUNCHERS: dict[str, Callable[..., Tensor]] = {
-    "torch": linear_ref,
-    **{name: getattr(family, name) for name, family in FAMILIES.items()},
-}
+_LAUNCHERS = {name: getattr(family, name) for name, family in FAMILIES.items()}
 
 
 def linear(
@@ -29,6 +25,7 @@ def linear(
     gate_bias: Tensor | None,
     activation: str,
     config: TileConfig,
+    overlap: bool = False,
 ) -> Tensor:
     """``act(x @ gate.T + gate_bias) * (x @ weight.T + bias)``, or ``act(x @ weight.T + bias)``, as `config` says.
 
@@ -37,8 +34,11 @@ def linear(
         weight, gate: `[N, K]`, contiguous.
         bias, gate_bias: `[N]`.
         activation: a key of `ACTIVATIONS`.
+        overlap: begin while the launch before, which must be one of ours, is finishing. For GPUs that `can_overlap`.
 
     Returns:
         `[M, N]`, dtype of `x`.
     """
-    return LAUNCHERS[config.kernel](x, weight, bias, gate, gate_bias, activation, config)
+    if config.kernel == "torch":
+        return linear_ref(x, weight, bias, gate, gate_bias, activation)
+    return _LAUNCHERS[config.kernel](x, weight, bias, gate, gate_bias, activation, config, overlap)

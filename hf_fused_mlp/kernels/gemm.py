@@ -1,8 +1,10 @@
 """``out = act(x @ gate.T) * (x @ weight.T)`` for many tokens: a persistent GEMM with the activation in its epilogue.
 
-Without a gate, ``out = act(x @ weight.T)``. Picked for the gated up launch of more than 128 tokens, on Hopper. Gate
-and weight are the two planes of one `[2, N, K]` block; a descriptor loads `block_n` rows of each into one tile, so a
-single wide product makes both, and splitting the accumulator gives the pair in registers.
+Without a gate, ``out = act(x @ weight.T)``. Picked for the up launch of more than 128 tokens, on Hopper. A tile is the
+product of `block_m` tokens with an even number of weight rows, in one accumulator that is then split in registers:
+with a gate its halves are `block_n` rows of each of the two planes of one `[2, N, K]` block, and make one result;
+without, `block_n` rows of the weight, stored half by half. If the tiles of the last round would leave half of the
+multiprocessors idle, they are halved.
 Launches: 1. Bytes: x, the weights and out once, if tiles that share them meet in L2 (`group_m`).
 """
 
@@ -10,16 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_fused_mlp.kernels._common import activate, add_bias, grouped_tile, launch
 from hf_fused_mlp.types import GPU, LinearKey, TileConfig
-
-CANDIDATES = tuple(
-    TileConfig("gemm", block_m, block_n, 64, num_warps=8, num_stages=num_stages, group_m=group_m)
-    for block_m, block_n in ((128, 128), (128, 256), (64, 128), (128, 64))
-    for num_stages, group_m in ((4, 8), (3, 8), (3, 16))
-)
 
 
 def supports(key: LinearKey) -> str | None:
@@ -33,43 +30,104 @@ def supports(key: LinearKey) -> str | None:
     return None
 
 
-@triton.jit(do_not_specialize=["M"])
-def _gemm_kernel(
+def candidates(key: LinearKey) -> list[TileConfig]:
+    """What a tuner should try: 256 rows of weights a tile, or 128 where there are few tokens."""
+    if key.m < 64:
+        return []
+    rows = [(128, 256, 4, 4), (128, 256, 4, 8), (128, 256, 4, 16), (128, 256, 3, 8)]
+    if key.m <= 1024:
+        rows += [(128, 128, 4, 8), (64, 256, 4, 8), (64, 128, 4, 8)]
+    return [
+        TileConfig("gemm", m, n // 2 if key.gated else n, 64, num_warps=8, num_stages=stages, group_m=group_m)
+        for m, n, stages, group_m in rows
+        if m <= key.m
+    ]
+
+
+@triton.jit
+def _store_tile(
     x_desc,
     w_desc,
     out_desc,
     bias_ptr,
     gate_bias_ptr,
-    M,
+    m,
+    n,
     N,
     K,
     ACTIVATION: tl.constexpr,
-    PLANES: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """The tile of the output whose first row is `m` and first column `n`."""
+    ROWS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    HALF: tl.constexpr = ROWS // 2
+    acc = tl.zeros((BLOCK_M, ROWS), tl.float32)
+    for k in range(tl.cdiv(K, BLOCK_K)):
+        x = x_desc.load([m, k * BLOCK_K])
+        w = tl.reshape(w_desc.load([0, n, k * BLOCK_K]), (ROWS, BLOCK_K))
+        acc = tl.dot(x, w.T, acc)
+
+    first, second = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    offs_n = n + tl.arange(0, HALF)
+    if GATED:
+        gate = add_bias(first, gate_bias_ptr, offs_n, offs_n < N, 0)
+        out = activate(gate, ACTIVATION, NATIVE) * add_bias(second, bias_ptr, offs_n, offs_n < N, 0)
+        out_desc.store([m, n], out.to(out_desc.dtype))
+    else:
+        first = activate(add_bias(first, bias_ptr, offs_n, offs_n < N, 0), ACTIVATION, NATIVE)
+        out_desc.store([m, n], first.to(out_desc.dtype))
+        offs_n += HALF
+        second = activate(add_bias(second, bias_ptr, offs_n, offs_n < N, 0), ACTIVATION, NATIVE)
+        out_desc.store([m, n + HALF], second.to(out_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["M", "whole"])
+def _gemm_kernel(
+    x_desc,
+    w_desc,
+    out_desc,
+    half_w_desc,
+    half_out_desc,
+    bias_ptr,
+    gate_bias_ptr,
+    M,
+    N,
+    K,
+    whole,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     NUM_SMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    """Of all tiles the first `whole` as they are, and the rest, where there are descriptors for it, as two halves."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, NUM_SMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), whole, NUM_SMS, flatten=True):
         pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-
-        acc = tl.zeros((BLOCK_M, PLANES * BLOCK_N), tl.float32)
-        for k in range(tl.cdiv(K, BLOCK_K)):
-            x = x_desc.load([pid_m * BLOCK_M, k * BLOCK_K])
-            w = tl.reshape(w_desc.load([0, pid_n * BLOCK_N, k * BLOCK_K]), (PLANES * BLOCK_N, BLOCK_K))
-            acc = tl.dot(x, w.T, acc)
-
-        if PLANES == 2:
-            gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
-            gate = add_bias(gate, gate_bias_ptr, offs_n, mask_n, 0)
-            out = activate(gate, ACTIVATION) * add_bias(up, bias_ptr, offs_n, mask_n, 0)
-        else:
-            out = activate(add_bias(acc, bias_ptr, offs_n, mask_n, 0), ACTIVATION)
-        out_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], out.to(out_desc.dtype))
+        m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        _store_tile(
+            x_desc, w_desc, out_desc, bias_ptr, gate_bias_ptr, m, n, N, K,
+            ACTIVATION, GATED, BLOCK_M, BLOCK_N, BLOCK_K, OVERLAP,
+        )  # fmt: skip
+    if half_w_desc is not None:
+        half = 2 * whole + tl.program_id(0)
+        if half < 2 * num_m * num_n:
+            pid_m, pid_n = grouped_tile(half // 2, num_m, num_n, GROUP_M)
+            m, n = pid_m * BLOCK_M, pid_n * BLOCK_N + half % 2 * (BLOCK_N // 2)
+            _store_tile(
+                x_desc, half_w_desc, half_out_desc, bias_ptr, gate_bias_ptr, m, n, N, K,
+                ACTIVATION, GATED, BLOCK_M, BLOCK_N // 2, BLOCK_K, OVERLAP,
+            )  # fmt: skip
 
 
 def gemm(
@@ -80,29 +138,42 @@ def gemm(
     gate_bias: Tensor | None,
     activation: str,
     config: TileConfig,
+    overlap: bool = False,
 ) -> Tensor:
     """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`.
 
     `weight` must begin where `gate` ends; `supports` says what else the descriptors need.
     """
     M, N, K = x.shape[0], weight.shape[0], x.shape[1]
-    planes = 1 if gate is None else 2
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    num_sms = GPU.of(x.device).num_sms
-    num_tiles = -(-M // config.block_m) * -(-N // config.block_n)
+    planes, block = (1, weight) if gate is None else (2, gate)
     block_m, block_n, block_k = tile = config.block_m, config.block_n, config.block_k
-    first = weight if gate is None else gate
+
+    def descriptors(columns: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Of the weights and of the output, for tiles of so many columns."""
+        stored = columns if planes == 2 else columns // 2
+        return (
+            TensorDescriptor(block, [planes, N, K], [N * K, K, 1], [planes, columns, block_k]),
+            TensorDescriptor(out, [M, N], [N, 1], [block_m, stored]),
+        )
+
+    gpu = GPU.of(x.device)
+    tiles = -(-M // block_m) * -(-N // block_n)
+    rest = tiles % gpu.num_sms
+    halved = tiles > gpu.num_sms and 0 < 2 * rest <= gpu.num_sms
     x_desc = TensorDescriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k])
-    w_desc = TensorDescriptor(first, [planes, N, K], [N * K, K, 1], [planes, block_n, block_k])
-    out_desc = TensorDescriptor(out, [M, N], [N, 1], [block_m, block_n])
+    half_descriptors = descriptors(block_n // 2) if halved else (None, None)
+    whole = tiles - rest if halved else tiles
+    constants = activation, planes == 2, *tile, config.group_m, gpu.num_sms, gpu.can_overlap
     launch(
         _gemm_kernel,
-        (x.dtype, x.device, N, K, bias is None, gate_bias is None, planes, activation, config),
-        (min(num_sms, num_tiles), 1, 1),
-        (x_desc, w_desc, out_desc, bias, gate_bias, M, N, K, activation, planes, *tile, config.group_m, num_sms),
+        (x.dtype, x.device, N, K, bias is None, gate is None, gate_bias is None, activation, halved, config),
+        (min(gpu.num_sms, tiles), 1, 1),
+        (x_desc, *descriptors(block_n), *half_descriptors, bias, gate_bias, M, N, K, whole, *constants),
         tensors=(x, weight, bias, gate, gate_bias),
+        overlap=overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

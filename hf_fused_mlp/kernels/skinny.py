@@ -1,30 +1,43 @@
 """``out = act(x @ gate.T) * (x @ weight.T)`` for a few tokens, on the tensor cores, with the weights as left operand.
 
-Without a gate, ``out = act(x @ weight.T)``. Picked for the up launch of 2 to 128 tokens, 64 without a gate. The long
-side of the product is the weights', so they fill the instruction's 64 rows, and the tokens, padded to 16, its columns.
-Launches: 1. Bytes: the weights once for every `block_m` tokens.
+Without a gate, ``out = act(x @ weight.T)``. Picked at M = 2 to 128, for the up and the down launch, in fp16 and bf16.
+The long side of the product is the weights', so they fill the instruction's 64 rows, and the tokens, padded to 16, its
+columns. Where rows are too few to fill the GPU, `split_k` programs share each tile's K, and a second launch adds what
+they found, in a fixed order: two calls give the same bits.
+Launches: 1, or 2 with `split_k`. Bytes: the weights once for every `block_m` tokens.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate, add_bias, launch
-from hf_fused_mlp.types import LinearKey, TileConfig
+from hf_fused_mlp.types import GPU, LinearKey, TileConfig
 
-CANDIDATES = tuple(
-    TileConfig("skinny", block_m=block_m, block_n=block_n, block_k=block_k, num_warps=4, num_stages=num_stages)
-    for block_m in (16, 32, 64, 128)
-    for block_n, block_k, num_stages in ((64, 128, 3), (64, 128, 4), (64, 64, 4), (64, 64, 6), (128, 64, 4))
-)
+SUM_BLOCK = 512
 
 
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
-    if key.dtype.itemsize > 4:
-        return "sums in fp32, which is not enough for fp64"
+    if key.dtype not in (torch.float16, torch.bfloat16):
+        return f"made for fp16 and bf16, not {key.dtype}"
     return None if 2 <= key.m <= 128 else "made for M of 2 to 128"
+
+
+def candidates(key: LinearKey) -> list[TileConfig]:
+    """What a tuner should try: all tokens in one tile or two, and each way to fill the GPU."""
+    block_m = max(16, key.m)
+    tiles = [(64, 128, 4), (64, 128, 3), (64, 64, 4), (64, 64, 6), (32, 128, 4), (16, 128, 4)]
+    if block_m <= 32:
+        tiles += [(64, 256, 3), (32, 256, 3)]
+    return [
+        TileConfig("skinny", rows, *tile[:2], num_warps=4, num_stages=tile[2], split_k=split_k)
+        for rows in ({block_m, block_m // 2} if block_m > 32 else {block_m})
+        for tile in tiles
+        for split_k in ((1,) if key.gated else (1, 2, 3, 4))
+    ]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -43,8 +56,14 @@ def _skinny_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """`out_ptr` is `[M, N]`, or with `SPLIT_K` fp32 `[SPLIT_K, M, N]`: the sums over each part of K."""
+    pid_n, pid_m, pid_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
 
     # 64-bit sums stay scalar; what varies inside a block is 32-bit
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -58,25 +77,52 @@ def _skinny_kernel(
     if gate_ptr is not None:
         gate_ptr += pid_n * BLOCK_N * K
 
+    part_k = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(pid_k * part_k, min((pid_k + 1) * part_k, K), BLOCK_K):
         mask_k = k + offs_k < K
         mask_w = mask_n[:, None] & mask_k[None, :]
         x = tl.load(x_ptr + offs_x + k, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + offs_w + k, mask=mask_w, other=0.0)
-            acc_gate = tl.dot(gate, x, acc_gate, input_precision="ieee")
+            acc_gate = tl.dot(gate, x, acc_gate)
         weight = tl.load(weight_ptr + offs_w + k, mask=mask_w, other=0.0)
-        acc = tl.dot(weight, x, acc, input_precision="ieee")
+        acc = tl.dot(weight, x, acc)
 
     out = add_bias(acc, bias_ptr, offs_n, mask_n, 1)
     if gate_ptr is not None:
-        out = activate(add_bias(acc_gate, gate_bias_ptr, offs_n, mask_n, 1), ACTIVATION) * out
+        out = activate(add_bias(acc_gate, gate_bias_ptr, offs_n, mask_n, 1), ACTIVATION, False) * out
     else:
-        out = activate(out, ACTIVATION)
-    offs_out = offs_m[None, :] * N + offs_n[:, None]
+        out = activate(out, ACTIVATION, False)
+    offs_out = (pid_k * M + offs_m)[None, :] * N + offs_n[:, None]
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _sum_kernel(
+    parts_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    ACTIVATION: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """``out[m, n] = act(sum over k of parts[k, m, n] + bias[n])``"""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < M * N
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+
+    acc = tl.zeros((1, BLOCK), tl.float32)
+    for k in tl.static_range(SPLIT_K):
+        acc += tl.load(parts_ptr + k * M * N + offs, mask=mask, other=0.0)[None, :]
+    out = activate(add_bias(acc, bias_ptr, offs % N, mask, 0), ACTIVATION, False)
+    tl.store(out_ptr + offs[None, :], out.to(out_ptr.dtype.element_ty), mask=mask[None, :])
 
 
 def skinny(
@@ -87,21 +133,41 @@ def skinny(
     gate_bias: Tensor | None,
     activation: str,
     config: TileConfig,
+    overlap: bool = False,
 ) -> Tensor:
-    """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`."""
+    """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`.
+
+    `split_k` is for calls without a gate.
+    """
     M, N, K = x.shape[0], weight.shape[0], x.shape[1]
     if config.block_m * x.stride(0) >= 2**31:  # a tile's offsets are 32-bit
         x = x.contiguous()
     stride_xm = x.stride(0) if M > 1 else K  # of one row, the stride may be anything
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    tile = config.block_m, config.block_n, config.block_k
+    split_k, can_overlap = config.split_k, GPU.of(x.device).can_overlap
+    sums, sums_bias, sums_activation = out, bias, activation
+    if split_k > 1:
+        sums = torch.empty((split_k, M, N), dtype=torch.float32, device=x.device)
+        sums_bias, sums_activation = None, "identity"
+    tile = config.block_m, config.block_n, config.block_k, split_k, can_overlap
     launch(
         _skinny_kernel,
-        (x.dtype, x.device, N, K, stride_xm, bias is None, gate is None, gate_bias is None, activation, config),
-        (-(-N // config.block_n), -(-M // config.block_m), 1),
-        (x, weight, bias, gate, gate_bias, out, M, N, K, stride_xm, activation, *tile),
-        tensors=(x, weight, bias, gate, gate_bias),
+        (x.dtype, x.device, N, K, stride_xm, sums_bias is None, gate is None, gate_bias is None, activation, config),
+        (-(-N // config.block_n), -(-M // config.block_m), split_k),
+        (x, weight, sums_bias, gate, gate_bias, sums, M, N, K, stride_xm, sums_activation, *tile),
+        tensors=(x, weight, sums_bias, gate, gate_bias),
+        overlap=overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    if split_k > 1:
+        launch(
+            _sum_kernel,
+            (x.dtype, x.device, N, bias is None, activation, split_k),
+            (-(-M * N // SUM_BLOCK), 1, 1),
+            (sums, bias, out, M, N, activation, split_k, SUM_BLOCK, can_overlap),
+            tensors=(sums, bias),
+            overlap=can_overlap,
+            num_warps=4,
+        )
     return out

@@ -10,7 +10,7 @@ from hf_fused_mlp.types import TORCH, LinearKey, TileConfig
 
 def candidates(key: LinearKey) -> list[TileConfig]:
     """Every configuration that may run `key`, the library's among them."""
-    own = [config for family in FAMILIES.values() if family.supports(key) is None for config in family.CANDIDATES]
+    own = [config for family in FAMILIES.values() if family.supports(key) is None for config in family.candidates(key)]
     return [TORCH, *own]
 
 
