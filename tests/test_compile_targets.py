@@ -21,7 +21,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CONFIGS = {
-    "gemv": TileConfig("gemv", block_n=1, block_k=4096),
+    "gemv": TileConfig("gemv", block_k=4096),
     "skinny": TileConfig("skinny", block_m=16, block_n=64, block_k=128, num_stages=4),
     "gemm": TileConfig("gemm", 128, 128, 64, num_warps=8, num_stages=4, group_m=8),
 }

@@ -16,7 +16,7 @@ def heuristic_plan(key: ProblemKey) -> Plan:
 def _linear(key: LinearKey) -> TileConfig:
     if key.gpu.capability < (8, 0) or key.dtype.itemsize > 4:
         return TORCH
-    if key.m == 1:
+    if key.m == 1 or (key.m == 2 and key.dtype.itemsize == 2):
         return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
     if key.dtype.itemsize > 2:  # fp32 without tf32 is what the library is best at
         return TORCH
