@@ -28,17 +28,21 @@ def plan_for(key: ProblemKey) -> Plan:
     return plan
 
 
-def problem_key(m: int, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> ProblemKey:
-    """The key of the MLP that `m` tokens and these operands make."""
+def problem_key(
+    m: int, gate: Tensor | None, up: Tensor, down: Tensor, activation: str, bias: bool = False
+) -> ProblemKey:
+    """The key of the MLP that `m` tokens and these operands make; `bias` says whether any projection has one."""
     first = up if gate is None else gate
     aligned = first.data_ptr() % 16 == 0 and down.data_ptr() % 16 == 0
     return ProblemKey(
         m=next_power_of_two(m),
         hidden=up.shape[1],
         intermediate=up.shape[0],
+        out=down.shape[0],
         gated=gate is not None,
         activation=activation,
         dtype=up.dtype,
+        bias=bias,
         one_block=aligned and (gate is None or is_packed(gate, up)),
         gpu=GPU.of(up.device),
     )
@@ -72,7 +76,8 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     if tokens.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], down.shape[0]))
 
-    plan = plan_for(problem_key(tokens.shape[0], gate, up, down, activation))
+    bias = not (gate_bias is None and up_bias is None and down_bias is None)
+    plan = plan_for(problem_key(tokens.shape[0], gate, up, down, activation, bias))
     if x.device.index == torch.cuda.current_device():
         out = run_plan(plan, tokens, *operands, activation)
     else:  # kernels launch on the current device

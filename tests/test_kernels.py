@@ -125,7 +125,7 @@ def test_plans_fit_the_problem():
     for (m, H, I), gated, activation, dtype, one_block, gpu in itertools.product(
         sizes, [True, False], ACTIVATIONS, dtypes, [True, False], gpus
     ):
-        key = ProblemKey(m, H, I, gated, activation, dtype, one_block, gpu)
+        key = ProblemKey(m, H, I, H, gated, activation, dtype, False, one_block, gpu)
         plan = heuristic_plan(key)
         for launch, config in ((key.up, plan.up), (key.down, plan.down)):
             assert config.kernel == "torch" or FAMILIES[config.kernel].supports(launch) is None
