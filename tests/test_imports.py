@@ -33,6 +33,8 @@ MAY_IMPORT = {
         "typer",
         "rich",
         "types",
+        "activations",
+        "registry",
         "dispatch",
         "fuse",
         "tuning",
