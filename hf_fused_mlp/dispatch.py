@@ -104,17 +104,14 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     bias = not (gate_bias is None and up_bias is None and down_bias is None)
     plan = plan_for(tokens.shape[0], gate, up, down, bias, activation)
     try:
-        out = _run_on_device(plan, tokens, *operands, activation)
+        if x.device.index == torch.cuda.current_device():
+            out = run_plan(plan, tokens, *operands, activation)
+        else:  # kernels launch on the current device
+            with torch.cuda.device(x.device):
+                out = run_plan(plan, tokens, *operands, activation)
     except OutOfResources as error:
         # a plan that ships may have been measured with a Triton that needed less
         logger.warning("%s does not fit this GPU (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
         remembered.update({attributes: UNFUSED for attributes, known in list(remembered.items()) if known == plan})
         out = mlp_ref(tokens, *operands, activation)
     return out.view(*x.shape[:-1], down.shape[0])
-
-
-def _run_on_device(plan: Plan, tokens: Tensor, *operands) -> Tensor:
-    if tokens.device.index == torch.cuda.current_device():
-        return run_plan(plan, tokens, *operands)
-    with torch.cuda.device(tokens.device):  # kernels launch on the current device
-        return run_plan(plan, tokens, *operands)

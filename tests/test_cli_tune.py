@@ -13,7 +13,7 @@ from hf_fused_mlp.cli.shapes import SHAPES
 from hf_fused_mlp.cli.tune import MLP, mlps_of
 from hf_fused_mlp.dispatch import find_plan, problem_key
 from hf_fused_mlp.modules import FusedMLP
-from hf_fused_mlp.tuning import cache, tuner
+from hf_fused_mlp.tuning import tuner
 from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, TileConfig
 
@@ -25,7 +25,7 @@ def invoke(*args):
 
 
 @pytest.fixture
-def gpu(tmp_path, monkeypatch):
+def gpu(plan_cache, monkeypatch):
     """A GPU on paper, and an empty cache; a plan for 64 tokens takes 64 us, and too many tokens too much memory."""
 
     def tune(key):
@@ -34,14 +34,11 @@ def gpu(tmp_path, monkeypatch):
         plan = UNFUSED if key.m == 2 else Plan(TileConfig("skinny", 16, 64, 128, num_stages=4), TORCH)
         return TunedPlan(key, plan, float(key.m), key.m * 1.5)
 
-    monkeypatch.setenv("HF_FUSED_MLP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(GPU, "of", lambda device: H100)
     monkeypatch.setattr(tuner, "tune", tune)
-    cache.forget()
-    yield H100
-    cache.forget()
+    return H100
 
 
 def test_without_a_gpu():
@@ -52,10 +49,10 @@ def test_without_a_gpu():
     assert "tune needs a CUDA GPU" in result.output
 
 
-def test_a_shape(gpu, tmp_path):
+def test_a_shape(gpu, plan_cache):
     result = invoke("pythia-6.9b", "--m", "2, 16,17")
     assert result.exit_code == 0, result.output
-    assert f"3 of 3 problems tuned; plans are in {tmp_path}/cache/nvidia-h100-80gb-hbm3-132.json" in result.stdout
+    assert f"3 of 3 problems tuned; plans are in {plan_cache}/nvidia-h100-80gb-hbm3-132.json" in result.stdout
     assert "4096 x 16384 plain gelu, bias, bfloat16" in result.stdout
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "x │" in line]
     assert cells == [
@@ -68,13 +65,13 @@ def test_a_shape(gpu, tmp_path):
     assert find_plan(key).up.kernel == "skinny"
 
 
-def test_a_second_run_adds_to_the_file(gpu, tmp_path):
+def test_a_second_run_adds_to_the_file(gpu, plan_cache, tmp_path):
     file = tmp_path / "my" / "plans.json"
     for arguments in (("phi-3-mini", "--m", "2"), ("phi-3-mini", "--m", "2,4"), ("llama-3-8b", "--m", "2")):
         assert invoke(*arguments, "--output", file).exit_code == 0
     problems = [entry["problem"] for entry in json.loads(file.read_text())["plans"]]
     assert [(problem["hidden"], problem["m"]) for problem in problems] == [(3072, 2), (3072, 4), (4096, 2)]
-    assert not (tmp_path / "cache").exists()
+    assert not plan_cache.exists()
 
 
 def test_a_problem_without_room_is_skipped(gpu):

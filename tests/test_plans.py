@@ -24,14 +24,7 @@ SKINNY = TileConfig("skinny", 16, 64, 64, num_stages=4)
 TUNED = TunedPlan(KEY, Plan(SKINNY, TORCH), 10.5, 14.25)
 
 
-@pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    """Nobody's own plans are read, nor written."""
-    monkeypatch.setenv("HF_FUSED_MLP_CACHE", str(tmp_path / "user"))
-    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "shipped")
-    cache.forget()
-    yield
-    cache.forget()
+pytestmark = pytest.mark.usefixtures("plan_cache")
 
 
 @pytest.fixture

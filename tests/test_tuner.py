@@ -141,18 +141,10 @@ def test_errors_that_are_no_fault_of_a_configuration_are_raised(clock, monkeypat
         tuner.tune(problem(), CPU)
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_FUSED_MLP_CACHE", str(tmp_path))
-    cache.forget()
-    yield
-    cache.forget()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16, 512])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-def test_tuned_plan_is_in_effect(m, gated, own_cache, caplog):
+def test_tuned_plan_is_in_effect(m, gated, plan_cache, caplog):
     gpu = GPU.of(torch.device("cuda", 0))
     key = problem(m=m, hidden=512, intermediate=1024, out=512, gated=gated, dtype=torch.bfloat16, gpu=gpu)
     start = time.monotonic()
