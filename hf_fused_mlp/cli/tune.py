@@ -108,7 +108,7 @@ def mlps_of(name: str, dtype: torch.dtype | None) -> list[MLP]:
         modules = [skeleton(name, dtype)]
     mlps = [mlp for module in modules for child in module.modules() if (mlp := mlp_of(child))]
     if not mlps:
-        fail(f"{name} has no MLP of a known class; register_mlp teaches one to Python, but not yet to this command")
+        fail(f"{name} has no MLP of a known class; tune knows those of Transformers that the README lists")
     return list(dict.fromkeys(mlps))
 
 
