@@ -3,63 +3,74 @@
 Imports Triton, so nothing imports this before the first call on a GPU.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from hf_fused_mlp.kernels import linear
+from hf_fused_mlp.kernels import run_plan
 from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.tuning.cache import remembered, shipped_plan, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, TORCH, Plan, ProblemKey, next_power_of_two
+from hf_fused_mlp.types import GPU, UNFUSED, Plan, ProblemKey, next_power_of_two
 from hf_fused_mlp.weights import is_packed
 
+logger = logging.getLogger("hf_fused_mlp")
+
 # asked in turn; the first that knows the problem answers, and the last knows every problem
-SOURCES: list[Callable[[ProblemKey], Plan | None]] = [heuristic_plan]
-
-_plans: dict[ProblemKey, Plan] = {}
+SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]
 
 
-def plan_for(key: ProblemKey) -> Plan:
-    """The plan for `key`, remembered for the life of the process."""
-    plan = _plans.get(key)
+def plan_for(m: int, gate: Tensor | None, up: Tensor, down: Tensor, bias: bool, activation: str) -> Plan:
+    """The plan for `m` tokens (at least 1) and these contiguous weights of one dtype and device.
+
+    It is asked at every call, so what is remembered goes by attributes that are cheap to read. They tell apart
+    everything that `problem_key` does: the logarithm of its `m`, and its `one_block` from the addresses.
+    """
+    first = up if gate is None else gate
+    start = first.data_ptr()
+    attributes = (
+        (m - 1).bit_length(),
+        up.shape,
+        down.shape,
+        gate is None,
+        activation,
+        up.dtype,
+        bias,
+        (start | down.data_ptr()) % 16 == 0 and (gate is None or up.data_ptr() - start == gate.nbytes),
+        up.get_device(),
+    )
+    plan = remembered.get(attributes)
     if plan is None:
-        plan = _plans[key] = next(filter(None, (source(key) for source in SOURCES)))
+        plan = remembered[attributes] = find_plan(problem_key(m, gate, up, down, activation, bias))
     return plan
 
 
-def problem_key(m: int, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> ProblemKey:
-    """The key of the MLP that `m` tokens and these operands make."""
+def find_plan(key: ProblemKey) -> Plan:
+    """The plan of the first source that knows `key`."""
+    return next(filter(None, (source(key) for source in SOURCES)))
+
+
+def problem_key(
+    m: int, gate: Tensor | None, up: Tensor, down: Tensor, activation: str, bias: bool = False
+) -> ProblemKey:
+    """The key of the MLP that `m` tokens and these operands make; `bias` says whether any projection has one."""
     first = up if gate is None else gate
     aligned = first.data_ptr() % 16 == 0 and down.data_ptr() % 16 == 0
     return ProblemKey(
         m=next_power_of_two(m),
         hidden=up.shape[1],
         intermediate=up.shape[0],
+        out=down.shape[0],
         gated=gate is not None,
         activation=activation,
         dtype=up.dtype,
+        bias=bias,
         one_block=aligned and (gate is None or is_packed(gate, up)),
         gpu=GPU.of(up.device),
     )
-
-
-def run_plan(
-    plan: Plan,
-    tokens: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """The MLP for `tokens` `[M, H]` with `M` at least 1, contiguous in the last dimension, and contiguous weights."""
-    h = linear(tokens, up, up_bias, gate, gate_bias, activation, plan.up)
-    # down may read its weights before h is done, since whatever wrote them was over when up began
-    overlap = plan.up != TORCH and GPU.of(h.device).can_overlap
-    return linear(h, down, down_bias, None, None, "identity", plan.down, overlap)
 
 
 def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
@@ -74,10 +85,17 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     if tokens.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], down.shape[0]))
 
-    plan = plan_for(problem_key(tokens.shape[0], gate, up, down, activation))
-    if x.device.index == torch.cuda.current_device():
-        out = run_plan(plan, tokens, *operands, activation)
-    else:  # kernels launch on the current device
-        with torch.cuda.device(x.device):
+    bias = not (gate_bias is None and up_bias is None and down_bias is None)
+    plan = plan_for(tokens.shape[0], gate, up, down, bias, activation)
+    try:
+        if x.device.index == torch.cuda.current_device():
             out = run_plan(plan, tokens, *operands, activation)
+        else:  # kernels launch on the current device
+            with torch.cuda.device(x.device):
+                out = run_plan(plan, tokens, *operands, activation)
+    except OutOfResources as error:
+        # a plan that ships may have been measured with a Triton that needed less
+        logger.warning("%s does not fit this GPU (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
+        remembered.update({attributes: UNFUSED for attributes, known in list(remembered.items()) if known == plan})
+        out = mlp_ref(tokens, *operands, activation)
     return out.view(*x.shape[:-1], down.shape[0])

@@ -69,16 +69,18 @@ class LinearKey:
 class ProblemKey:
     """What a plan is chosen by.
 
-    `m` is the token count rounded up to a power of two; `one_block` holds for the weights of both launches. Down is
-    taken to give `hidden` back; no plan yet puts a kernel on it that would mind another size.
+    `m` is the token count rounded up to a power of two; up is `[intermediate, hidden]`, down `[out, intermediate]`.
+    `bias` says that any projection has one; `one_block` holds for the weights of both launches.
     """
 
     m: int
     hidden: int
     intermediate: int
+    out: int
     gated: bool
     activation: str
     dtype: torch.dtype
+    bias: bool
     one_block: bool
     gpu: GPU
 
@@ -91,10 +93,8 @@ class ProblemKey:
 
     @property
     def down(self) -> LinearKey:
-        """The launch back to `[m, hidden]`."""
-        return LinearKey(
-            self.m, self.hidden, self.intermediate, False, "identity", self.dtype, self.one_block, self.gpu
-        )
+        """The launch from there to `[m, out]`."""
+        return LinearKey(self.m, self.out, self.intermediate, False, "identity", self.dtype, self.one_block, self.gpu)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Plan:
 
 
 TORCH = TileConfig("torch")
+UNFUSED = Plan(TORCH, TORCH)
 
 
 def next_power_of_two(n: int) -> int:

@@ -1,9 +1,14 @@
 """Fixtures: a device to run on, and on the CPU Triton's interpreter in place of its compiler."""
 
+import os
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+
+# no such directory: tests do not depend on what was tuned on this machine
+os.environ["HF_FUSED_MLP_CACHE"] = str(Path(__file__).parent / "no-plans")
 
 
 def pytest_collection_modifyitems(items):
@@ -20,6 +25,19 @@ def device(request, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(float("nan")))
     with interpreter(monkeypatch) if request.param == "cpu" else nullcontext():
         yield torch.device(request.param)
+
+
+@pytest.fixture
+def plan_cache(tmp_path, monkeypatch):
+    """An empty directory in place of the user's plans, and none that ship; nothing is remembered before or after."""
+    from hf_fused_mlp.tuning import cache
+
+    directory = tmp_path / "plan-cache"
+    monkeypatch.setenv("HF_FUSED_MLP_CACHE", str(directory))
+    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "shipped")
+    cache.forget()
+    yield directory
+    cache.forget()
 
 
 @contextmanager

@@ -64,6 +64,11 @@ def test_run_a_directory(tmp_path):
         (["bench", "--table", "/no/such/file.json"], "/no/such/file.json"),
         (["bench", "--shapes", "gpt-5"], "unknown shape 'gpt-5'; the shapes are llama-3-8b"),
         (["bench", "--m", "one"], "m 'one': expected token counts"),
+        (["tune", "/no/such/directory"], "/no/such/directory: no such directory"),
+        (["tune", "phi-3-mini", "--m", "1,0"], "m '1,0': expected token counts"),
+        (["tune", "phi-3-mini", "--m", "1,,2"], "m '1,,2': expected token counts"),
+        (["tune", "phi-3-mini", "--dtype", "int4"], "dtype 'int4': expected auto, bfloat16"),
+        (["tune"], "Missing argument"),
     ],
 )
 def test_errors_are_one_line(args, words):

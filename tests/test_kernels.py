@@ -28,7 +28,7 @@ def check(family, M, H, I, device, gated=True, bias=False, activation="silu", dt
     operands = random_mlp(H, I, gated, bias, dtype, device)
     x = torch.randn(M, H, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
     config = config or SMALL[family]
-    plan = Plan(up=replace(config, split_k=1) if gated else config, down=config)
+    plan = Plan(up=config, down=config)
     assert_accurate(
         run_plan(plan, x, *operands, activation),
         mlp_ref(x, *operands, activation),
@@ -143,7 +143,7 @@ def test_plans_fit_the_problem():
     for (m, H, I), gated, activation, dtype, one_block, gpu in itertools.product(
         sizes, [True, False], ACTIVATIONS, dtypes, [True, False], gpus
     ):
-        key = ProblemKey(m, H, I, gated, activation, dtype, one_block, gpu)
+        key = ProblemKey(m, H, I, H, gated, activation, dtype, False, one_block, gpu)
         plan = heuristic_plan(key)
         for launch, config in ((key.up, plan.up), (key.down, plan.down)):
             assert config.kernel == "torch" or FAMILIES[config.kernel].supports(launch) is None

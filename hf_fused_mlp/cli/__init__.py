@@ -1,9 +1,10 @@
-"""The command line: `hf-fused-mlp run` and `hf-fused-mlp bench`."""
+"""The command line: `hf-fused-mlp run`, `tune` and `bench`."""
 
 import typer
 
 from hf_fused_mlp.cli.bench import bench
 from hf_fused_mlp.cli.run import run
+from hf_fused_mlp.cli.tune import tune
 
 app = typer.Typer(
     help="Fused MLP kernels for Hugging Face Transformers.",
@@ -12,4 +13,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(tune)
 app.command()(bench)

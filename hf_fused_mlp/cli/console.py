@@ -1,5 +1,6 @@
 """Where the commands print: tables and answers on standard output, progress and errors on standard error."""
 
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -14,3 +15,9 @@ def fail(message: str) -> NoReturn:
     """Ends the command with one line on standard error and exit code 2."""
     console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+def require_directory(model: str) -> None:
+    """Ends the command where `model` is written like a path and is no directory: no hub id looks like that."""
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        fail(f"{model}: no such directory; give the directory of a saved model, or a hub id")

@@ -4,7 +4,6 @@ import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,7 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.cli.console import console, fail, output, require_directory
 from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations import demo
 
@@ -43,8 +42,8 @@ def run(
     """Load a model with use_fused_mlp=True, and generate an answer with it and with the original."""
     if dtype not in DTYPES:
         fail(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    if model is not None and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        fail(f"{model}: no such directory; give the directory of a saved model, or a hub id")
+    if model is not None:
+        require_directory(model)
     try:
         network, tokenizer = load(model, dtype, device_map or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     except (OSError, ValueError, ImportError) as error:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hf_fused_mlp.kernels import gemm, gemv, skinny
 from hf_fused_mlp.reference import linear_ref
-from hf_fused_mlp.types import TileConfig
+from hf_fused_mlp.types import GPU, TORCH, Plan, TileConfig
 
 FAMILIES: dict[str, ModuleType] = {"gemv": gemv, "skinny": skinny, "gemm": gemm}
 
-_LAUNCHERS = {name: getattr(family, name) for name, family in FAMILIES.items()}
+LAUNCHERS = {name: getattr(family, name) for name, family in FAMILIES.items()}
 
 
 def linear(
@@ -41,4 +41,22 @@ def linear(
     """
     if config.kernel == "torch":
         return linear_ref(x, weight, bias, gate, gate_bias, activation)
-    return _LAUNCHERS[config.kernel](x, weight, bias, gate, gate_bias, activation, config, overlap)
+    return LAUNCHERS[config.kernel](x, weight, bias, gate, gate_bias, activation, config, overlap)
+
+
+def run_plan(
+    plan: Plan,
+    tokens: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The MLP for `tokens` `[M, H]` with `M` at least 1, contiguous in the last dimension, and contiguous weights."""
+    h = linear(tokens, up, up_bias, gate, gate_bias, activation, plan.up)
+    # down may read its weights before h is done, since whatever wrote them was over when up began
+    overlap = plan.up != TORCH and GPU.of(h.device).can_overlap
+    return linear(h, down, down_bias, None, None, "identity", plan.down, overlap)

@@ -137,14 +137,15 @@ def skinny(
 ) -> Tensor:
     """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`.
 
-    `split_k` is for calls without a gate.
+    With a gate, `split_k` is not read.
     """
     M, N, K = x.shape[0], weight.shape[0], x.shape[1]
     if config.block_m * x.stride(0) >= 2**31:  # a tile's offsets are 32-bit
         x = x.contiguous()
     stride_xm = x.stride(0) if M > 1 else K  # of one row, the stride may be anything
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    split_k, can_overlap = config.split_k, GPU.of(x.device).can_overlap
+    split_k = config.split_k if gate is None else 1
+    can_overlap = GPU.of(x.device).can_overlap
     sums, sums_bias, sums_activation = out, bias, activation
     if split_k > 1:
         sums = torch.empty((split_k, M, N), dtype=torch.float32, device=x.device)

@@ -9,11 +9,15 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
+K = TypeVar("K")
+
 QUEUE_CYCLES = 8_000_000  # about 4 ms, in which the host enqueues a turn
 GRAPHS_UP_TO = 256  # tokens; beyond, a call runs long enough that its launches do not show
+GRAPH_CALLS = 20  # at least; launching a graph takes microseconds, which one call alone would be charged with
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Timing:
     p80_us: float
 
 
-def round_robin(calls: dict[str, Callable[[], object]], rounds: int = 10, repeats: int = 4) -> dict[str, Timing]:
+def round_robin(calls: dict[K, Callable[[], object]], rounds: int = 10, repeats: int = 4) -> dict[K, Timing]:
     """Times each call with events, `repeats` times in a row in each of `rounds` turns, the L2 flushed before each.
 
     Before a turn the GPU is put to sleep, so that its whole queue is written when it begins: the host's time, which
@@ -41,28 +45,23 @@ def round_robin(calls: dict[str, Callable[[], object]], rounds: int = 10, repeat
     return _in_turn({name: partial(measure, call) for name, call in calls.items()}, rounds)
 
 
-def round_robin_graphs(calls: dict[str, list[Callable[[], object]]], rounds: int = 20) -> dict[str, Timing]:
+def round_robin_graphs(calls: dict[K, list[Callable[[], object]]], rounds: int = 20) -> dict[K, Timing]:
     """Times calls inside CUDA graphs: what launches cost on the GPU, and nothing of Python's time.
 
-    Each entry lists one call for every copy of the weights. A graph runs them in turn; together the copies should
-    exceed the L2. The time given is that of one call.
+    Each entry lists one call for every copy of the weights; together the copies should exceed the L2. A graph runs all
+    of them in turn, again and again up to `GRAPH_CALLS` calls, as a model's graph runs its layers. The time given is
+    that of one call.
     """
 
     def capture(copies: list[Callable[[], object]]) -> Callable[[], list[float]]:
         for call in copies:
             call()
+        in_graph = copies * -(-GRAPH_CALLS // len(copies))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for call in copies:
+            for call in in_graph:
                 call()
-        replays = range(max(1, 20 // len(copies)))
-        calls_timed = len(replays) * len(copies)
-
-        def replay():
-            for _ in replays:
-                graph.replay()
-
-        return lambda: [_elapsed_us(*_record(replay, before=graph.replay)) / calls_timed]
+        return lambda: [_elapsed_us(*_record(graph.replay, before=graph.replay)) / len(in_graph)]
 
     return _in_turn({name: capture(copies) for name, copies in calls.items()}, rounds)
 
@@ -86,7 +85,7 @@ def _elapsed_us(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def _in_turn(measures: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, Timing]:
+def _in_turn(measures: dict[K, Callable[[], list[float]]], rounds: int) -> dict[K, Timing]:
     names, times = list(measures), {name: [] for name in measures}
     for name in names:
         measures[name]()

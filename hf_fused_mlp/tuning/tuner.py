@@ -1,11 +1,42 @@
-"""Measuring every candidate for one launch. Never called from a forward."""
+"""Measuring what runs a problem fastest. Never called from a forward.
+
+Most configurations are far from the best, which few measurements show; those that remain are measured more often. Then
+the best pair of launches is compared, as a whole MLP, with what it would replace.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from os import cpu_count
+from typing import TypeVar
 
 import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from hf_fused_mlp.kernels import FAMILIES, linear
+from hf_fused_mlp.kernels import FAMILIES, linear, run_plan
+from hf_fused_mlp.reference import linear_ref
+from hf_fused_mlp.tuning.heuristics import heuristic_plan
+from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
-from hf_fused_mlp.types import TORCH, LinearKey, TileConfig
+from hf_fused_mlp.types import TORCH, UNFUSED, LinearKey, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.validation import inaccuracy
+
+# of each launch: rounds, how many go on to the next stage, and how much slower than the fastest they may be
+STAGES = ((2, 8, 1.5), (6, 3, 1.05))
+WHOLE_ROUNDS = 20
+LONG = 4096  # tokens, from which on one call a turn is enough
+CHECKED_ROWS = 256  # of the output; at up to 16384 tokens every tile of 64 rows has one of them
+
+K = TypeVar("K")
+Calls = list[Callable[[], Tensor]]
+
+logger = logging.getLogger("hf_fused_mlp")
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
@@ -15,31 +46,145 @@ def candidates(key: LinearKey) -> list[TileConfig]:
 
 
 @torch.no_grad()
+def tune(key: ProblemKey, device: torch.device | str = "cuda") -> TunedPlan:
+    """Finds the fastest plan for `key` by measuring on `device`, the current GPU, with random weights and tokens.
+
+    The fastest configurations of either launch make plans in all pairs, since launches overlap; the rule makes one
+    more, and PyTorch's own kernels the last. As whole MLPs they take turns, and the smallest median wins; in a tie,
+    PyTorch's is the last choice. Configurations that give a wrong answer or do not fit the GPU take no part.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU has no room for the problem.
+    """
+    rule = heuristic_plan(key)
+    up, down = Launch.random(key.up, key.bias, device), Launch.random(key.down, key.bias, device)
+    ups = correct(up, dict.fromkeys((*candidates(key.up), rule.up)))
+    downs = correct(down, dict.fromkeys((*candidates(key.down), rule.down)))
+
+    plans = [Plan(*pair) for pair in product(fastest(up, ups), fastest(down, downs))]
+    if rule.up in ups and rule.down in downs:
+        plans.append(rule)
+    # the last to be listed loses a tie
+    plans = [plan for plan in dict.fromkeys(plans) if plan != UNFUSED] + [UNFUSED]
+    timings = measure({plan: mlp_calls(up, down, plan) for plan in plans}, key.m, WHOLE_ROUNDS)
+    plan = min(plans, key=lambda plan: timings[plan].median_us)
+    return TunedPlan(key, plan, timings[plan].median_us, timings[UNFUSED].median_us)
+
+
+@torch.no_grad()
 def time_candidates(key: LinearKey, rounds: int = 10) -> dict[TileConfig, Timing]:
     """Times `candidates(key)` in turn on random data; a configuration that the GPU has no room for is left out."""
-    planes = 2 if key.gated else 1
-    device = torch.device("cuda")
-    x = torch.randn(key.m, key.k, device=device, dtype=key.dtype)
-    block = torch.randn(planes, key.n, key.k, device=device, dtype=key.dtype) * key.k**-0.5
-    blocks = [block.clone() for _ in range(weight_copies(block.nbytes) if key.m <= GRAPHS_UP_TO else 1)]
-
-    def calls(config: TileConfig):
-        return [
-            lambda block=block: linear(
-                x, block[-1], None, block[0] if key.gated else None, None, key.activation, config
-            )
-            for block in blocks
-        ]
-
-    runnable = {config: calls(config) for config in candidates(key) if _runs(calls(config)[0])}
-    if key.m <= GRAPHS_UP_TO:
-        return round_robin_graphs(runnable, rounds)
-    return round_robin({config: copies[0] for config, copies in runnable.items()}, rounds)
+    launch = Launch.random(key, bias=False, device="cuda")
+    return measure({config: launch.calls(config) for config in runnable(launch, candidates(key))}, key.m, rounds)
 
 
-def _runs(call) -> bool:
-    try:
-        call()
-    except OutOfResources:
-        return False
-    return True
+@dataclass(frozen=True)
+class Launch:
+    """One launch on random data: its input, and copies of its weights that together exceed the L2.
+
+    Each copy is `(weight, bias, gate, gate_bias)`.
+    """
+
+    key: LinearKey
+    x: Tensor
+    copies: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]
+
+    @staticmethod
+    def random(key: LinearKey, bias: bool, device: torch.device | str) -> "Launch":
+        """Tokens of N(0, 1), weights over sqrt(fan_in), so that what comes out is of the order of one."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=key.dtype, device=device)
+
+        planes = 2 if key.gated else 1
+        # a third plane keeps the two apart
+        blocks = [normal(planes if key.one_block else 2 * planes - 1, key.n, key.k).mul_(key.k**-0.5)]
+        if key.m <= GRAPHS_UP_TO:
+            blocks += [blocks[0].clone() for _ in range(weight_copies(blocks[0].nbytes) - 1)]
+        biases = normal(planes, key.n).mul_(0.5) if bias else [None, None]
+        gate_bias = biases[0] if key.gated else None
+        copies = [(block[-1], biases[-1], block[0] if key.gated else None, gate_bias) for block in blocks]
+        return Launch(key, normal(key.m, key.k), copies)
+
+    def run(self, x: Tensor, copy: int, config: TileConfig) -> Tensor:
+        return linear(x, *self.copies[copy % len(self.copies)], self.key.activation, config)
+
+    def calls(self, config: TileConfig) -> Calls:
+        return [lambda copy=copy: self.run(self.x, copy, config) for copy in range(len(self.copies))]
+
+
+def mlp_calls(up: Launch, down: Launch, plan: Plan) -> Calls:
+    """Whole MLPs, one for each copy of the weights of the launch that has more of them."""
+
+    def call(copy: int) -> Tensor:
+        weight, bias, gate, gate_bias = up.copies[copy % len(up.copies)]
+        down_weight, down_bias, *_ = down.copies[copy % len(down.copies)]
+        operands = gate, weight, down_weight, gate_bias, bias, down_bias
+        return run_plan(plan, up.x, *operands, up.key.activation)
+
+    return [partial(call, copy) for copy in range(max(len(up.copies), len(down.copies)))]
+
+
+def runnable(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
+    """Those of `configs` that compile and fit the GPU; they are compiled in parallel, and have run once.
+
+    Most of a compilation is outside of Python, and Triton itself compiles in threads where it is asked to.
+    """
+    if launch.x.is_cuda:
+        triton.runtime.driver.active.get_current_target()  # made at its first use, which is not for several threads
+
+    @torch.no_grad()  # like the current device, a thread's own
+    def runs(config: TileConfig) -> bool:
+        try:
+            with torch.cuda.device_of(launch.x):
+                launch.run(launch.x, 0, config)
+        except OutOfResources:
+            return False
+        except TritonError as error:
+            logger.warning("%s does not compile and is not used: %s", config, error)
+            return False
+        return True
+
+    configs = list(configs)
+    with ThreadPoolExecutor(min(16, cpu_count() or 1)) as pool:
+        return [config for config, ran in zip(configs, pool.map(runs, configs), strict=True) if ran]
+
+
+def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
+    """Those of `configs` that run and are as near to a float64 computation as PyTorch is; others are warned of."""
+    configs = runnable(launch, configs)
+    m, (weight, bias, gate, gate_bias) = launch.key.m, launch.copies[0]
+    rows = torch.linspace(0, m - 1, min(m, CHECKED_ROWS), device=launch.x.device).long()
+    exact = [None if t is None else t.double() for t in (launch.x[rows], weight, bias, gate, gate_bias)]
+    oracle = linear_ref(*exact, launch.key.activation)
+    del exact
+    eager = launch.run(launch.x, 0, TORCH)[rows]
+
+    passed = []
+    for config in configs:
+        # new memory is likely to be what the last one gave back; what a kernel leaves out must not look right
+        launch.x.new_full((m, launch.key.n), float("nan"))
+        reason = inaccuracy(launch.run(launch.x, 0, config)[rows], eager, oracle)
+        if reason and config != TORCH:
+            logger.warning("%s gives a wrong answer for %s and is not used: %s", config, launch.key, reason)
+        else:
+            passed.append(config)
+    return passed
+
+
+def fastest(launch: Launch, configs: list[TileConfig]) -> list[TileConfig]:
+    """The configurations with the smallest medians, found in stages of fewer configurations and more rounds."""
+    for rounds, keep, within in STAGES:
+        if len(configs) > 1:
+            timings = measure({config: launch.calls(config) for config in configs}, launch.key.m, rounds)
+            configs = sorted(configs, key=lambda config: timings[config].median_us)[:keep]
+            limit = within * timings[configs[0]].median_us
+            configs = [config for config in configs if timings[config].median_us <= limit]
+    return configs
+
+
+def measure(calls: dict[K, Calls], m: int, rounds: int) -> dict[K, Timing]:
+    """Times calls for `m` tokens in turn: in graphs if there are few, alone if there are many."""
+    if m <= GRAPHS_UP_TO:
+        return round_robin_graphs(calls, rounds)
+    return round_robin({name: copies[0] for name, copies in calls.items()}, rounds, repeats=1 if m >= LONG else 4)

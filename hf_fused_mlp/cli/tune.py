@@ -1,0 +1,166 @@
+"""`hf-fused-mlp tune`: measures the fastest plan for a model's MLPs on this GPU, and keeps it for every later run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from hf_fused_mlp.activations import find_activation
+from hf_fused_mlp.cli.console import console, fail, output, require_directory
+from hf_fused_mlp.cli.shapes import SHAPES, build
+from hf_fused_mlp.registry import find_spec
+from hf_fused_mlp.types import GPU, MLPKind, ProblemKey, TileConfig, next_power_of_two
+
+if TYPE_CHECKING:
+    from hf_fused_mlp.tuning.plan_files import TunedPlan  # imports Triton
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+POWERS_OF_TWO = ",".join(str(2**i) for i in range(15))
+
+
+@dataclass(frozen=True)
+class MLP:
+    """What a plan depends on of an MLP, before there are tokens and a GPU."""
+
+    hidden: int
+    intermediate: int
+    out: int
+    gated: bool
+    activation: str
+    dtype: torch.dtype
+    bias: bool
+
+    def key(self, m: int, gpu: GPU) -> ProblemKey:
+        """The problem that `m` tokens make; a fused MLP is one block of memory."""
+        return ProblemKey(m=next_power_of_two(m), one_block=True, gpu=gpu, **vars(self))
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="A directory or hub id, a shape of `bench`, or 'all' of those shapes.")],
+    m: Annotated[str, typer.Option(help="Token counts, comma-separated; each stands for its power of two.")] = (
+        POWERS_OF_TWO
+    ),
+    dtype: Annotated[str, typer.Option(help=f"auto (the model's own) or {', '.join(DTYPES)}.")] = "auto",
+    file: Annotated[
+        Path | None, typer.Option("--output", dir_okay=False, help="Where to keep the plans, if not in your cache.")
+    ] = None,
+) -> None:
+    """Measure which kernels run a model's MLPs fastest on this GPU, and keep the answer. Weights are not needed."""
+    counts = m.replace(" ", "").split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
+    tokens = sorted({next_power_of_two(int(count)) for count in counts})
+    if dtype != "auto" and dtype not in DTYPES:
+        fail(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+    mlps = mlps_of(model, DTYPES.get(dtype))
+    if not torch.cuda.is_available():
+        fail("tune needs a CUDA GPU, and PyTorch finds none; the rules of thumb need no tuning")
+    gpu = GPU.of(torch.device("cuda", torch.cuda.current_device()))
+    if gpu.capability < (8, 0):
+        fail(f"no kernels for {gpu.name}; they need CUDA compute capability 8.0 or later")
+
+    from hf_fused_mlp.tuning import tuner  # imports Triton
+
+    path = keep([], gpu, file)  # if it cannot be written, that is better known before than after
+    tuned = []
+    problems = [mlp.key(m, gpu) for mlp in mlps for m in tokens]
+    for key in track(problems, "tuning", console=console):
+        try:
+            tuned.append(tuner.tune(key))
+        except torch.OutOfMemoryError:
+            problem = f"{describe_problem(key)}, {key.m} tokens"
+            console.print(f"skipped, since the GPU has no room for it: {problem}", highlight=False, soft_wrap=True)
+        else:
+            keep(tuned[-1:], gpu, file)
+    for table in report(tuned):
+        output.print(table)
+    output.print(
+        f"{len(tuned)} of {len(problems)} problems tuned; plans are in {path}",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def keep(tuned: "list[TunedPlan]", gpu: GPU, file: Path | None) -> Path:
+    from hf_fused_mlp.tuning import cache  # imports Triton
+
+    try:
+        return cache.save(tuned, gpu, file)
+    except OSError as error:
+        fail(f"plans cannot be kept ({error}); name a file that can be written with --output")
+
+
+def mlps_of(name: str, dtype: torch.dtype | None) -> list[MLP]:
+    """The distinct MLPs that would be fused in a model of that name, of a shape, or of all shapes."""
+    if name == "all" or name in SHAPES:
+        shapes = SHAPES.values() if name == "all" else [SHAPES[name]]
+        modules = [build(shape, dtype or torch.bfloat16, "meta") for shape in shapes]
+    else:
+        modules = [skeleton(name, dtype)]
+    mlps = [mlp for module in modules for child in module.modules() if (mlp := mlp_of(child))]
+    if not mlps:
+        fail(f"{name} has no MLP of a known class; tune knows those of Transformers that the README lists")
+    return list(dict.fromkeys(mlps))
+
+
+def skeleton(name: str, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a directory or hub id without weights."""
+    require_directory(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            return AutoModel.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
+    except (OSError, ValueError, ImportError) as error:
+        fail(str(error))
+
+
+def mlp_of(module: nn.Module) -> MLP | None:
+    """The MLP that a module is, or None if it is not one of a known class and activation."""
+    spec = find_spec(type(module))
+    activation = spec and find_activation(getattr(module, spec.activation))
+    if activation is None:
+        return None
+    up, down = getattr(module, spec.up), getattr(module, spec.down)
+    return MLP(
+        hidden=up.in_features,
+        intermediate=down.in_features,
+        out=down.out_features,
+        gated=spec.kind is not MLPKind.PLAIN,
+        activation=activation,
+        dtype=up.weight.dtype,
+        bias=any(getattr(module, name).bias is not None for name in spec.projections),
+    )
+
+
+def report(tuned: "list[TunedPlan]") -> Iterator[Table]:
+    """A table an MLP: by token count the plan, its time, and how many times faster than unfused it is."""
+    for title, entries in groupby(tuned, lambda entry: describe_problem(entry.key)):
+        table = Table("M", "up", "down", "us", "unfused, us", "gain", title=title, title_justify="left")
+        for index in (0, 3, 4, 5):
+            table.columns[index].justify = "right"
+        for entry in entries:
+            configs = [describe_config(config) for config in (entry.plan.up, entry.plan.down)]
+            times = f"{entry.plan_us:.1f}", f"{entry.unfused_us:.1f}"
+            table.add_row(str(entry.key.m), *configs, *times, f"{entry.unfused_us / entry.plan_us:.2f}x")
+        yield table
+
+
+def describe_problem(key: ProblemKey) -> str:
+    kind = "gated" if key.gated else "plain"
+    bias = ", bias" if key.bias else ""
+    return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {str(key.dtype).removeprefix('torch.')}"
+
+
+def describe_config(config: TileConfig) -> str:
+    """The family, and of its tile what it reads."""
+    tile = "x".join(str(size) for size in (config.block_m, config.block_n, config.block_k) if size > 1)
+    return f"{config.kernel} {tile}".rstrip()

@@ -1,0 +1,72 @@
+"""Where measured plans lie, and looking them up: the user's own file first, then the one that ships.
+
+A file is read when its GPU is first asked for, and kept for the life of the process.
+"""
+
+import os
+import re
+from collections.abc import Hashable, Iterable
+from functools import cache
+from pathlib import Path
+
+from platformdirs import user_cache_dir
+
+from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
+from hf_fused_mlp.types import GPU, Plan, ProblemKey
+
+SHIPPED = Path(__file__).parent / "plans"
+
+# what dispatch looked up before; here because a new plan must empty it
+remembered: dict[Hashable, Plan] = {}
+
+
+def user_file(gpu: GPU) -> Path:
+    """The user's plans for `gpu`: in `$HF_FUSED_MLP_CACHE`, or in the system's place for caches."""
+    directory = os.environ.get("HF_FUSED_MLP_CACHE") or user_cache_dir("hf-fused-mlp", appauthor=False)
+    return Path(directory).expanduser() / file_name(gpu.name, gpu.num_sms)
+
+
+def file_name(gpu_name: str, num_sms: int) -> str:
+    """Such as `nvidia-h100-80gb-hbm3-132.json`; one GPU's name may stand for several sizes."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{gpu_name} {num_sms}".lower()) + ".json"
+
+
+def user_plan(key: ProblemKey) -> Plan | None:
+    """The plan that was measured on this machine, with the versions of PyTorch and Triton that run now."""
+    tuned = _user_plans(key.gpu).get(key)
+    return tuned and tuned.plan
+
+
+def shipped_plan(key: ProblemKey) -> Plan | None:
+    """The plan that came with the package, measured on the same GPU and kernels but maybe with other versions."""
+    tuned = _shipped_plans(key.gpu).get(key)
+    return tuned and tuned.plan
+
+
+def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path:
+    """Adds plans to `path`, the user's file unless given, where the next call finds them. Returns the path.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = path or user_file(gpu)
+    write(path, tuned, gpu)
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Empties the memory of this process; files are read again when they are next asked for."""
+    _user_plans.cache_clear()
+    _shipped_plans.cache_clear()
+    remembered.clear()
+
+
+@cache
+def _user_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
+    return read(user_file(gpu), gpu)
+
+
+@cache
+def _shipped_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
+    return read(SHIPPED / file_name(gpu.name, gpu.num_sms), gpu, any_version=True)

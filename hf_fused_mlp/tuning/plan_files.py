@@ -1,0 +1,227 @@
+"""Plans on disk: a JSON document of measured plans for one GPU.
+
+Its header says what the plans were measured on; what does not hold here, or cannot be read, is skipped with a warning.
+A wrong plan is thus never loaded, and a bad file never stops a forward.
+"""
+
+import ast
+import datetime
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+import triton
+
+from hf_fused_mlp import kernels
+from hf_fused_mlp.types import GPU, Plan, ProblemKey, TileConfig
+
+FORMAT = 1
+VERSIONS = ("torch", "triton")
+REMEDY = "measure it again with `hf-fused-mlp tune`"
+
+T = TypeVar("T")
+
+logger = logging.getLogger("hf_fused_mlp")
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """The fastest plan for a problem, and the median microseconds that it and the unfused path took."""
+
+    key: ProblemKey
+    plan: Plan
+    plan_us: float
+    unfused_us: float
+
+
+def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, TunedPlan]:
+    """The plans in `path` that hold on `gpu`; of what is skipped, one warning tells.
+
+    Args:
+        any_version: take plans that were measured with other versions of PyTorch and Triton.
+    """
+    try:
+        document = json.loads(path.read_text())
+        reason = _stale_reason(document, gpu, ignored=VERSIONS if any_version else ())
+        entries = document["plans"] if reason is None else []
+        if not isinstance(entries, list):
+            reason, entries = f"its plans are a {type(entries).__name__}, expected a list", []
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        reason, entries = f"not a file of plans ({type(error).__name__}: {error})", []
+    if reason is not None:
+        logger.warning("%s: %s; its plans are not used, %s", path, reason, REMEDY)
+
+    plans: dict[ProblemKey, TunedPlan] = {}
+    skipped: list[str] = []
+    for index, entry in enumerate(entries):
+        try:
+            tuned = _from_json(entry, gpu)
+            plans[tuned.key] = tuned
+        except (ValueError, TypeError, KeyError) as error:
+            skipped.append(f"plans[{index}]: {error}")
+    if skipped:
+        more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
+        logger.warning("%s: %s; skipped%s, %s", path, skipped[0], more, REMEDY)
+    return plans
+
+
+def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
+    """Adds plans to `path`, in place of those for the same problems; what no longer holds in it is dropped.
+
+    The file is replaced as a whole, so that no reader finds half of one, and by one process at a time.
+
+    Raises:
+        OSError: the directory cannot be made or written to; the file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):
+        plans = read(path, gpu) | {entry.key: entry for entry in tuned}
+        lines = ",\n".join(json.dumps(_to_json(plans[key])) for key in sorted(plans, key=_order))
+        header = json.dumps(header_of(gpu), indent=1)[:-2]
+        _replace(path, f'{header},\n "plans": [\n{lines}\n ]\n}}\n')
+
+
+def header_of(gpu: GPU) -> dict[str, Any]:
+    """What plans depend on besides the problem."""
+    return {
+        "format": FORMAT,
+        "gpu": gpu.name,
+        "num_sms": gpu.num_sms,
+        "kernels": kernels_hash(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def unsupported(key: ProblemKey, plan: Plan) -> str | None:
+    """Why `plan` cannot run `key`, or None if it can."""
+    for name, launch, config in (("up", key.up, plan.up), ("down", key.down, plan.down)):
+        if config.kernel == "torch":
+            continue
+        if config.kernel not in kernels.FAMILIES:
+            return f"{name}: unknown kernel {config.kernel!r}; known are torch, {', '.join(kernels.FAMILIES)}"
+        if reason := kernels.FAMILIES[config.kernel].supports(launch):
+            return f"{name}: {config.kernel} does not run this problem: {reason}"
+    return None
+
+
+@cache
+def kernels_hash() -> str:
+    """A hash of the kernels' code: comments, docstrings and layout do not count, and Python's version does not."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        digest.update(f"{path.name} {canonical_code(path.read_text())}".encode())
+    return digest.hexdigest()[:16]
+
+
+def canonical_code(source: str) -> str:
+    """What Python code says, without what does nothing: comments, layout, statements that are bare strings.
+
+    Not `ast.dump`, which shows fields that only some versions of Python have, though they are empty.
+    """
+
+    def canonical(node):
+        if isinstance(node, list):
+            return tuple(canonical(child) for child in node if not _is_bare_string(child))
+        if not isinstance(node, ast.AST):
+            return node
+        fields = ((name, canonical(value)) for name, value in ast.iter_fields(node))
+        return (type(node).__name__, *(field for field in fields if field[1] not in (None, ())))
+
+    return repr(canonical(ast.parse(source)))
+
+
+def _is_bare_string(node) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _stale_reason(document: dict[str, Any], gpu: GPU, ignored: tuple[str, ...]) -> str | None:
+    for name, here in header_of(gpu).items():
+        found = document.get(name) if isinstance(document, dict) else None
+        if name not in ("date", *ignored) and found != here:
+            return f"{name} is {found!r}, here {here!r}"
+    return None
+
+
+def _to_json(tuned: TunedPlan) -> dict[str, Any]:
+    key = {name: getattr(tuned.key, name) for name in get_type_hints(ProblemKey) if name != "gpu"}
+    return {
+        "problem": key | {"dtype": str(tuned.key.dtype).removeprefix("torch.")},
+        "plan": asdict(tuned.plan),
+        "plan_us": round(tuned.plan_us, 2),
+        "unfused_us": round(tuned.unfused_us, 2),
+    }
+
+
+def _from_json(entry: dict[str, Any], gpu: GPU) -> TunedPlan:
+    """Raises ValueError, TypeError or KeyError where anything but a plan for its problem comes out."""
+    key = _typed(ProblemKey, entry["problem"], gpu=gpu)
+    plan = Plan(up=_config(entry["plan"]["up"]), down=_config(entry["plan"]["down"]))
+    if reason := unsupported(key, plan):
+        raise ValueError(reason)
+    return TunedPlan(key, plan, float(entry["plan_us"]), float(entry["unfused_us"]))
+
+
+def _config(values: dict[str, Any]) -> TileConfig:
+    config = _typed(TileConfig, values)
+    for name, value in values.items():
+        if name.startswith(("block_", "num_warps")) and value.bit_count() != 1:
+            raise ValueError(f"{name} {value}: expected a power of two")
+    return config
+
+
+def _typed(cls: type[T], values: dict[str, Any], **given: Any) -> T:
+    """An instance of the dataclass `cls` from JSON; every field must be known, and of exactly its type."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{cls.__name__} is {values!r}, expected an object")
+    types = get_type_hints(cls)
+    arguments = dict(given)
+    for name, value in values.items():
+        if name not in types or name in given:
+            raise ValueError(f"unknown field {name!r} of {cls.__name__}")
+        if types[name] is torch.dtype:
+            value = getattr(torch, str(value), None)
+        if type(value) is not types[name]:
+            raise ValueError(f"{name} is {values[name]!r}, expected a {types[name].__name__}")
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def _order(key: ProblemKey) -> tuple:
+    return key.hidden, key.intermediate, key.out, key.gated, key.activation, str(key.dtype), key.bias, key.m
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds other processes off; the lock is on the directory itself, and so leaves no file behind."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,129 @@
+"""`hf-fused-mlp tune`: which problems it finds in a model, and what it keeps. The tuner has tests of its own."""
+
+import json
+
+import pytest
+import torch
+from models import MODEL_TYPES, tiny_config, tiny_model
+from typer.testing import CliRunner
+
+from hf_fused_mlp import fuse_model
+from hf_fused_mlp.cli import app
+from hf_fused_mlp.cli.shapes import SHAPES
+from hf_fused_mlp.cli.tune import MLP, mlps_of
+from hf_fused_mlp.dispatch import find_plan, problem_key
+from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.tuning import tuner
+from hf_fused_mlp.tuning.plan_files import TunedPlan
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, TileConfig
+
+H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, ["tune", *map(str, args)])
+
+
+@pytest.fixture
+def gpu(plan_cache, monkeypatch):
+    """A GPU on paper, and an empty cache; a plan for 64 tokens takes 64 us, and too many tokens too much memory."""
+
+    def tune(key):
+        if key.m > 4096:
+            raise torch.OutOfMemoryError("none left")
+        plan = UNFUSED if key.m == 2 else Plan(TileConfig("skinny", 16, 64, 128, num_stages=4), TORCH)
+        return TunedPlan(key, plan, float(key.m), key.m * 1.5)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(GPU, "of", lambda device: H100)
+    monkeypatch.setattr(tuner, "tune", tune)
+    return H100
+
+
+def test_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = invoke("phi-3-mini")
+    assert result.exit_code == 2
+    assert "tune needs a CUDA GPU" in result.output
+
+
+def test_a_shape(gpu, plan_cache):
+    result = invoke("pythia-6.9b", "--m", "2, 16,17")
+    assert result.exit_code == 0, result.output
+    assert f"3 of 3 problems tuned; plans are in {plan_cache}/nvidia-h100-80gb-hbm3-132.json" in result.stdout
+    assert "4096 x 16384 plain gelu, bias, bfloat16" in result.stdout
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "x │" in line]
+    assert cells == [
+        ["2", "torch", "torch", "2.0", "3.0", "1.50x"],
+        ["16", "skinny 16x64x128", "torch", "16.0", "24.0", "1.50x"],
+        ["32", "skinny 16x64x128", "torch", "32.0", "48.0", "1.50x"],
+    ]
+    key = MLP(4096, 16384, 4096, False, "gelu", torch.bfloat16, True).key(17, gpu)
+    assert key.m == 32
+    assert find_plan(key).up.kernel == "skinny"
+
+
+def test_a_second_run_adds_to_the_file(gpu, plan_cache, tmp_path):
+    file = tmp_path / "my" / "plans.json"
+    for arguments in (("phi-3-mini", "--m", "2"), ("phi-3-mini", "--m", "2,4"), ("llama-3-8b", "--m", "2")):
+        assert invoke(*arguments, "--output", file).exit_code == 0
+    problems = [entry["problem"] for entry in json.loads(file.read_text())["plans"]]
+    assert [(problem["hidden"], problem["m"]) for problem in problems] == [(3072, 2), (3072, 4), (4096, 2)]
+    assert not plan_cache.exists()
+
+
+def test_a_problem_without_room_is_skipped(gpu):
+    result = invoke("phi-3-mini", "--m", "2,8192", "--dtype", "float16")
+    assert result.exit_code == 0
+    assert "no room for it: 3072 x 8192 gated silu, float16, 8192 tokens" in result.output
+    assert "1 of 2 problems tuned" in result.stdout
+
+
+def test_a_file_that_cannot_be_written(gpu, tmp_path):
+    (tmp_path / "file").touch()
+    result = invoke("phi-3-mini", "--output", tmp_path / "file" / "plans.json")
+    assert result.exit_code == 2
+    assert "plans cannot be kept" in result.output
+
+
+def test_a_gpu_without_kernels(gpu, monkeypatch):
+    monkeypatch.setattr(GPU, "of", lambda device: GPU("Tesla T4", 40, (7, 5), 65536))
+    assert "no kernels for Tesla T4" in invoke("phi-3-mini").output
+
+
+def test_every_shape_is_found():
+    assert len(mlps_of("all", None)) == len(SHAPES)
+    assert mlps_of("phi-3-mini", torch.float16) == [MLP(3072, 8192, 3072, True, "silu", torch.float16, False)]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_model_gives_the_problems_that_its_fused_mlps_ask_for(model_type, tmp_path):
+    tiny_config(model_type, dtype="float16").save_pretrained(tmp_path)
+    model = fuse_model(tiny_model(model_type, dtype=torch.float16), strict=True)
+    asked = set()
+    for module in model.modules():
+        if isinstance(module, FusedMLP):
+            gate, up, down, *biases, activation = module.operands()
+            bias = any(tensor is not None for tensor in biases)
+            asked.add(problem_key(3, gate, up, down, activation, bias))
+    gpu = GPU.of(torch.device("cpu"))
+    assert {mlp.key(3, gpu) for mlp in mlps_of(str(tmp_path), None)} == asked
+
+
+def test_a_model_without_known_mlps(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50).save_pretrained(tmp_path)
+    result = invoke(tmp_path)
+    assert result.exit_code == 2
+    assert "no MLP of a known class" in result.output
+
+
+@pytest.mark.gpu
+def test_tune_for_real(tmp_path):
+    file = tmp_path / "plans.json"
+    result = invoke("smollm2-135m", "--m", "1,16,300", "--output", file)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(file.read_text())["plans"]) == 3

@@ -1,0 +1,296 @@
+"""Plans on disk and in use: what is written is found again, and what does not hold is skipped with a warning."""
+
+import json
+import logging
+import timeit
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import assert_accurate, oracle_of, random_mlp
+from triton.runtime.errors import OutOfResources
+
+from hf_fused_mlp import dispatch
+from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.tuning import cache, plan_files
+from hf_fused_mlp.tuning.heuristics import heuristic_plan
+from hf_fused_mlp.tuning.plan_files import TunedPlan, canonical_code, kernels_hash, read, write
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, ProblemKey, TileConfig
+
+H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
+KEY = ProblemKey(16, 576, 1536, 576, True, "silu", torch.bfloat16, False, True, H100)
+SKINNY = TileConfig("skinny", 16, 64, 64, num_stages=4)
+TUNED = TunedPlan(KEY, Plan(SKINNY, TORCH), 10.5, 14.25)
+
+
+pytestmark = pytest.mark.usefixtures("plan_cache")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "plans.json"
+    write(path, [TUNED], H100)
+    return path
+
+
+def edited(path, change):
+    """Applies `change` to the JSON document in `path`."""
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def the_warning(caplog):
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "hf-fused-mlp tune" in record.getMessage()
+    return record.getMessage()
+
+
+def test_round_trip(file, caplog):
+    plain = TunedPlan(replace(KEY, gated=False, bias=True, m=1, out=100), UNFUSED, 3.0, 3.0)
+    write(file, [plain], H100)
+    assert read(file, H100) == {KEY: TUNED, plain.key: plain}
+    assert not caplog.records
+    assert len(file.read_text().splitlines()) == 13, "a line an entry, so that a difference can be read"
+
+
+def test_a_new_plan_replaces_the_old_one_for_its_problem(file):
+    newer = replace(TUNED, plan=UNFUSED, plan_us=9.0)
+    write(file, [newer], H100)
+    assert read(file, H100) == {KEY: newer}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '{"format": 1}', "[" * 100000, "\0"], ids=range(8))
+def test_malformed_files(tmp_path, text, caplog):
+    (tmp_path / "plans.json").write_text(text)
+    assert read(tmp_path / "plans.json", H100) == {}
+    assert str(tmp_path / "plans.json") in the_warning(caplog)
+
+
+def test_no_file_is_no_warning(tmp_path, caplog):
+    assert read(tmp_path / "plans.json", H100) == {}
+    assert not caplog.records
+
+
+def test_a_directory_is_not_a_file(tmp_path, caplog):
+    assert read(tmp_path, H100) == {}
+    assert "IsADirectoryError" in the_warning(caplog)
+
+
+@pytest.mark.parametrize("name", ["format", "gpu", "num_sms", "kernels", "torch", "triton"])
+def test_stale_files(file, name, caplog):
+    edited(file, lambda document: document.update({name: "another"}))
+    assert read(file, H100) == {}
+    assert f"{name} is 'another', here" in the_warning(caplog)
+    versions = ("torch", "triton")
+    assert read(file, H100, any_version=True) == ({KEY: TUNED} if name in versions else {})
+    caplog.clear()
+    write(file, [], H100)
+    assert len(caplog.records) == 1
+    assert read(file, H100) == {}, "what does not hold is dropped by the next write"
+
+
+WRONG = {
+    "unknown kernel 'magic'": lambda entry: entry["plan"]["up"].update(kernel="magic"),
+    "unknown field 'split'": lambda entry: entry["plan"]["up"].update(split=2),
+    "unknown field 'colour'": lambda entry: entry["problem"].update(colour="red"),
+    "unknown field 'gpu'": lambda entry: entry["problem"].update(gpu="mine"),
+    "dtype is 'float7'": lambda entry: entry["problem"].update(dtype="float7"),
+    "dtype is 'nn'": lambda entry: entry["problem"].update(dtype="nn"),
+    "dtype is [1]": lambda entry: entry["problem"].update(dtype=[1]),
+    "m is '16'": lambda entry: entry["problem"].update(m="16"),
+    "bias is 0": lambda entry: entry["problem"].update(bias=0),
+    "num_stages is 4.0": lambda entry: entry["plan"]["up"].update(num_stages=4.0),
+    "block_m 0: expected a power of two": lambda entry: entry["plan"]["up"].update(block_m=0),
+    "block_n 48: expected a power of two": lambda entry: entry["plan"]["up"].update(block_n=48),
+    "made for M of 2 to 128": lambda entry: entry["problem"].update(m=512),
+    "not one aligned block": lambda entry: (
+        entry["plan"]["up"].update(kernel="gemm"),
+        entry["problem"].update(one_block=False),
+    ),
+    "missing 1 required positional argument: 'hidden'": lambda entry: entry["problem"].pop("hidden"),
+    "'plan_us'": lambda entry: entry.pop("plan_us"),
+    "'plan'": lambda entry: entry.pop("plan"),
+    "TileConfig is None": lambda entry: entry["plan"].update(down=None),
+    "could not convert": lambda entry: entry.update(plan_us="fast"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_entries_are_skipped(file, words, caplog):
+    good = replace(TUNED, key=replace(KEY, m=32))
+    write(file, [good], H100)
+    edited(file, lambda document: WRONG[words](document["plans"][0]))
+    assert read(file, H100) == {good.key: good}
+    message = the_warning(caplog)
+    assert words in message
+    assert f"{file}: plans[0]" in message
+
+
+def test_many_wrong_entries_are_one_warning(file, caplog):
+    edited(file, lambda document: document.update(plans=[None, 1, "two"]))
+    assert read(file, H100) == {}
+    assert "and 2 more" in the_warning(caplog)
+
+
+@pytest.mark.parametrize("step", ["replace", "chmod"])
+def test_a_write_that_fails_leaves_the_file(file, step, monkeypatch):
+    before = file.read_text()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plan_files.os, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(file, [replace(TUNED, plan=UNFUSED)], H100)
+    assert file.read_text() == before
+    assert list(file.parent.glob(".*")) == [], "no temporary file is left"
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    import multiprocessing
+
+    keys = [replace(KEY, m=2**i, hidden=64 * j) for i in range(1, 7) for j in range(1, 5)]
+    tuned = [replace(TUNED, key=key) for key in keys]
+    context = multiprocessing.get_context("fork")
+    path = tmp_path / "plans.json"
+    writers = [context.Process(target=_write_each, args=(path, tuned[i::4])) for i in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert read(path, H100).keys() == set(keys)
+
+
+def _write_each(path, tuned):
+    for entry in tuned:
+        write(path, [entry], H100)
+
+
+def test_the_kernels_hash_is_of_code_only():
+    source = 'def f(x):\n    return {"a": x + 1}\n'
+    prose = '"""Module."""\n\ndef f(x):  # a comment\n    """Does it."""\n    return {\n        "a": x + 1,\n    }\n'
+    assert canonical_code(source) == canonical_code(prose)
+    assert canonical_code(source) != canonical_code(source.replace("1", "2"))
+    assert canonical_code(source) != canonical_code(source.replace("+", "-"))
+    assert canonical_code("x = None") != canonical_code("x = 0")
+    assert len(kernels_hash()) == 16
+
+
+def assert_valid(path):
+    """A file that ships is named after its GPU, of these kernels, and every plan in it can be used."""
+    document = json.loads(path.read_text())
+    gpu = GPU(document["gpu"], document["num_sms"], (9, 0), 1 << 18)
+    assert path.name == cache.file_name(gpu.name, gpu.num_sms)
+    assert document["kernels"] == kernels_hash(), "the kernels changed; tune again"
+    plans = read(path, gpu, any_version=True)
+    assert len(plans) == len(document["plans"])
+    for tuned in plans.values():
+        assert tuned.plan_us <= tuned.unfused_us, "slower than unfused"
+
+
+def test_shipped_files(tmp_path, caplog):
+    path = tmp_path / "nvidia-h100-80gb-hbm3-132.json"
+    write(path, [TUNED], H100)
+    for file in (path, *(Path(cache.__file__).parent / "plans").glob("*")):
+        assert_valid(file)
+    assert not caplog.records
+    with pytest.raises(AssertionError):
+        assert_valid(edited(path, lambda document: document.update(kernels="of last year")))
+
+
+def test_the_users_plan_beats_the_shipped_and_that_the_rule(file, caplog):
+    shipped, user = cache.SHIPPED / cache.file_name(H100.name, 132), cache.user_file(H100)
+    assert dispatch.find_plan(KEY) == heuristic_plan(KEY)
+    shipped.parent.mkdir()
+    edited(file, lambda document: document.update(torch="2.9.0", triton="3.5.0")).rename(shipped)
+    cache.forget()
+    assert dispatch.find_plan(KEY) == TUNED.plan != heuristic_plan(KEY)
+    assert cache.save([replace(TUNED, plan=UNFUSED)], H100) == user
+    assert dispatch.find_plan(KEY) == UNFUSED
+    assert dispatch.find_plan(replace(KEY, m=32)) == heuristic_plan(replace(KEY, m=32))
+    for other in (replace(KEY, one_block=False), replace(KEY, bias=True), replace(KEY, gpu=replace(H100, num_sms=78))):
+        assert dispatch.find_plan(other) == heuristic_plan(other)
+    assert not caplog.records
+
+
+def test_a_stale_user_file_is_ignored_with_one_message(caplog):
+    user = cache.save([TUNED], H100)
+    edited(user, lambda document: document.update(torch="1.0"))
+    for m in (1, 2, 16, 16):
+        assert dispatch.find_plan(replace(KEY, m=m)) == heuristic_plan(replace(KEY, m=m))
+    assert "torch is '1.0'" in the_warning(caplog)
+
+
+def test_dispatch_runs_a_plan_from_the_users_file(device, monkeypatch):
+    operands = random_mlp(72, 104, True, False, torch.float16, device)
+    x = torch.randn(5, 72).to(torch.float16).to(device)
+    gpu = GPU.of(device)
+    key = dispatch.problem_key(5, *operands[:3], "silu")
+    ran = []
+    run_plan = dispatch.run_plan
+    monkeypatch.setattr(dispatch, "run_plan", lambda plan, *args: ran.append(plan) or run_plan(plan, *args))
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    plan = Plan(TileConfig("skinny", 16, 64, 64, num_stages=2), TORCH)
+    dispatch.mlp_cuda(x, *operands, "silu")
+    cache.save([TunedPlan(key, plan, 1.0, 2.0)], gpu)
+    out = dispatch.mlp_cuda(x, *operands, "silu")
+    assert ran == [heuristic_plan(key), plan], "a plan that was added counts from the next call on"
+    assert_accurate(out, mlp_ref(x, *operands, "silu"), oracle_of(x, operands, "silu"))
+
+
+def test_a_plan_that_does_not_fit_gives_way(monkeypatch, caplog):
+    """As it may with a plan that ships, measured with another Triton."""
+    operands = random_mlp(72, 104, True, False, torch.float16)
+    x = torch.randn(5, 72).to(torch.float16)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(dispatch, "SOURCES", [lambda key: TUNED.plan])
+    ran = []
+
+    def run_plan(plan, *args):
+        ran.append(plan)
+        if plan is TUNED.plan:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return mlp_ref(*args)
+
+    monkeypatch.setattr(dispatch, "run_plan", run_plan)
+    for _ in range(3):
+        assert torch.equal(dispatch.mlp_cuda(x, *operands, "silu"), mlp_ref(x, *operands, "silu"))
+    assert ran == [TUNED.plan, UNFUSED, UNFUSED]
+    assert "shared memory" in the_warning(caplog)
+
+
+def test_what_is_remembered_tells_problems_apart(monkeypatch):
+    """One remembered answer a problem, and no more: the cheap attributes distinguish what the key does."""
+    monkeypatch.setattr(dispatch, "SOURCES", [lambda key: key])
+    block = torch.zeros(2, 96, 64, dtype=torch.float16)
+    gate, up = block
+    down, shifted = torch.zeros(64, 96, dtype=torch.float16), torch.zeros(64 * 96 + 1, dtype=torch.float16)[1:]
+    problems = [
+        *((m, gate, up, down, False, "silu") for m in (1, 2, 3, 4, 5, 16, 17, 1000)),
+        (16, None, up, down, False, "silu"),
+        (16, gate, up, down, True, "silu"),
+        (16, gate, up, down, False, "relu"),
+        (16, gate, up.clone(), down, False, "silu"),
+        (16, gate, up, shifted.view(64, 96), False, "silu"),
+        (16, None, up, shifted.view(64, 96), False, "silu"),
+        (16, gate, up, down[:40], False, "silu"),
+        (16, gate.float(), up.float(), down.float(), False, "silu"),
+    ]
+    for _ in range(2):
+        for m, gate, up, down, bias, activation in problems:
+            key = dispatch.problem_key(m, gate, up, down, activation, bias)
+            assert dispatch.plan_for(m, gate, up, down, bias, activation) == key
+    assert len(dispatch.remembered) == len(set(dispatch.remembered.values())) == len(problems) - 2
+
+
+def test_a_look_up_takes_no_time():
+    """About a microsecond where nothing else runs; the bound is for a machine that is busy."""
+    gate, up, down, *_ = random_mlp(64, 96, True, False, torch.float16)
+    look_up = lambda: dispatch.plan_for(17, gate, up, down, False, "silu")  # noqa: E731
+    look_up()
+    assert min(timeit.repeat(look_up, number=1000, repeat=20)) / 1000 < 10e-6
