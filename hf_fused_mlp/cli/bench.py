@@ -3,8 +3,8 @@
 import copy
 import datetime
 import json
-from dataclasses import asdict, dataclass
-from importlib import import_module, metadata
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,40 +13,13 @@ import torch.nn.functional as F
 import typer
 from rich.progress import track
 from torch import nn
-from transformers import CONFIG_MAPPING
 
 from hf_fused_mlp.cli.console import console, fail
+from hf_fused_mlp.cli.shapes import SHAPES, Shape, build
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
 from hf_fused_mlp.types import MLPKind
 from hf_fused_mlp.validation import inaccuracy
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One MLP of a published model: its class in Transformers, its sizes and its activation in a config."""
-
-    name: str
-    mlp_class: str
-    hidden: int
-    intermediate: int
-    activation: str
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("llama-3-8b", "llama.LlamaMLP", 4096, 14336, "silu"),
-        Shape("llama-3.2-1b", "llama.LlamaMLP", 2048, 8192, "silu"),
-        Shape("smollm2-135m", "llama.LlamaMLP", 576, 1536, "silu"),
-        Shape("qwen2.5-7b", "qwen2.Qwen2MLP", 3584, 18944, "silu"),
-        Shape("gemma-2-9b", "gemma2.Gemma2MLP", 3584, 14336, "gelu_pytorch_tanh"),
-        Shape("phi-3-mini", "phi3.Phi3MLP", 3072, 8192, "silu"),
-        Shape("llama-3-70b", "llama.LlamaMLP", 8192, 28672, "silu"),
-        Shape("pythia-6.9b", "gpt_neox.GPTNeoXMLP", 4096, 16384, "gelu"),
-        Shape("gpt-neox-20b", "gpt_neox.GPTNeoXMLP", 6144, 24576, "gelu"),
-    )
-}
 
 
 def bench(
@@ -141,23 +114,6 @@ def measure_candidates(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[st
         for config, timing in timings:
             rows.append({"shape": shape.name, "m": m, "launch": launch, **asdict(config), **rounded(timing)})
     return rows
-
-
-def build(shape: Shape, dtype: torch.dtype) -> nn.Module:
-    """The Transformers module of `shape`, with random weights, on the GPU."""
-    model_type, class_name = shape.mlp_class.split(".")
-    config = CONFIG_MAPPING[model_type](
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        hidden_act=shape.activation,
-        hidden_activation=shape.activation,
-    )
-    mlp_class = getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), class_name)
-    with torch.device("cuda"):
-        mlp = mlp_class(config).to(dtype).eval()
-    for parameter in mlp.parameters():
-        nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
-    return mlp
 
 
 def implementations(eager: nn.Module, fused: nn.Module, x: torch.Tensor) -> dict[str, Any]:
