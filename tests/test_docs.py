@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from models import tiny_model
 
-from hf_fused_mlp.cli.bench import markdown_table
+from hf_fused_mlp.cli.tables import markdown_table
 from hf_fused_mlp.modules import FusedMLP
 
 ROOT = Path(__file__).parent.parent

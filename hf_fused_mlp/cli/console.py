@@ -1,5 +1,6 @@
 """Where the commands print: tables and answers on standard output, progress and errors on standard error."""
 
+from functools import cache
 from typing import NoReturn
 
 import typer
@@ -14,3 +15,9 @@ def fail(message: str) -> NoReturn:
     """Ends the command with one line on standard error and exit code 2."""
     console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+@cache
+def note(message: str) -> None:
+    """A line on standard error, the first time that it is said."""
+    console.print(f"[yellow]note:[/] {escape(message)}", highlight=False, soft_wrap=True)
