@@ -158,7 +158,7 @@ IMPLEMENTATIONS = {
         Implementation("two-gemms", two_gemms, "floor"),
     )
 }
-# the others tune themselves for each problem, which takes from seconds to a minute
+# the others tune themselves for each problem, which takes far longer than to measure it
 DEFAULT = ("fused", "eager", "compile", "liger", "packed-gemm", "two-gemms")
 
 
