@@ -1,4 +1,4 @@
-"""The MLPs of published models that are measured."""
+"""The MLPs of published models, by name, that commands measure and tune for."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,8 +35,8 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, dtype: torch.dtype) -> nn.Module:
-    """The Transformers module of `shape`, with random weights, on the GPU."""
+def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
+    """The Transformers module of `shape`, with random weights."""
     model_type, class_name = shape.mlp_class.split(".")
     config = CONFIG_MAPPING[model_type](
         hidden_size=shape.hidden,
@@ -45,7 +45,7 @@ def build(shape: Shape, dtype: torch.dtype) -> nn.Module:
         hidden_activation=shape.activation,
     )
     mlp_class = getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), class_name)
-    with torch.device("cuda"):
+    with torch.device(device):
         mlp = mlp_class(config).to(dtype).eval()
     for parameter in mlp.parameters():
         nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
