@@ -11,7 +11,6 @@ from rich.markup import escape
 from typer.testing import CliRunner
 
 from hf_fused_mlp.cli import app
-from hf_fused_mlp.cli.bench import markdown_table
 from hf_fused_mlp.cli.console import fail
 from hf_fused_mlp.cli.run import first_difference, report_table
 from hf_fused_mlp.fuse import FusionReport, MLPStatus
@@ -63,6 +62,10 @@ def test_run_a_directory(tmp_path):
         (["run", "--dtype", "int4"], "dtype 'int4': expected one of auto, float32"),
         (["bench", "--table", "/no/such/file.json"], "/no/such/file.json"),
         (["bench", "--shapes", "gpt-5"], "unknown shape 'gpt-5'; the shapes are llama-3-8b"),
+        (
+            ["bench", "--impl", "fused,fastest"],
+            "unknown implementation 'fastest'; the implementations are fused, eager",
+        ),
         (["bench", "--m", "one"], "m 'one': expected token counts"),
         (["tune", "/no/such/directory"], "/no/such/directory: no such directory"),
         (["tune", "phi-3-mini", "--m", "1,0"], "m '1,0': expected token counts"),
@@ -94,26 +97,6 @@ def test_run_with_nothing_fusable(tmp_path):
     result = invoke("run", tmp_path)
     assert result.exit_code == 2
     assert "no MLP of this model was fused" in result.output
-
-
-def test_table_of_an_earlier_run(tmp_path):
-    row = {"shape": "phi-3-mini", "dtype": "bfloat16", "m": 1}
-    times = {"eager": 30.0, "fused": 20.0, "two-gemms": 25.0}
-    rows = [row | {"impl": impl, "median_us": us} for impl, us in times.items()]
-    (tmp_path / "run.json").write_text(json.dumps({"rows": rows + [entry | {"m": 2} for entry in rows]}))
-    table = invoke("bench", "--table", tmp_path / "run.json", "--shapes", "phi-3-mini", "--m", "1").stdout.strip()
-    assert table == markdown_table(rows)
-    assert table.splitlines()[2:] == ["| phi-3-mini | bfloat16 | 1 | 30.0 | 20.0 | 25.0 | 1.50x |"]
-
-
-@pytest.mark.gpu
-def test_bench(tmp_path):
-    file = tmp_path / "run.json"
-    result = invoke("bench", "--shapes", "smollm2-135m,pythia-6.9b", "--m", "1,300", "--json", file)
-    assert result.exit_code == 0, result.output
-    run = json.loads(file.read_text())
-    assert len(run["rows"]) == 2 * 2 * 3
-    assert all(0 < row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in run["rows"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from models import tiny_model
 
-from hf_fused_mlp.cli.bench import markdown_table
+from hf_fused_mlp.cli.results import read
+from hf_fused_mlp.cli.tables import markdown_table
 from hf_fused_mlp.modules import FusedMLP
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +28,21 @@ def test_readme_code_runs(tmp_path, capsys):
 
 
 def test_performance_table_is_the_json():
-    rows = json.loads((ROOT / "docs/benchmarks/h100.json").read_text())["rows"]
+    _, rows = read(ROOT / "docs/benchmarks/h100.json")
     table = markdown_table([row for row in rows if row["m"] in (1, 16, 512, 4096)])
     assert f"<!-- table -->\n{table}\n<!-- /table -->" in (ROOT / "docs/performance.md").read_text()
+
+
+def test_plots_are_the_json(tmp_path):
+    """Other versions of matplotlib draw the same lines with other bytes."""
+    plots = pytest.importorskip("hf_fused_mlp.cli.plots")
+    header, rows = read(ROOT / "docs/benchmarks/h100.json")
+    drawn = plots.draw(tmp_path, header, rows)
+    assert [file.name for file in drawn] == ["speedup.svg", "decode.svg", "prefill.svg"]
+    committed = [(ROOT / "docs/benchmarks" / file.name).read_text() for file in drawn]
+    if f"Matplotlib v{plots.matplotlib.__version__}," not in committed[0]:
+        pytest.skip(f"drawn with another version than {plots.matplotlib.__version__}")
+    assert [file.read_text() for file in drawn] == committed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

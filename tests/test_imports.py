@@ -28,6 +28,9 @@ MAY_IMPORT = {
     "fuse": {"torch", "registry", "modules"},
     "integrations": {"torch", "transformers", "fuse"},
     "cli": {
+        "liger_kernel",
+        "quack",
+        "matplotlib",
         "torch",
         "transformers",
         "typer",

@@ -1,21 +1,25 @@
-"""`hf-fused-mlp bench`: one MLP of each published shape, fused against what it replaces, on this GPU."""
+"""`hf-fused-mlp bench`: one MLP of each published shape, fused against what it replaces and its peers, on this GPU."""
 
 import copy
 import datetime
-import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
-from hf_fused_mlp.cli.console import console, fail
+from hf_fused_mlp.cli import results
+from hf_fused_mlp.cli.console import console, fail, note
+from hf_fused_mlp.cli.peers import DEFAULT, IMPLEMENTATIONS, Unavailable, package_versions
+from hf_fused_mlp.cli.results import Header, Row
 from hf_fused_mlp.cli.shapes import SHAPES, Shape, build
+from hf_fused_mlp.cli.tables import candidates_table, markdown_table
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
 from hf_fused_mlp.types import MLPKind
@@ -26,42 +30,79 @@ def bench(
     shapes: Annotated[str, typer.Option(help="Shapes, comma-separated, or 'all'.")] = "llama-3-8b,pythia-6.9b",
     m: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,16,512,4096",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    impl: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Implementations, comma-separated, or 'all': {', '.join(IMPLEMENTATIONS)}. What is not installed is "
+            f"left out. Default: {','.join(DEFAULT)}; with --table, all in the file.",
+            show_default=False,
+        ),
+    ] = None,
     candidates: Annotated[bool, typer.Option("--candidates", help="Time every tile configuration instead.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the measurements.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            dir_okay=False,
+            help="Where to write the measurements; a file of the same system keeps its other problems.",
+        ),
+    ] = None,
     table: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Measure nothing; print these rows of an earlier run's JSON."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="A directory for SVG plots of all rows of the JSON, or else of this run."),
+    ] = None,
 ) -> None:
-    """Time fused MLPs against Transformers' own, on the GPU: correctness first, then in turn within one run."""
-    names = list(SHAPES) if shapes == "all" else shapes.split(",")
-    if unknown := [name for name in names if name not in SHAPES]:
-        fail(f"unknown shape {unknown[0]!r}; the shapes are {', '.join(SHAPES)}")
+    """Time fused MLPs against Transformers' own and peers, on the GPU: correctness first, then in turn in one run."""
+    shape_names = chosen("shape", shapes, SHAPES)
+    impl_names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
     try:
         tokens = [int(count) for count in m.split(",")]
     except ValueError:
         fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
     if dtype not in ("bfloat16", "float16"):
         fail(f"dtype {dtype!r}: expected bfloat16 or float16")
+    if plot is not None:
+        try:
+            from hf_fused_mlp.cli.plots import draw
+        except ImportError as error:
+            fail(f"--plot needs matplotlib ({error}); pip install 'hf-fused-mlp[bench]'")
 
     if table is not None:
-        rows = json.loads(table.read_text())["rows"]
-        rows = [row for row in rows if row["shape"] in names and row["m"] in tokens]
+        header, kept = results.read(table)
+        rows = [row for row in kept if row["shape"] in shape_names and row["m"] in tokens]
+        rows = [row for row in rows if row.get("impl", impl_names[0]) in impl_names]
     elif torch.cuda.is_available():
-        result = environment()
-        problems = [(SHAPES[name], count) for name in names for count in tokens]
-        rows = []
-        for shape, count in track(problems, "measuring", console=console):
-            rows += (measure_candidates if candidates else measure)(shape, count, getattr(torch, dtype))
+        header, kept, rows = environment(impl_names), [], []
         if json_file is not None:
-            lines = ",\n  ".join(json.dumps(row) for row in rows)
-            json_file.write_text(f'{json.dumps(result)[:-1]}, "rows": [\n  {lines}\n]}}\n')
+            header, kept = results.resume(json_file, header, candidates)
+        time_one = measure_candidates if candidates else partial(measure, names=impl_names)
+        problems = [(SHAPES[name], count) for name in shape_names for count in tokens]
+        for shape, count in track(problems, "measuring", console=console):
+            measured = time_one(shape, count, getattr(torch, dtype))
+            rows += measured
+            kept = results.merged(kept, measured)
+            if json_file is not None:
+                results.write(json_file, header, kept)
     else:
         fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
     print(candidates_table(rows) if any("launch" in row for row in rows) else markdown_table(rows))
+    if plot is not None:
+        draw(plot, header, kept)
 
 
-def environment() -> dict[str, Any]:
+def chosen(what: str, names: str, known: dict[str, Any]) -> list[str]:
+    """The names asked for, in the order of `known`."""
+    asked = list(known) if names == "all" else names.split(",")
+    if unknown := [name for name in asked if name not in known]:
+        fail(f"unknown {what} {unknown[0]!r}; the {what}s are {', '.join(known)}")
+    return [name for name in known if name in asked]
+
+
+def environment(names: list[str]) -> Header:
     """What a figure depends on besides the code."""
     return {
         "device": torch.cuda.get_device_name(),
@@ -70,6 +111,7 @@ def environment() -> dict[str, Any]:
         "transformers": metadata.version("transformers"),
         "date": datetime.date.today().isoformat(),
         "copy_tbps": round(copy_tbps(), 3),
+        "peers": package_versions(names),
     }
 
 
@@ -82,25 +124,68 @@ def copy_tbps() -> float:
 
 
 @torch.no_grad()
-def measure(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The rows of one shape at `m` tokens: eager, fused, and the two bare GEMMs that no kernel can do without."""
-    eager = build(shape, dtype)
-    fused = fuse_model(copy.deepcopy(eager), strict=True)
-    x = torch.randn(m, shape.hidden, device="cuda", dtype=dtype)
-    if reason := inaccuracy(fused(x), eager(x), copy.deepcopy(eager).double()(x.double())):
-        raise AssertionError(f"{shape.name}, M = {m}: the fused MLP is wrong, so it is not timed: {reason}")
+def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[Row]:
+    """The rows of one shape at `m` tokens, one for each implementation that answers here."""
+    torch.compiler.reset()  # what earlier problems compiled counts towards a limit, past which functions stay eager
+    # under no_grad too, some peers keep what a backward would need unless the weights are frozen
+    eager = build(shape, dtype).requires_grad_(False)
+    fused = fused_form(eager)
+    x = torch.randn(m, shape.hidden, device=next(eager.parameters()).device, dtype=dtype)
+    calls = judged(names, eager, fused, x, f"{shape.name}, M = {m}")
 
     if m <= GRAPHS_UP_TO:
-        copies = weight_copies(sum(p.nbytes for p in eager.parameters()))
-        sets = [implementations(copy.deepcopy(eager), copy.deepcopy(fused), x) for _ in range(copies)]
-        timings = round_robin_graphs({name: [calls[name] for calls in sets] for name in sets[0]})
+        sets = {name: [call] for name, call in calls.items()}
+        for _ in range(weight_copies(sum(p.nbytes for p in eager.parameters())) - 1):
+            eager_copy = copy.deepcopy(eager)
+            fused_copy = fused_form(eager_copy)
+            for name in calls:
+                sets[name].append(IMPLEMENTATIONS[name].prepare(eager_copy, fused_copy, x))
+        timings = round_robin_graphs(sets)
     else:
-        timings = round_robin(implementations(eager, fused, x))
+        timings = round_robin(calls)
     return [row(shape, m, dtype, fused.mlp_spec.kind, name, timing) for name, timing in timings.items()]
 
 
+def fused_form(eager: nn.Module) -> nn.Module:
+    """`eager` fused, sharing its parameters, which are packed for both."""
+    return fuse_model(copy.deepcopy(eager, {id(p): p for p in eager.parameters()}), strict=True)
+
+
+def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, problem: str) -> dict[str, Callable]:
+    """The calls of those implementations that answer here, each having answered, and so compiled and tuned.
+
+    A wrong answer of ours ends the run. A peer's is noted and timed all the same; its failure is noted.
+    """
+    expected, oracle = eager(x), copy.deepcopy(eager).double()(x.double())
+    calls = {}
+    for name in names:
+        implementation = IMPLEMENTATIONS[name]
+        try:
+            call = implementation.prepare(eager, fused, x)
+            answer = call()
+            if x.is_cuda and len(x) <= GRAPHS_UP_TO:
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                    call()
+        except Unavailable as reason:
+            note(f"{name}: {reason}")
+            continue
+        except Exception as error:
+            if implementation.role != "peer":
+                raise
+            note(f"{name}: failed at {problem}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            continue
+        calls[name] = call
+        if implementation.role == "floor":
+            continue
+        if reason := inaccuracy(answer, expected, oracle):
+            if implementation.role == "ours":
+                raise AssertionError(f"{problem}: the fused MLP is wrong, so it is not timed: {reason}")
+            note(f"{name}: inaccurate at {problem}, timed all the same: {reason}")
+    return calls
+
+
 @torch.no_grad()
-def measure_candidates(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure_candidates(shape: Shape, m: int, dtype: torch.dtype) -> list[Row]:
     """Every configuration of both launches of one shape at `m` tokens, fastest first."""
     from hf_fused_mlp.dispatch import problem_key  # these two import Triton
     from hf_fused_mlp.tuning.tuner import time_candidates
@@ -116,20 +201,7 @@ def measure_candidates(shape: Shape, m: int, dtype: torch.dtype) -> list[dict[st
     return rows
 
 
-def implementations(eager: nn.Module, fused: nn.Module, x: torch.Tensor) -> dict[str, Any]:
-    """What is timed, each a call without arguments."""
-    gate, up, down, *_ = fused.operands()
-    first = up if gate is None else torch.cat((gate, up))
-    h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)
-
-    def two_gemms():
-        F.linear(x, first)
-        F.linear(h, down)
-
-    return {"eager": lambda: eager(x), "fused": lambda: fused(x), "two-gemms": two_gemms}
-
-
-def row(shape: Shape, m: int, dtype: torch.dtype, kind: MLPKind, impl: str, timing: Timing) -> dict[str, Any]:
+def row(shape: Shape, m: int, dtype: torch.dtype, kind: MLPKind, impl: str, timing: Timing) -> Row:
     return {
         "shape": shape.name,
         "hidden": shape.hidden,
@@ -145,37 +217,3 @@ def row(shape: Shape, m: int, dtype: torch.dtype, kind: MLPKind, impl: str, timi
 
 def rounded(timing: Timing) -> dict[str, float]:
     return {name: round(value, 2) for name, value in asdict(timing).items()}
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table: median microseconds, and how many times faster than eager fused is."""
-    times: dict[tuple, dict[str, float]] = {}
-    for entry in rows:
-        times.setdefault((entry["shape"], entry["dtype"], entry["m"]), {})[entry["impl"]] = entry["median_us"]
-    lines = [
-        "| shape | dtype | M | eager, us | fused, us | two bare GEMMs, us | fused over eager |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for problem, us in times.items():
-        cells = *problem, *(f"{us[impl]:.1f}" for impl in ("eager", "fused", "two-gemms"))
-        lines.append(f"| {' | '.join(map(str, cells))} | {us['eager'] / us['fused']:.2f}x |")
-    return "\n".join(lines)
-
-
-def candidates_table(rows: list[dict[str, Any]]) -> str:
-    """For each launch, PyTorch's time and the three fastest configurations of ours."""
-    launches: dict[tuple, list[dict[str, Any]]] = {}
-    for entry in rows:
-        launches.setdefault((entry["shape"], entry["m"], entry["launch"]), []).append(entry)
-    lines = ["| shape | M | launch | PyTorch, us | fastest of ours: M x N x K tile, us |", "|---|---:|---|---:|---|"]
-    for launch, entries in launches.items():
-        library = next(entry["median_us"] for entry in entries if entry["kernel"] == "torch")
-        ours = [entry for entry in entries if entry["kernel"] != "torch"][:3]
-        fastest = "; ".join(f"{describe(entry)}: {entry['median_us']:.1f}" for entry in ours)
-        lines.append(f"| {' | '.join(map(str, launch))} | {library:.1f} | {fastest} |")
-    return "\n".join(lines)
-
-
-def describe(config: dict[str, Any]) -> str:
-    tile = "x".join(str(config[name]) for name in ("block_m", "block_n", "block_k"))
-    return f"{config['kernel']} {tile}, {config['num_warps']} warps, {config['num_stages']} stages"

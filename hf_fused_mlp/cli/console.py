@@ -1,5 +1,6 @@
 """Where the commands print: tables and answers on standard output, progress and errors on standard error."""
 
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,3 +22,9 @@ def require_directory(model: str) -> None:
     """Ends the command where `model` is written like a path and is no directory: no hub id looks like that."""
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         fail(f"{model}: no such directory; give the directory of a saved model, or a hub id")
+
+
+@cache
+def note(message: str) -> None:
+    """A line on standard error, the first time that it is said."""
+    console.print(f"[yellow]note:[/] {escape(message)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,181 @@
+"""What `bench` compares: the fused MLP, the one it replaces, and what other people's packages offer instead.
+
+Each implementation is a row of `IMPLEMENTATIONS`. Its `prepare` is given the eager module, its fused form and `x`
+`[M, H]`, and returns the call that is timed. Compiling and laying out weights anew are preparation; tuning comes with
+the first call, which is not timed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.types import MLPKind
+
+LIGER_MODULES = {
+    (MLPKind.GATED, "silu"): "LigerSwiGLUMLP",
+    (MLPKind.GATED, "gelu_tanh"): "LigerGEGLUMLP",
+    (MLPKind.PACKED, "silu"): "LigerPhi3SwiGLUMLP",
+}
+QUACK_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu"}
+
+
+class Unavailable(Exception):
+    """Why an implementation cannot run here, or does not know this kind of MLP."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row: `ours` must be right, `eager` is what it is judged by, a `peer` is judged too, a `floor` is no MLP."""
+
+    name: str
+    prepare: Callable[[nn.Module, nn.Module, Tensor], Callable[[], Tensor]]
+    role: Literal["ours", "eager", "peer", "floor"] = "peer"
+    package: str | None = None
+
+
+def fused_mlp(eager, fused, x):
+    return partial(fused, x)
+
+
+def eager_mlp(eager, fused, x):
+    return partial(eager, x)
+
+
+def compiled_mlp(eager, fused, x, mode=None):
+    """The eager module through `torch.compile`; the module is an argument, so its copies share what is compiled."""
+    return partial(_compiled(_run_module, mode), eager, x)
+
+
+def _run_module(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
+
+
+def _compiled(function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
+    """`function` compiled for exactly the shapes it is called with; with `fullgraph`, no part of it stays eager."""
+    compiled = torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+    if compiled is function or torch._dynamo.config.disable:
+        raise Unavailable("torch.compile is disabled; unset TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE")
+    return compiled
+
+
+def liger_elementwise(eager, fused, x):
+    """Liger's drop-in module for this one: the same GEMMs, one kernel for activation and product."""
+    kind, activation = fused.mlp_spec.kind, fused.operands()[-1]
+    if (kind, activation) not in LIGER_MODULES:
+        raise Unavailable(f"has no {kind.value} MLP with {activation}")
+    return partial(_liger_module(LIGER_MODULES[kind, activation], eager), x)
+
+
+def liger_mlp(eager, fused, x):
+    """Liger's module whose gate and up GEMMs, activation and product are one kernel."""
+    kind, activation = fused.mlp_spec.kind, fused.operands()[-1]
+    if (kind, activation) != (MLPKind.GATED, "silu"):
+        raise Unavailable(f"has no {kind.value} MLP with {activation}")
+    module = _liger_module("LigerMLP", eager)
+    return lambda: module(x[None])[0]  # it takes [batch, M, H] only
+
+
+def _liger_module(class_name: str, eager: nn.Module) -> nn.Module:
+    """Liger's module of that class with the projections of `eager`."""
+    with _requires("liger-kernel"):
+        import liger_kernel.transformers as liger
+    with torch.device("meta"):
+        module = getattr(liger, class_name)(eager.config)
+    for name, _ in list(module.named_children()):
+        setattr(module, name, getattr(eager, name))
+    return module
+
+
+def quack(eager, fused, x):
+    """QuACK's GEMM with SwiGLU in its epilogue, on interleaved rows, and its plain GEMM; both tuned by itself."""
+    gate, up, down, *biases, activation = fused.operands()
+    if gate is None or activation not in QUACK_ACTIVATIONS or any(bias is not None for bias in biases):
+        raise Unavailable(f"has no {fused.mlp_spec.kind.value} MLP with {activation}")
+    with _requires("quack-kernels==0.4.1 nvidia-cutlass-dsl==4.4.2"):
+        from quack.gemm_interface import gemm, gemm_gated
+    rows = torch.stack((gate, up), dim=1).flatten(0, 1)
+
+    def call():
+        _, h = gemm_gated(x, rows.T, activation=QUACK_ACTIVATIONS[activation], store_preact=False)
+        return gemm(h, down.T)
+
+    return call
+
+
+def packed_gemm(eager, fused, x):
+    """What one would write by hand: one GEMM for gate and up, a compiled kernel for the activation, one for down."""
+    gate, up, down, gate_bias, up_bias, down_bias, activation = fused.operands()
+    weight, bias = _packed(gate, up), _packed(gate_bias, up_bias)
+    activate = _compiled(_activate if gate is None else _activate_and_multiply)
+    return lambda: F.linear(activate(F.linear(x, weight, bias), activation), down, down_bias)
+
+
+def _packed(gate: Tensor | None, up: Tensor | None) -> Tensor | None:
+    return up if gate is None else torch.cat((gate, up))
+
+
+def _activate(h: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation].function(h)
+
+
+def _activate_and_multiply(h: Tensor, activation: str) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return ACTIVATIONS[activation].function(gate) * up
+
+
+def two_gemms(eager, fused, x):
+    """The two GEMMs that nothing built on the library can do without: no bias, no activation, not an MLP's answer."""
+    gate, up, down, *_ = fused.operands()
+    weight = _packed(gate, up)
+    h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)
+
+    def call():
+        F.linear(x, weight)
+        return F.linear(h, down)
+
+    return call
+
+
+IMPLEMENTATIONS = {
+    row.name: row
+    for row in (
+        Implementation("fused", fused_mlp, "ours"),
+        Implementation("eager", eager_mlp, "eager"),
+        Implementation("compile", compiled_mlp),
+        Implementation("compile-max-autotune", partial(compiled_mlp, mode="max-autotune-no-cudagraphs")),
+        Implementation("liger", liger_elementwise, package="liger-kernel"),
+        Implementation("liger-mlp", liger_mlp, package="liger-kernel"),
+        Implementation("quack", quack, package="quack-kernels"),
+        Implementation("packed-gemm", packed_gemm),
+        Implementation("two-gemms", two_gemms, "floor"),
+    )
+}
+# the others tune themselves for each problem, which takes far longer than to measure it
+DEFAULT = ("fused", "eager", "compile", "liger", "packed-gemm", "two-gemms")
+
+
+@contextmanager
+def _requires(packages: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error}); pip install {packages}") from error
+
+
+def package_versions(names: list[str]) -> dict[str, str]:
+    """The versions of the packages that the implementations of these names come from, where installed."""
+    versions = {}
+    for package in sorted({IMPLEMENTATIONS[name].package for name in names} - {None}):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,143 @@
+"""The measurements of `bench` as SVG plots, a panel a shape; the same file gives the same bytes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_fused_mlp.cli.results import Header, Row, by_problem
+
+COLUMNS = 3
+# Okabe and Ito's colours, which the colour-blind tell apart; the markers tell them apart too
+STYLES = {
+    "fused": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
+    "eager": {"color": "#000000", "marker": "x"},
+    "compile": {"color": "#E69F00", "marker": "s"},
+    "compile-max-autotune": {"color": "#D55E00", "marker": "D"},
+    "liger": {"color": "#009E73", "marker": "^"},
+    "liger-mlp": {"color": "#56B4E9", "marker": "v"},
+    "quack": {"color": "#CC79A7", "marker": "P"},
+    "packed-gemm": {"color": "#7A5C00", "marker": "d"},
+    "two-gemms": {"color": "#777777", "linestyle": "--"},
+}
+REFERENCE = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
+# by shape and dtype, and there by implementation, the points
+Panels = dict[tuple[str, str], dict[str, list[tuple[int, float]]]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One file: `value` of each row, given its problem's eager row, for `lowest <= M <= highest`.
+
+    `reference` is a horizontal line: its name, and its height by the file's header.
+    """
+
+    name: str
+    title: str
+    label: str
+    value: Callable[[Row, Row | None], float | None]
+    lowest: int = 1
+    highest: int = 1 << 62
+    reference: tuple[str, Callable[[Header], float]] | None = None
+    from_zero: bool = True
+
+
+def speedup(row: Row, eager: Row | None) -> float | None:
+    """How many times faster than eager; eager itself is the reference line."""
+    return eager["median_us"] / row["median_us"] if eager and row is not eager else None
+
+
+def weight_tbps(row: Row, eager: Row | None) -> float:
+    """Terabytes of weights a second, each weight counted once."""
+    return _weights(row) * getattr(torch, row["dtype"]).itemsize / row["median_us"] / 1e6
+
+
+def tflops(row: Row, eager: Row | None) -> float:
+    """Teraflops of the MLP's products."""
+    return 2 * row["m"] * _weights(row) / row["median_us"] / 1e6
+
+
+def _weights(row: Row) -> int:
+    return (2 if row["kind"] == "plain" else 3) * row["hidden"] * row["intermediate"]
+
+
+PLOTS = (
+    Plot(
+        "speedup", "Speed over eager", "times eager", speedup, reference=("eager", lambda header: 1), from_zero=False
+    ),
+    Plot(
+        "decode",
+        "Few tokens: weights read a second",
+        "TB/s",
+        weight_tbps,
+        highest=64,
+        reference=("a large copy", lambda header: header["copy_tbps"]),
+    ),
+    Plot("prefill", "Many tokens: arithmetic a second", "TFLOP/s", tflops, lowest=512),
+)
+
+
+def draw(folder: Path, header: Header, rows: list[Row]) -> list[Path]:
+    """Writes each plot that `rows` have measurements for into `folder`, and returns their files."""
+    settings = {"svg.hashsalt": "hf-fused-mlp", "font.family": "DejaVu Sans", "font.size": 9}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with matplotlib.rc_context(settings):
+        for plot in PLOTS:
+            if panels := _panels(plot, rows):
+                files.append(folder / f"{plot.name}.svg")
+                _figure(plot, header, panels).savefig(files[-1], metadata={"Date": None})
+    return files
+
+
+def _panels(plot: Plot, rows: list[Row]) -> Panels:
+    panels: Panels = {}
+    for (shape, dtype, m), entries in by_problem(rows).items():
+        for name in STYLES if plot.lowest <= m <= plot.highest else ():
+            value = plot.value(entries[name], entries.get("eager")) if name in entries else None
+            if value is not None:
+                panels.setdefault((shape, dtype), {}).setdefault(name, []).append((m, value))
+    return panels
+
+
+def _figure(plot: Plot, header: Header, panels: Panels) -> Figure:
+    lines = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(3.3 * COLUMNS, 1.1 + 2.2 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, COLUMNS, sharex=True, sharey=plot.from_zero, squeeze=False).flat)
+    artists: dict[str, Artist] = {}
+    for index, ((shape, dtype), series) in enumerate(panels.items()):
+        axis = axes[index]
+        if plot.reference is not None:
+            name, height = plot.reference
+            artists[name] = axis.axhline(height(header), **REFERENCE)
+        for name, points in series.items():
+            style = {"linewidth": 1.2, "markersize": 3.5} | STYLES[name]
+            (artists[name],) = axis.plot(*zip(*sorted(points), strict=True), **style)
+        axis.set_title(f"{shape}, {dtype}", fontsize=9)
+        axis.set_ylabel(plot.label if index % COLUMNS == 0 else "")
+        axis.set_xlabel("tokens, M" if index + COLUMNS >= len(panels) else "")
+    _scale(axes[0], plot, sorted({m for series in panels.values() for points in series.values() for m, _ in points}))
+    for index, axis in enumerate(axes):
+        axis.grid(color="#DDDDDD", linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelbottom=index + COLUMNS >= len(panels))
+        axis.set_visible(index < len(panels))
+    figure.suptitle(f"{plot.title} ({header['device']})", fontweight="bold")
+    names = [name for name in dict.fromkeys((*STYLES, *artists)) if name in artists]
+    figure.legend([artists[name] for name in names], names, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def _scale(axis: Axes, plot: Plot, tokens: list[int]) -> None:
+    """Sets on one panel the scales that all share."""
+    axis.set_xscale("log", base=2)
+    every = -(-len(tokens) // 8)
+    axis.set_xticks(tokens[::every], [f"{m // 1024}k" if m >= 1024 else str(m) for m in tokens[::every]])
+    axis.minorticks_off()
+    if plot.from_zero:
+        axis.set_ylim(bottom=0)

@@ -1,0 +1,73 @@
+"""The JSON file of `bench`: what was measured, on what, and how a later run adds to it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_fused_mlp.cli.console import fail
+from hf_fused_mlp.cli.shapes import SHAPES
+
+Row = dict[str, Any]
+Header = dict[str, Any]
+Problem = tuple[str, str | None, int]
+
+SAME = ("device", "torch", "triton", "transformers")
+
+
+def problem_of(row: Row) -> Problem:
+    """What a row is a measurement of; ratios hold between rows of one problem, which are measured in one run."""
+    return row["shape"], row.get("dtype"), row["m"]
+
+
+def by_problem(rows: list[Row]) -> dict[Problem, dict[str, Row]]:
+    """For each problem, its rows by implementation."""
+    problems: dict[Problem, dict[str, Row]] = {}
+    for row in rows:
+        problems.setdefault(problem_of(row), {})[row["impl"]] = row
+    return problems
+
+
+def read(file: Path) -> tuple[Header, list[Row]]:
+    """The header and the rows of `file`; what is no such file ends the command."""
+    try:
+        header = json.loads(file.read_text())
+        return header, header.pop("rows")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{file}: not what `bench --json` writes ({error!r}); name another file")
+
+
+def resume(file: Path, header: Header, candidates: bool) -> tuple[Header, list[Row]]:
+    """The header of a run that adds to `file`, and the rows there; what it cannot be added to ends the command."""
+    if not file.exists():
+        return header, []
+    earlier, rows = read(file)
+    packages, earlier_packages = header.get("peers", {}), earlier.get("peers", {})
+    pairs = {name: (earlier.get(name), header[name]) for name in SAME}
+    pairs |= {name: (earlier_packages[name], packages[name]) for name in packages.keys() & earlier_packages.keys()}
+    if differing := [f"{name} {there}, here {here}" for name, (there, here) in pairs.items() if there != here]:
+        fail(f"{file} was measured on another system: {'; '.join(differing)}. Remove it or name another file")
+    if any(("launch" in row) != candidates for row in rows):
+        fail(f"{file} was written {'without' if candidates else 'with'} --candidates; name another file")
+    return header | {"peers": earlier_packages | packages}, rows
+
+
+def merged(rows: list[Row], measured: list[Row]) -> list[Row]:
+    """`rows` with those of every problem that was `measured` replaced, all at once, in the order of `SHAPES`."""
+    replaced = {problem_of(row) for row in measured}
+    order = {name: index for index, name in enumerate(SHAPES)}
+
+    def place(row: Row) -> tuple[int, str, int]:
+        shape, dtype, m = problem_of(row)
+        return order.get(shape, len(order)), dtype or "", m
+
+    return sorted([row for row in rows if problem_of(row) not in replaced] + measured, key=place)
+
+
+def write(file: Path, header: Header, rows: list[Row]) -> None:
+    """Writes `file` in one step, so that an interrupted run leaves the last whole one."""
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(f'{json.dumps(header)[:-1]}, "rows": [\n  {lines}\n]}}\n')
+    os.replace(partial, file)
