@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 
-.PHONY: demo test test-gpu bench style clean
+.PHONY: demo test test-gpu sanitize bench style clean
 
 demo: .venv/installed  ## load a real model fused, and compare its answer with the original's
 	$(BIN)/hf-fused-mlp run
@@ -14,6 +14,11 @@ test: .venv/installed  ## everything that needs no GPU
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: .venv/installed  ## the kernels under CUDA's compute-sanitizer
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize.py || exit 1; \
+	done
 
 bench: .venv/installed  ## two shapes on this GPU; docs/performance.md has the command for all
 	$(BIN)/hf-fused-mlp bench

@@ -14,12 +14,13 @@ from hf_fused_mlp.kernels import FAMILIES, _common
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.tuner import candidates
-from hf_fused_mlp.types import GPU, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
+from hf_fused_mlp.types import GPU, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
 
 SMALL = {
     "gemv": TileConfig("gemv", block_k=32),
     "skinny": TileConfig("skinny", block_m=16, block_n=64, block_k=64, num_stages=3),
     "gemm": TileConfig("gemm", block_m=64, block_n=64, block_k=64, num_stages=3, group_m=2),
+    "elementwise": TileConfig("elementwise"),
 }
 KINDS = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 
@@ -28,7 +29,7 @@ def check(family, M, H, I, device, gated=True, bias=False, activation="silu", dt
     operands = random_mlp(H, I, gated, bias, dtype, device)
     x = torch.randn(M, H, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
     config = config or SMALL[family]
-    plan = Plan(up=config, down=config)
+    plan = Plan(up=config, down=TORCH if config.kernel == "elementwise" else config)
     assert_accurate(
         run_plan(plan, x, *operands, activation),
         mlp_ref(x, *operands, activation),
@@ -60,6 +61,12 @@ def test_token_counts(family, M, gated, bias, device):
 @pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 5)])
 def test_any_hidden_and_intermediate_size(family, M, shape, device):
     check(family, M, *shape, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_elementwise(activation, dtype, device):
+    check("elementwise", 65, 72, 104, device, bias=True, activation=activation, dtype=dtype)
 
 
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
@@ -104,7 +111,8 @@ def test_every_candidate(shape, gated):
         except OutOfResources:
             continue
         ran.add(config.kernel)
-    assert ran == {"torch"} | {name for name, family in FAMILIES.items() if family.supports(key) is None}
+    expected = {1: {"gemv"}, 64: {"skinny", "gemm"}, 1000: {"gemm", "elementwise"} if gated else {"gemm"}}
+    assert ran == {"torch"} | expected[M]
 
 
 def test_launch_keeps_binaries(monkeypatch):

@@ -8,11 +8,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from hf_fused_mlp.kernels import gemm, gemv, skinny
+from hf_fused_mlp.kernels import elementwise, gemm, gemv, skinny
 from hf_fused_mlp.reference import linear_ref
 from hf_fused_mlp.types import GPU, TORCH, Plan, TileConfig
 
-FAMILIES: dict[str, ModuleType] = {"gemv": gemv, "skinny": skinny, "gemm": gemm}
+FAMILIES: dict[str, ModuleType] = {"gemv": gemv, "skinny": skinny, "gemm": gemm, "elementwise": elementwise}
 
 LAUNCHERS = {name: getattr(family, name) for name, family in FAMILIES.items()}
 

@@ -27,16 +27,18 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: all tokens in one tile or two, and each way to fill the GPU."""
+    """What a tuner should try: all tokens in one tile, or two, and tiles to fill the GPU with few rows or many."""
     block_m = max(16, key.m)
-    tiles = [(64, 128, 4), (64, 128, 3), (64, 64, 4), (64, 64, 6), (32, 128, 4), (16, 128, 4)]
+    tiles = [(64, 128, 4), (64, 128, 3), (64, 64, 6), (32, 128, 4)]
     if block_m <= 32:
-        tiles += [(64, 256, 3), (32, 256, 3)]
+        tiles += [(64, 256, 3)]
+    if key.n <= 4096:
+        tiles += [(16, 128, 4)]
     return [
         TileConfig("skinny", rows, *tile[:2], num_warps=4, num_stages=tile[2], split_k=split_k)
-        for rows in ({block_m, block_m // 2} if block_m > 32 else {block_m})
+        for rows in ((128, 64) if block_m == 128 else (block_m,))
         for tile in tiles
-        for split_k in ((1,) if key.gated else (1, 2, 3, 4))
+        for split_k in ((1,) if key.gated else (1, 2, 4))
     ]
 
 

@@ -6,9 +6,11 @@ A file is read when its GPU is first asked for, and kept for the life of the pro
 import os
 import re
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import torch
 from platformdirs import user_cache_dir
 
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
@@ -38,7 +40,12 @@ def user_plan(key: ProblemKey) -> Plan | None:
 
 
 def shipped_plan(key: ProblemKey) -> Plan | None:
-    """The plan that came with the package, measured on the same GPU and kernels but maybe with other versions."""
+    """The plan that came with the package, measured on the same GPU and kernels but maybe with other versions.
+
+    Plans ship for bf16; what is fastest for it is for fp16 too, which moves and multiplies as much.
+    """
+    if key.dtype == torch.float16:
+        key = replace(key, dtype=torch.bfloat16)
     tuned = _shipped_plans(key.gpu).get(key)
     return tuned and tuned.plan
 

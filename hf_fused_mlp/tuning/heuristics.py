@@ -1,7 +1,8 @@
 """The plan for a problem that nothing was measured for, from what was measured nearby.
 
 Each choice repeats what won on an H100 in bf16 (docs/notes-kernels.md). The kernels for few tokens are bound by
-memory, and so are picked on every GPU that can run them; the one for many is picked on Hopper only.
+memory, and so are picked on every GPU that can run them; the one for many is picked on Hopper only, and elsewhere
+PyTorch's GEMMs with one kernel for the rest.
 """
 
 from hf_fused_mlp.kernels import gemm
@@ -16,16 +17,15 @@ def heuristic_plan(key: ProblemKey) -> Plan:
 def _linear(key: LinearKey) -> TileConfig:
     if key.gpu.capability < (8, 0) or key.dtype.itemsize > 4:
         return TORCH
-    if key.m == 1 or (key.m == 2 and key.dtype.itemsize == 2):
+    half = key.dtype.itemsize == 2  # fp32 without tf32 is what the library is best at
+    if key.m == 1 or (key.m == 2 and half):
         return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
-    if key.dtype.itemsize > 2:  # fp32 without tf32 is what the library is best at
-        return TORCH
-    bare = key.activation == "identity" and not key.gated
-    if key.m <= (128 if key.gated else 64):
+    if half and key.m <= (128 if key.gated else 64):
         return _skinny(key)
-    if not bare and key.gpu.capability == (9, 0) and gemm.supports(key) is None:
+    bare = key.activation == "identity" and not key.gated
+    if key.gpu.capability == (9, 0) and not bare and gemm.supports(key) is None:
         return TileConfig("gemm", 128, 128 if key.gated else 256, 64, num_warps=8, num_stages=4, group_m=8)
-    return TORCH
+    return TileConfig("elementwise") if key.gated else TORCH
 
 
 def _skinny(key: LinearKey) -> TileConfig:
@@ -33,12 +33,13 @@ def _skinny(key: LinearKey) -> TileConfig:
 
     Then K is split, or with a gate the tokens are.
     """
-    block_m, block_n, block_k, split_k = max(16, key.m), 64, 128, 1
+    block_m, block_n, split_k = max(16, key.m), 64, 1
     programs = -(-key.n // block_n)
     while split_k < 4 and not key.gated and 2 * programs <= key.gpu.num_sms:
         split_k, programs = split_k * 2, programs * 2
     while block_m > 16 and key.gated and 2 * programs <= key.gpu.num_sms:
         block_m, programs = block_m // 2, programs * 2
+    block_k, num_stages = (256, 3) if split_k > 1 and block_m <= 32 else (128, 4 if block_m <= 32 else 3)
     stage_bytes = (block_m + block_n * (2 if key.gated else 1)) * block_k * key.dtype.itemsize
-    num_stages = min(4 if block_m <= 32 else 3, max(1, key.gpu.shared_memory // stage_bytes))
+    num_stages = min(num_stages, max(1, key.gpu.shared_memory // stage_bytes))
     return TileConfig("skinny", block_m, block_n, block_k, num_warps=4, num_stages=num_stages, split_k=split_k)

@@ -1,0 +1,28 @@
+"""Every kernel on small ragged shapes, for `make sanitize` to watch. A wrong answer is an error."""
+
+import torch
+from numerics import assert_accurate, oracle_of, random_mlp
+
+from hf_fused_mlp.kernels import run_plan
+from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.types import TORCH, Plan, TileConfig
+
+H, I = 200, 328
+PLANS = (
+    (1, TileConfig("gemv", block_k=128)),
+    (2, TileConfig("gemv", block_k=128)),
+    (17, TileConfig("skinny", 32, 64, 64, num_stages=3, split_k=2)),
+    (129, TileConfig("elementwise")),
+    (129, TileConfig("gemm", 64, 64, 64, num_warps=4, num_stages=3, group_m=2)),
+)
+
+for M, config in PLANS:
+    for gated in (True, False) if config.kernel != "elementwise" else (True,):
+        operands = random_mlp(H, I, gated, True, torch.bfloat16, "cuda")
+        x = torch.randn(M, H, device="cuda", dtype=torch.bfloat16)
+        plan = Plan(config, config) if config.kernel != "elementwise" else Plan(config, TORCH)
+        out = run_plan(plan, x, *operands, "gelu")
+        again = run_plan(plan, x, *operands, "gelu")
+        assert torch.equal(out, again), (M, config)
+        assert_accurate(out, mlp_ref(x, *operands, "gelu"), oracle_of(x, operands, "gelu"))
+        print(f"{config.kernel}, {M} tokens, {'gated' if gated else 'plain'}: right", flush=True)
