@@ -1,5 +1,7 @@
 """The operator: shapes, gradients, errors, and what `torch.compile` and `torch.export` see of it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from models import as_on_gpu, tiny_model, token_ids
@@ -147,6 +149,36 @@ def test_cuda_graph_capture(M):
     x.copy_(new)
     graph.replay()
     assert torch.equal(out, ops.mlp(new, *operands, "silu"))
+
+
+@pytest.mark.gpu
+@KINDS
+@pytest.mark.parametrize("M", [1, 2, 16, 64, 300])
+@torch.no_grad()
+def test_overlapping_launches_give_the_bits_of_single_ones(M, gated):
+    """A hundred calls in a row, each launch begun while the one before is finishing, and each call waited for."""
+    operands = random_mlp(2048, 4096, gated, True, torch.bfloat16, "cuda")
+    tokens = torch.randn(100, M, 2048, device="cuda").bfloat16()
+    queued = [ops.mlp(x, *operands, "silu") for x in tokens]
+    torch.cuda.synchronize()
+    for x, out in zip(tokens, queued, strict=True):
+        alone = ops.mlp(x, *operands, "silu")
+        torch.cuda.synchronize()
+        assert torch.equal(out, alone)
+
+
+@pytest.mark.gpu
+def test_in_a_thread_that_has_not_used_the_gpu():
+    operands = random_mlp(256, 512, True, True, torch.bfloat16, "cuda")
+    x = torch.randn(300, 256, device="cuda").bfloat16()
+
+    @torch.no_grad()
+    def call():
+        return ops.mlp(x, *operands, "silu")
+
+    expected = call()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(call).result(), expected)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Triton helpers that the kernel families share."""
 
+import threading
 from collections.abc import Hashable
 
 import torch
@@ -8,6 +9,14 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 _binaries: dict[Hashable, object] = {}
+_thread = threading.local()
+
+
+def bind_context(device: torch.device) -> None:
+    """Gives the thread the GPU's context, as any work of PyTorch's on it does; the driver's tensor maps need one."""
+    if not hasattr(_thread, "bound"):
+        torch.zeros(1, device=device)
+        _thread.bound = True
 
 
 def launch(

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_mlp.kernels._common import activate, add_bias, grouped_tile, launch
+from hf_fused_mlp.kernels._common import activate, add_bias, bind_context, grouped_tile, launch
 from hf_fused_mlp.types import GPU, LinearKey, TileConfig
 
 
@@ -144,6 +144,7 @@ def gemm(
 
     `weight` must begin where `gate` ends; `supports` says what else the descriptors need.
     """
+    bind_context(x.device)
     M, N, K = x.shape[0], weight.shape[0], x.shape[1]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
