@@ -20,26 +20,35 @@ def _linear(key: LinearKey) -> TileConfig:
     half = key.dtype.itemsize == 2  # fp32 without tf32 is what the library is best at
     if key.m == 1 or (key.m == 2 and half):
         return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
-    if half and key.m <= (128 if key.gated else 64):
-        return _skinny(key)
     bare = key.activation == "identity" and not key.gated
+    if half and key.m <= (128 if key.gated else 64 if bare else 32):
+        return _skinny(key)
     if key.gpu.capability == (9, 0) and not bare and gemm.supports(key) is None:
-        return TileConfig("gemm", 128, 128 if key.gated else 256, 64, num_warps=8, num_stages=4, group_m=8)
+        tile = TileConfig("gemm", 128, 128 if key.gated else 256, 64, num_warps=8, num_stages=4, group_m=8)
+        # a gate's second GEMM and activation outweigh a last round of few tiles, an activation alone does not
+        if key.gated or _rounds_filled(key, tile) > 0.8:
+            return tile
     return TileConfig("elementwise") if key.gated else TORCH
 
 
+def _rounds_filled(key: LinearKey, tile: TileConfig) -> float:
+    """The share of the multiprocessors that is busy while they work through the tiles."""
+    tiles = -(-key.m // tile.block_m) * -(-key.n // tile.block_n)
+    return tiles / (-(-tiles // key.gpu.num_sms) * key.gpu.num_sms)
+
+
 def _skinny(key: LinearKey) -> TileConfig:
-    """All tokens in one tile, so that weights are read once, unless half of the multiprocessors would be idle.
+    """All tokens in one tile, so that weights are read once, unless many multiprocessors would be idle.
 
     Then K is split, or with a gate the tokens are.
     """
     block_m, block_n, split_k = max(16, key.m), 64, 1
     programs = -(-key.n // block_n)
-    while split_k < 4 and not key.gated and 2 * programs <= key.gpu.num_sms:
+    while split_k < 4 and not key.gated and programs < key.gpu.num_sms:
         split_k, programs = split_k * 2, programs * 2
     while block_m > 16 and key.gated and 2 * programs <= key.gpu.num_sms:
         block_m, programs = block_m // 2, programs * 2
-    block_k, num_stages = (256, 3) if split_k > 1 and block_m <= 32 else (128, 4 if block_m <= 32 else 3)
+    block_k, num_stages = (256, 3) if split_k == 2 and block_m <= 32 else (128, 4)
     stage_bytes = (block_m + block_n * (2 if key.gated else 1)) * block_k * key.dtype.itemsize
     num_stages = min(num_stages, max(1, key.gpu.shared_memory // stage_bytes))
     return TileConfig("skinny", block_m, block_n, block_k, num_warps=4, num_stages=num_stages, split_k=split_k)
