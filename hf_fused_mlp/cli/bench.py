@@ -19,7 +19,7 @@ from hf_fused_mlp.cli.console import console, fail, note
 from hf_fused_mlp.cli.peers import DEFAULT, IMPLEMENTATIONS, Unavailable, package_versions
 from hf_fused_mlp.cli.results import Header, Row
 from hf_fused_mlp.cli.shapes import SHAPES, Shape, build
-from hf_fused_mlp.cli.tables import candidates_table, markdown_table
+from hf_fused_mlp.cli.tables import candidates_table, markdown_table, speedup_table
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
 from hf_fused_mlp.types import MLPKind
@@ -89,7 +89,10 @@ def bench(
                 results.write(json_file, header, kept)
     else:
         fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
-    print(candidates_table(rows) if any("launch" in row for row in rows) else markdown_table(rows))
+    if any("launch" in row for row in rows):
+        print(candidates_table(rows))
+    else:
+        print(*(speedup_table(rows, over) for over in ("eager", "peers")), markdown_table(rows), sep="\n\n")
     if plot is not None:
         draw(plot, header, kept)
 

@@ -4,22 +4,39 @@ from hf_fused_mlp.cli.peers import IMPLEMENTATIONS
 from hf_fused_mlp.cli.results import Row, by_problem
 
 
-def markdown_table(rows: list[Row]) -> str:
-    """A line a problem: median microseconds of each implementation, and how much faster fused is.
+def speedup_table(rows: list[Row], over: str) -> str:
+    """A line a shape and a column a token count: how many times faster fused is than the implementation `over`.
 
-    The best peer is the fastest whole MLP of another make; bare GEMMs are none.
+    `peers` stands for the fastest whole MLP of another make; bare GEMMs are none.
     """
+    tokens = sorted({row["m"] for row in rows})
+    lines = [f"| fused over {over}, M = | {' | '.join(map(str, tokens))} |", f"|---|{'---:|' * len(tokens)}"]
+    ratios: dict[tuple[str, str], dict[int, str]] = {}
+    for (shape, dtype, m), entries in by_problem(rows).items():
+        us = {name: entry["median_us"] for name, entry in entries.items()}
+        other = _best_peer(us) if over == "peers" else us.get(over)
+        ratios.setdefault((shape, dtype), {})[m] = _ratio(other, us.get("fused"))
+    for (shape, _), by_tokens in ratios.items():
+        lines.append(f"| {' | '.join((shape, *(by_tokens.get(m, '-') for m in tokens)))} |")
+    return "\n".join(lines)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """A line a problem: median microseconds of each implementation, and how much faster fused is."""
     present = {row["impl"] for row in rows}
     names = [name for name in IMPLEMENTATIONS if name in present]
     columns = ["shape", "dtype", "M", *(f"{name}, us" for name in names), "fused over eager", "fused over best peer"]
     lines = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * (len(columns) - 2)}"]
     for problem, entries in by_problem(rows).items():
         us = {name: entry["median_us"] for name, entry in entries.items()}
-        peers = [us[name] for name in names if name in us and IMPLEMENTATIONS[name].role == "peer"]
         cells = [f"{us[name]:.1f}" if name in us else "-" for name in names]
-        cells += [_ratio(us.get("eager"), us.get("fused")), _ratio(min(peers, default=None), us.get("fused"))]
+        cells += [_ratio(us.get("eager"), us.get("fused")), _ratio(_best_peer(us), us.get("fused"))]
         lines.append(f"| {' | '.join(map(str, (*problem, *cells)))} |")
     return "\n".join(lines)
+
+
+def _best_peer(us: dict[str, float]) -> float | None:
+    return min((us[name] for name, row in IMPLEMENTATIONS.items() if row.role == "peer" and name in us), default=None)
 
 
 def _ratio(other: float | None, fused: float | None) -> str:
