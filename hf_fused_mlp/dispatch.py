@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from hf_fused_mlp.kernels import run_plan
 from hf_fused_mlp.reference import mlp_ref
@@ -93,9 +93,9 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         else:  # kernels launch on the current device
             with torch.cuda.device(x.device):
                 out = run_plan(plan, tokens, *operands, activation)
-    except OutOfResources as error:
-        # a plan that ships may have been measured with a Triton that needed less
-        logger.warning("%s does not fit this GPU (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
-        remembered.update({attributes: UNFUSED for attributes, known in list(remembered.items()) if known == plan})
+    except TritonError as error:  # out of resources, for one
+        # a plan that ships may have been measured with a Triton that needed less, or compiled more
+        logger.warning("%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
+        remembered.update({attributes: UNFUSED for attributes, known in list(remembered.items()) if known is plan})
         out = mlp_ref(tokens, *operands, activation)
     return out.view(*x.shape[:-1], down.shape[0])

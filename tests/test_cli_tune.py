@@ -13,7 +13,7 @@ from hf_fused_mlp.cli.shapes import SHAPES
 from hf_fused_mlp.cli.tune import MLP, mlps_of
 from hf_fused_mlp.dispatch import find_plan, problem_key
 from hf_fused_mlp.modules import FusedMLP
-from hf_fused_mlp.tuning import tuner
+from hf_fused_mlp.tuning import cache, tuner
 from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, TileConfig
 
@@ -52,7 +52,7 @@ def test_without_a_gpu():
 def test_a_shape(gpu, plan_cache):
     result = invoke("pythia-6.9b", "--m", "2, 16,17")
     assert result.exit_code == 0, result.output
-    assert f"3 of 3 problems tuned; plans are in {plan_cache}/nvidia-h100-80gb-hbm3-132.json" in result.stdout
+    assert f"3 of 3 problems tuned; plans are in {cache.user_file(gpu)}" in result.stdout
     assert "4096 x 16384 plain gelu, bias, bfloat16" in result.stdout
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "x │" in line]
     assert cells == [

@@ -23,6 +23,7 @@ TARGETS = {
 CONFIGS = {
     "gemv": TileConfig("gemv", block_k=4096),
     "skinny": TileConfig("skinny", block_m=16, block_n=64, block_k=128, num_stages=4),
+    "split skinny": TileConfig("skinny", block_m=16, block_n=64, block_k=128, num_stages=4, split_k=2),
     "elementwise": TileConfig("elementwise"),
     "gemm": TileConfig("gemm", 128, 128, 64, num_warps=8, num_stages=4, group_m=8),
 }
@@ -37,16 +38,20 @@ TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp3
 def test_compiles(family, gated, bias, dtype, target, monkeypatch):
     if family == "elementwise" and not gated:
         pytest.skip("has a gate")
-    kernel = compile_launch(family, gated, bias, dtype, TARGETS[target], monkeypatch)
-    assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
+    first, *rest = compile_launches(family, gated, bias, dtype, TARGETS[target], monkeypatch)
+    assert len(rest) == (family == "split skinny" and not gated)
+    for kernel in (first, *rest):
+        code = kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
+        assert code
+        assert ("griddepcontrol.launch_dependents" in code) == (target in ("sm_90", "sm_100"))
+        assert ("griddepcontrol.wait" in code) == (target in ("sm_90", "sm_100") and family != "elementwise")
     if target == "sm_90":
-        assert "griddepcontrol.launch_dependents" in kernel.asm["ptx"]
         # the product runs on Hopper's tensor cores
-        assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (family in ("skinny", "gemm"))
+        assert ("wgmma.mma_async" in first.asm["ptx"]) == (family not in ("gemv", "elementwise"))
 
 
-def compile_launch(family, gated, bias, dtype, target, monkeypatch, activation="silu"):
-    """The compiled kernel of one launch, caught between the launcher and the driver."""
+def compile_launches(family, gated, bias, dtype, target, monkeypatch, activation="silu"):
+    """The compiled kernels of one call, caught between the launcher and the driver."""
     gate, up, _, gate_bias, up_bias, _ = random_mlp(256, 512, gated, bias, dtype)
     capability = divmod(target.arch, 10) if target.backend == "cuda" else (0, 0)
     # three multiprocessors for four tiles, so that the kernels compiled hold the code for halved tiles too
@@ -55,8 +60,10 @@ def compile_launch(family, gated, bias, dtype, target, monkeypatch, activation="
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append((self, args, kw)))
     linear(torch.randn(16, 256, dtype=dtype), up, up_bias, gate, gate_bias, activation, CONFIGS[family])
     monkeypatch.undo()
-    ((function, args, options),) = launches
+    return [compile_launch(*launch, target) for launch in launches]
 
+
+def compile_launch(function, args, options, target):
     signature, constexprs, attributes = {}, {}, {}
     for index, (parameter, value) in enumerate(zip(function.params, args, strict=True)):
         if parameter.is_constexpr or value is None:
@@ -76,4 +83,5 @@ def compile_launch(family, gated, bias, dtype, target, monkeypatch, activation="
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_compiles_every_activation(family, activation, monkeypatch):
-    assert compile_launch(family, True, True, torch.float16, TARGETS["sm_90"], monkeypatch, activation).asm["ptx"]
+    (kernel,) = compile_launches(family, True, True, torch.float16, TARGETS["sm_90"], monkeypatch, activation)
+    assert kernel.asm["ptx"]

@@ -1,5 +1,6 @@
 """Every kernel family against the oracle: interpreted on the CPU, compiled on a GPU."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.dispatch import run_plan
-from hf_fused_mlp.kernels import FAMILIES, _common
+from hf_fused_mlp.kernels import FAMILIES, _common, elementwise, gemm, gemv, skinny
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.tuner import candidates
@@ -79,11 +80,21 @@ def test_split_k(M, split_k, activation, device):
 
 @KINDS
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_gemm_halves_the_last_tiles(gated, bias, device):
-    """The CPU counts as four multiprocessors: six tiles are a round and two, which run as four halves."""
+@pytest.mark.parametrize("group_m", [1, 2])
+def test_gemm_halves_the_last_tiles(gated, bias, group_m, device, monkeypatch):
+    """The CPU counts as four multiprocessors: six tiles are a round of four, and two that run as four halves."""
+    wholes = []
+    launch = _common.launch
+
+    def spy(kernel, key, grid, args, **options):
+        wholes.append(args[10] if args[3] is not None else None)
+        launch(kernel, key, grid, args, **options)
+
+    monkeypatch.setattr(gemm, "launch", spy)
     sms = GPU.of(device).num_sms
-    rows = 64 * (sms + sms // 2)
-    check("gemm", rows - 3, 72, 56, device, gated, bias)
+    rows = 64 * (sms + sms // 2) // 2  # for the two columns of tiles that up and down have
+    check("gemm", rows - 3, 72, 104, device, gated, bias, config=replace(SMALL["gemm"], group_m=group_m))
+    assert wholes == [sms, sms]
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
@@ -155,3 +166,50 @@ def test_plans_fit_the_problem():
         plan = heuristic_plan(key)
         for launch, config in ((key.up, plan.up), (key.down, plan.down)):
             assert config.kernel == "torch" or FAMILIES[config.kernel].supports(launch) is None
+
+
+def test_launch_keys_tell_binaries_apart(monkeypatch):
+    """Launches that share a key are launches that Triton would compile alike for an NVIDIA GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend, binders, compiled = make_backend(GPUTarget("cuda", 90, 32)), {}, {}
+
+    def record(kernel, key, grid, args, tensors, overlap=False, **options):
+        if kernel not in binders:
+            binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, _ = binders[kernel](*args, debug=False, **options)
+        specialization = f"{specialization} {sorted(options.items())}"
+        assert compiled.setdefault((kernel, key, overlap), specialization) == specialization
+
+    for family in (elementwise, gemm, gemv, skinny):
+        monkeypatch.setattr(family, "launch", record)
+    monkeypatch.setattr(gemm, "bind_context", lambda device: None)
+    monkeypatch.setattr(GPU, "of", lambda device: GPU("H100", 132, (9, 0), 232448))
+    configs = {
+        "gemv": [TileConfig("gemv", block_k=32), TileConfig("gemv", block_k=64, num_warps=8)],
+        "skinny": [replace(SMALL["skinny"], split_k=split_k) for split_k in (1, 2)],
+        "gemm": [SMALL["gemm"], replace(SMALL["gemm"], group_m=1)],
+        "elementwise": [SMALL["elementwise"]],
+    }
+    tokens = {"gemv": (1, 2), "skinny": (1, 3, 16, 128), "gemm": (16, 300, 64 * 199), "elementwise": (16, 150000)}
+    for family, bias, gated, dtype in itertools.product(
+        configs, (True, False), (True, False), (torch.float16, torch.bfloat16)
+    ):
+        if family == "elementwise" and not gated:
+            continue
+        for M, N, K, config in itertools.product(tokens[family], (72, 104, 14336), (16, 72), configs[family]):
+            for row in (K, K + 8):
+                empty = functools.partial(torch.empty, device="meta", dtype=dtype)
+                x, block, biases = empty(M, row)[:, :K], empty(2, N, K), empty(2, N)
+                FAMILIES[family].__dict__[family](
+                    x,
+                    block[1],
+                    biases[1] if bias else None,
+                    block[0] if gated else None,
+                    biases[0] if bias and gated else None,
+                    "silu",
+                    config,
+                )
+    assert len(compiled) > 100

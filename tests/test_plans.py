@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from numerics import assert_accurate, oracle_of, random_mlp
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from hf_fused_mlp import dispatch
+from hf_fused_mlp.kernels import FAMILIES
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning import cache, plan_files
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.tuning.plan_files import TunedPlan, canonical_code, kernels_hash, read, write
+from hf_fused_mlp.tuning.plan_files import TunedPlan, canonical_code, kernel_hashes, read, write
 from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
@@ -54,7 +55,7 @@ def test_round_trip(file, caplog):
     write(file, [plain], H100)
     assert read(file, H100) == {KEY: TUNED, plain.key: plain}
     assert not caplog.records
-    assert len(file.read_text().splitlines()) == 13, "a line an entry, so that a difference can be read"
+    assert len(file.read_text().splitlines()) == 20, "a line an entry, so that a difference can be read"
 
 
 def test_a_new_plan_replaces_the_old_one_for_its_problem(file):
@@ -80,7 +81,7 @@ def test_a_directory_is_not_a_file(tmp_path, caplog):
     assert "IsADirectoryError" in the_warning(caplog)
 
 
-@pytest.mark.parametrize("name", ["format", "gpu", "num_sms", "kernels", "torch", "triton"])
+@pytest.mark.parametrize("name", ["format", "gpu", "num_sms", "torch", "triton"])
 def test_stale_files(file, name, caplog):
     edited(file, lambda document: document.update({name: "another"}))
     assert read(file, H100) == {}
@@ -91,6 +92,14 @@ def test_stale_files(file, name, caplog):
     write(file, [], H100)
     assert len(caplog.records) == 1
     assert read(file, H100) == {}, "what does not hold is dropped by the next write"
+
+
+@pytest.mark.parametrize("file_of_kernels, holds", [("_common", False), ("__init__", False), ("gemm", True)])
+def test_plans_of_other_kernels(file, file_of_kernels, holds, caplog):
+    """What all families share stales a file, and a family the plans that run it."""
+    edited(file, lambda document: document["kernels"].update({file_of_kernels: "of last year"}))
+    assert read(file, H100) == ({KEY: TUNED} if holds else {})
+    assert len(caplog.records) == (0 if holds else 1)
 
 
 WRONG = {
@@ -105,6 +114,11 @@ WRONG = {
     "bias is 0": lambda entry: entry["problem"].update(bias=0),
     "num_stages is 4.0": lambda entry: entry["plan"]["up"].update(num_stages=4.0),
     "block_m 0: expected a power of two": lambda entry: entry["plan"]["up"].update(block_m=0),
+    "split_k 0: expected 1 to 64": lambda entry: entry["plan"]["up"].update(split_k=0),
+    "group_m is -1": lambda entry: entry["plan"]["up"].update(group_m=-1),
+    "num_warps 64: expected 1 to 32": lambda entry: entry["plan"]["up"].update(num_warps=64),
+    "block_k is missing": lambda entry: entry["plan"]["up"].pop("block_k"),
+    "m 15: expected a power of two": lambda entry: entry["problem"].update(m=15),
     "block_n 48: expected a power of two": lambda entry: entry["plan"]["up"].update(block_n=48),
     "made for M of 2 to 128": lambda entry: entry["problem"].update(m=512),
     "not one aligned block": lambda entry: (
@@ -177,17 +191,17 @@ def test_the_kernels_hash_is_of_code_only():
     assert canonical_code(source) != canonical_code(source.replace("1", "2"))
     assert canonical_code(source) != canonical_code(source.replace("+", "-"))
     assert canonical_code("x = None") != canonical_code("x = 0")
-    assert len(kernels_hash()) == 16
+    assert canonical_code(source) == canonical_code(f"def candidates(key):\n    return [1]\n{source}")
+    assert set(kernel_hashes()) == {"__init__", "_common", *FAMILIES}
 
 
 def assert_valid(path):
     """A file that ships is named after its GPU, of these kernels, and every plan in it can be used."""
     document = json.loads(path.read_text())
     gpu = GPU(document["gpu"], document["num_sms"], (9, 0), 1 << 18)
-    assert path.name == cache.file_name(gpu.name, gpu.num_sms)
-    assert document["kernels"] == kernels_hash(), "the kernels changed; tune again"
+    assert path.name == cache.shipped_file(gpu).name
     plans = read(path, gpu, any_version=True)
-    assert len(plans) == len(document["plans"])
+    assert len(plans) == len(document["plans"]) > 0, "the kernels changed; tune again"
     for tuned in plans.values():
         assert tuned.plan_us <= tuned.unfused_us, "slower than unfused"
 
@@ -199,11 +213,11 @@ def test_shipped_files(tmp_path, caplog):
         assert_valid(file)
     assert not caplog.records
     with pytest.raises(AssertionError):
-        assert_valid(edited(path, lambda document: document.update(kernels="of last year")))
+        assert_valid(edited(path, lambda document: document["kernels"].update(skinny="of last year")))
 
 
 def test_the_users_plan_beats_the_shipped_and_that_the_rule(file, caplog):
-    shipped, user = cache.SHIPPED / cache.file_name(H100.name, 132), cache.user_file(H100)
+    shipped, user = cache.shipped_file(H100), cache.user_file(H100)
     assert dispatch.find_plan(KEY) == heuristic_plan(KEY)
     shipped.parent.mkdir()
     edited(file, lambda document: document.update(torch="2.9.0", triton="3.5.0")).rename(shipped)
@@ -215,6 +229,32 @@ def test_the_users_plan_beats_the_shipped_and_that_the_rule(file, caplog):
     for other in (replace(KEY, one_block=False), replace(KEY, bias=True), replace(KEY, gpu=replace(H100, num_sms=78))):
         assert dispatch.find_plan(other) == heuristic_plan(other)
     assert not caplog.records
+
+
+def test_no_home_is_one_warning(monkeypatch, caplog):
+    def no_home(*args, **kwargs):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("HF_FUSED_MLP_CACHE")
+    monkeypatch.setattr(cache, "user_cache_dir", no_home)
+    for _ in range(2):
+        assert dispatch.find_plan(KEY) == heuristic_plan(KEY)
+    (record,) = caplog.records
+    assert "set HF_FUSED_MLP_CACHE" in record.getMessage()
+
+
+def test_only_files_of_plans_are_written_to(tmp_path):
+    (tmp_path / "notes.md").write_text("# my notes")
+    (tmp_path / "data.json").write_text('{"plans": []}')
+    for path in (tmp_path / "notes.md", tmp_path / "data.json"):
+        before = path.read_text()
+        with pytest.raises(FileExistsError, match="not a file of plans"):
+            write(path, [TUNED], H100)
+        assert path.read_text() == before
+    (tmp_path / "link.json").symlink_to(tmp_path / "plans.json")
+    write(tmp_path / "link.json", [TUNED], H100)
+    assert (tmp_path / "link.json").is_symlink()
+    assert read(tmp_path / "plans.json", H100) == {KEY: TUNED}
 
 
 def test_a_stale_user_file_is_ignored_with_one_message(caplog):
@@ -243,7 +283,10 @@ def test_dispatch_runs_a_plan_from_the_users_file(device, monkeypatch):
     assert_accurate(out, mlp_ref(x, *operands, "silu"), oracle_of(x, operands, "silu"))
 
 
-def test_a_plan_that_does_not_fit_gives_way(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error", [OutOfResources(300000, 232448, "shared memory"), PTXASError("bad code")], ids=["resources", "compiler"]
+)
+def test_a_plan_that_does_not_fit_gives_way(error, monkeypatch, caplog):
     """As it may with a plan that ships, measured with another Triton."""
     operands = random_mlp(72, 104, True, False, torch.float16)
     x = torch.randn(5, 72).to(torch.float16)
@@ -254,14 +297,14 @@ def test_a_plan_that_does_not_fit_gives_way(monkeypatch, caplog):
     def run_plan(plan, *args):
         ran.append(plan)
         if plan is TUNED.plan:
-            raise OutOfResources(300000, 232448, "shared memory")
+            raise error
         return mlp_ref(*args)
 
     monkeypatch.setattr(dispatch, "run_plan", run_plan)
     for _ in range(3):
         assert torch.equal(dispatch.mlp_cuda(x, *operands, "silu"), mlp_ref(x, *operands, "silu"))
     assert ran == [TUNED.plan, UNFUSED, UNFUSED]
-    assert "shared memory" in the_warning(caplog)
+    assert str(error) in the_warning(caplog)
 
 
 def test_what_is_remembered_tells_problems_apart(monkeypatch):

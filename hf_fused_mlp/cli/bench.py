@@ -59,12 +59,14 @@ def bench(
     """Time fused MLPs against Transformers' own and peers, on the GPU: correctness first, then in turn in one run."""
     shape_names = chosen("shape", shapes, SHAPES)
     impl_names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
-    try:
-        tokens = [int(count) for count in m.split(",")]
-    except ValueError:
+    counts = m.replace(" ", "").split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
         fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
+    tokens = [int(count) for count in counts]
     if dtype not in ("bfloat16", "float16"):
         fail(f"dtype {dtype!r}: expected bfloat16 or float16")
+    if plot is not None and candidates:
+        fail("--plot draws whole MLPs; leave out --candidates")
     if plot is not None:
         try:
             from hf_fused_mlp.cli.plots import draw
@@ -94,7 +96,7 @@ def bench(
     else:
         print(*(speedup_table(rows, over) for over in ("eager", "peers")), markdown_table(rows), sep="\n\n")
     if plot is not None:
-        draw(plot, header, kept)
+        draw(plot, header, [row for row in kept if "impl" in row])
 
 
 def chosen(what: str, names: str, known: dict[str, Any]) -> list[str]:
@@ -194,8 +196,8 @@ def measure_candidates(shape: Shape, m: int, dtype: torch.dtype) -> list[Row]:
     from hf_fused_mlp.tuning.tuner import time_candidates
 
     mlp = fuse_model(build(shape, dtype), strict=True)
-    gate, up, down, *_, activation = mlp.operands()
-    key = problem_key(m, gate, up, down, activation)
+    gate, up, down, *biases, activation = mlp.operands()
+    key = problem_key(m, gate, up, down, activation, bias=any(bias is not None for bias in biases))
     rows = []
     for launch, linear_key in (("up", key.up), ("down", key.down)):
         timings = sorted(time_candidates(linear_key).items(), key=lambda item: item[1].median_us)

@@ -16,8 +16,10 @@ def speedup_table(rows: list[Row], over: str) -> str:
         us = {name: entry["median_us"] for name, entry in entries.items()}
         other = _best_peer(us) if over == "peers" else us.get(over)
         ratios.setdefault((shape, dtype), {})[m] = _ratio(other, us.get("fused"))
-    for (shape, _), by_tokens in ratios.items():
-        lines.append(f"| {' | '.join((shape, *(by_tokens.get(m, '-') for m in tokens)))} |")
+    several = len({dtype for _, dtype in ratios}) > 1
+    for (shape, dtype), by_tokens in ratios.items():
+        name = f"{shape}, {dtype}" if several else shape
+        lines.append(f"| {' | '.join((name, *(by_tokens.get(m, '-') for m in tokens)))} |")
     return "\n".join(lines)
 
 

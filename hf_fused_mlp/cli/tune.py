@@ -50,7 +50,12 @@ def tune(
     ),
     dtype: Annotated[str, typer.Option(help=f"auto (the model's own) or {', '.join(DTYPES)}.")] = "auto",
     file: Annotated[
-        Path | None, typer.Option("--output", dir_okay=False, help="Where to keep the plans, if not in your cache.")
+        Path | None,
+        typer.Option(
+            "--output",
+            dir_okay=False,
+            help="Where to keep the plans, if not in your cache; only plans in the cache are used.",
+        ),
     ] = None,
 ) -> None:
     """Measure which kernels run a model's MLPs fastest on this GPU, and keep the answer. Weights are not needed."""
@@ -95,8 +100,8 @@ def keep(tuned: "list[TunedPlan]", gpu: GPU, file: Path | None) -> Path:
 
     try:
         return cache.save(tuned, gpu, file)
-    except OSError as error:
-        fail(f"plans cannot be kept ({error}); name a file that can be written with --output")
+    except (OSError, RuntimeError) as error:
+        fail(f"plans cannot be kept ({error}); name a new file, or one of plans, with --output")
 
 
 def mlps_of(name: str, dtype: torch.dtype | None) -> list[MLP]:

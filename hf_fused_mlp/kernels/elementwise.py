@@ -1,7 +1,8 @@
 """``out = act(x @ gate.T) * (x @ weight.T)`` for many tokens: PyTorch's GEMMs, then one kernel for the rest.
 
-Picked for the gated up launch of more than 128 tokens where `gemm` cannot run: in fp32, on other GPUs than Hopper, or
-where gate and up are not one block. It is what eager does with one kernel for two, and two trips to memory less.
+Picked for the gated up launch where no other family can run: of more than 128 tokens on other GPUs than Hopper or
+where gate and up are not one block, and in fp32 from 2 tokens on. It is what eager does with one kernel for two, and
+two trips to memory less.
 Launches: 3. Bytes of the last: both products read, out written.
 """
 
@@ -25,13 +26,13 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """There is nothing to choose; for few tokens the other families are far faster."""
-    return [TileConfig("elementwise")] if key.m > 64 else []
+    """There is nothing to choose; for few tokens in 16 bits the other families are far faster."""
+    return [TileConfig("elementwise")] if key.m > 64 or key.dtype.itemsize > 2 else []
 
 
 @triton.jit(do_not_specialize=["size"])
 def _activate_and_multiply_kernel(
-    gate_ptr, up_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    gate_ptr, up_ptr, out_ptr, size: tl.int64, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
     """``out = act(gate) * up``"""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

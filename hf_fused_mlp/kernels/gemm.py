@@ -1,10 +1,10 @@
 """``out = act(x @ gate.T) * (x @ weight.T)`` for many tokens: a persistent GEMM with the activation in its epilogue.
 
-Without a gate, ``out = act(x @ weight.T)``. Picked for the up launch of more than 128 tokens, on Hopper. A tile is the
-product of `block_m` tokens with an even number of weight rows, in one accumulator that is then split in registers:
-with a gate its halves are `block_n` rows of each of the two planes of one `[2, N, K]` block, and make one result;
-without, `block_n` rows of the weight, stored half by half. If the tiles of the last round would leave half of the
-multiprocessors idle, they are halved.
+Without a gate, ``out = act(x @ weight.T)``. Picked on Hopper from more than 128 tokens on, for the up launch, and by
+measured plans for down too. A tile is the product of `block_m` tokens with an even number of weight rows, in one
+accumulator that is then split in registers: with a gate its halves are `block_n` rows of each of the two planes of one
+`[2, N, K]` block, and make one result; without, `block_n` rows of the weight, stored half by half. If, after whole
+rounds, the tiles that are left would leave half of the multiprocessors idle, they are halved.
 Launches: 1. Bytes: x, the weights and out once, if tiles that share them meet in L2 (`group_m`).
 """
 

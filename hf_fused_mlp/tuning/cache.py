@@ -3,6 +3,7 @@
 A file is read when its GPU is first asked for, and kept for the life of the process.
 """
 
+import logging
 import os
 import re
 from collections.abc import Hashable, Iterable
@@ -11,10 +12,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import triton
 from platformdirs import user_cache_dir
 
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
 from hf_fused_mlp.types import GPU, Plan, ProblemKey
+
+logger = logging.getLogger("hf_fused_mlp")
 
 SHIPPED = Path(__file__).parent / "plans"
 
@@ -23,14 +27,25 @@ remembered: dict[Hashable, Plan] = {}
 
 
 def user_file(gpu: GPU) -> Path:
-    """The user's plans for `gpu`: in `$HF_FUSED_MLP_CACHE`, or in the system's place for caches."""
+    """The user's plans for `gpu`: in `$HF_FUSED_MLP_CACHE`, or in the system's place for caches.
+
+    Environments with other versions of PyTorch and Triton have files of their own.
+
+    Raises:
+        RuntimeError: there is no home directory to find that place by.
+    """
     directory = os.environ.get("HF_FUSED_MLP_CACHE") or user_cache_dir("hf-fused-mlp", appauthor=False)
-    return Path(directory).expanduser() / file_name(gpu.name, gpu.num_sms)
+    versions = f"torch {torch.__version__} triton {triton.__version__}"
+    return Path(directory).expanduser() / file_name(f"{gpu.name} {gpu.num_sms} {versions}")
 
 
-def file_name(gpu_name: str, num_sms: int) -> str:
+def shipped_file(gpu: GPU) -> Path:
     """Such as `nvidia-h100-80gb-hbm3-132.json`; one GPU's name may stand for several sizes."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{gpu_name} {num_sms}".lower()) + ".json"
+    return SHIPPED / file_name(f"{gpu.name} {gpu.num_sms}")
+
+
+def file_name(what: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", what.lower()) + ".json"
 
 
 def user_plan(key: ProblemKey) -> Plan | None:
@@ -54,7 +69,8 @@ def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path
     """Adds plans to `path`, the user's file unless given, where the next call finds them. Returns the path.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or is one of something else.
+        RuntimeError: there is no home directory for the user's file.
     """
     path = path or user_file(gpu)
     write(path, tuned, gpu)
@@ -71,9 +87,14 @@ def forget() -> None:
 
 @cache
 def _user_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
-    return read(user_file(gpu), gpu)
+    try:
+        path = user_file(gpu)
+    except RuntimeError as error:
+        logger.warning("no plans of yours are looked for (%s); set HF_FUSED_MLP_CACHE to a directory", error)
+        return {}
+    return read(path, gpu)
 
 
 @cache
 def _shipped_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
-    return read(SHIPPED / file_name(gpu.name, gpu.num_sms), gpu, any_version=True)
+    return read(shipped_file(gpu), gpu, any_version=True)

@@ -6,7 +6,6 @@ A wrong plan is thus never loaded, and a bad file never stops a forward.
 
 import ast
 import datetime
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,10 +22,11 @@ import torch
 import triton
 
 from hf_fused_mlp import kernels
-from hf_fused_mlp.types import GPU, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.types import GPU, Plan, ProblemKey, TileConfig, next_power_of_two
 
 FORMAT = 1
 VERSIONS = ("torch", "triton")
+_LARGEST = {"num_warps": 32, "num_stages": 32, "split_k": 64}
 REMEDY = "measure it again with `hf-fused-mlp tune`"
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, Tu
     skipped: list[str] = []
     for index, entry in enumerate(entries):
         try:
-            tuned = _from_json(entry, gpu)
+            tuned = _from_json(entry, gpu, document["kernels"])
             plans[tuned.key] = tuned
         except (ValueError, TypeError, KeyError) as error:
             skipped.append(f"plans[{index}]: {error}")
@@ -83,8 +83,11 @@ def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
     The file is replaced as a whole, so that no reader finds half of one, and by one process at a time.
 
     Raises:
-        OSError: the directory cannot be made or written to; the file is as it was.
+        OSError: the directory cannot be made or written to, or the file is one of something else; it is as it was.
     """
+    path = path.resolve()  # of a link, what it points to is replaced
+    if path.exists() and not _is_of_plans(path):
+        raise FileExistsError(f"{path} exists and is not a file of plans")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         plans = read(path, gpu) | {entry.key: entry for entry in tuned}
@@ -99,7 +102,7 @@ def header_of(gpu: GPU) -> dict[str, Any]:
         "format": FORMAT,
         "gpu": gpu.name,
         "num_sms": gpu.num_sms,
-        "kernels": kernels_hash(),
+        "kernels": kernel_hashes(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),
@@ -119,12 +122,13 @@ def unsupported(key: ProblemKey, plan: Plan) -> str | None:
 
 
 @cache
-def kernels_hash() -> str:
-    """A hash of the kernels' code: comments, docstrings and layout do not count, and Python's version does not."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
-        digest.update(f"{path.name} {canonical_code(path.read_text())}".encode())
-    return digest.hexdigest()[:16]
+def kernel_hashes() -> dict[str, str]:
+    """A hash of the code of each file of kernels, by the file's name.
+
+    Comments, docstrings and layout do not count, nor what a tuner tries; Python's version does not either.
+    """
+    paths = sorted(Path(kernels.__file__).parent.glob("*.py"))
+    return {path.stem: hashlib.sha256(canonical_code(path.read_text()).encode()).hexdigest()[:16] for path in paths}
 
 
 def canonical_code(source: str) -> str:
@@ -135,7 +139,7 @@ def canonical_code(source: str) -> str:
 
     def canonical(node):
         if isinstance(node, list):
-            return tuple(canonical(child) for child in node if not _is_bare_string(child))
+            return tuple(canonical(child) for child in node if not _does_nothing(child))
         if not isinstance(node, ast.AST):
             return node
         fields = ((name, canonical(value)) for name, value in ast.iter_fields(node))
@@ -144,16 +148,36 @@ def canonical_code(source: str) -> str:
     return repr(canonical(ast.parse(source)))
 
 
-def _is_bare_string(node) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def _does_nothing(node) -> bool:
+    """Bare strings, and the function that lists candidates, which the answer of no kernel depends on."""
+    match node:
+        case ast.Expr(ast.Constant(str())) | ast.FunctionDef(name="candidates"):
+            return True
+    return False
+
+
+def _is_of_plans(path: Path) -> bool:
+    try:
+        document = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"format", "plans"} <= document.keys()
 
 
 def _stale_reason(document: dict[str, Any], gpu: GPU, ignored: tuple[str, ...]) -> str | None:
     for name, here in header_of(gpu).items():
         found = document.get(name) if isinstance(document, dict) else None
+        if name == "kernels":  # the files that all families share; an entry answers for its own
+            found, here = (_shared(hashes) for hashes in (found, here))
         if name not in ("date", *ignored) and found != here:
             return f"{name} is {found!r}, here {here!r}"
     return None
+
+
+def _shared(hashes: Any) -> dict[str, str] | None:
+    if not isinstance(hashes, dict):
+        return None
+    return {name: value for name, value in hashes.items() if name not in kernels.FAMILIES}
 
 
 def _to_json(tuned: TunedPlan) -> dict[str, Any]:
@@ -166,20 +190,29 @@ def _to_json(tuned: TunedPlan) -> dict[str, Any]:
     }
 
 
-def _from_json(entry: dict[str, Any], gpu: GPU) -> TunedPlan:
+def _from_json(entry: dict[str, Any], gpu: GPU, hashes: dict[str, str]) -> TunedPlan:
     """Raises ValueError, TypeError or KeyError where anything but a plan for its problem comes out."""
     key = _typed(ProblemKey, entry["problem"], gpu=gpu)
+    if next_power_of_two(key.m) != key.m:
+        raise ValueError(f"m {key.m}: expected a power of two")
     plan = Plan(up=_config(entry["plan"]["up"]), down=_config(entry["plan"]["down"]))
     if reason := unsupported(key, plan):
         raise ValueError(reason)
+    for family in {plan.up.kernel, plan.down.kernel} - {"torch"}:
+        if hashes.get(family) != kernel_hashes()[family]:
+            raise ValueError(f"{family} is not the kernel that was measured")
     return TunedPlan(key, plan, float(entry["plan_us"]), float(entry["unfused_us"]))
 
 
 def _config(values: dict[str, Any]) -> TileConfig:
     config = _typed(TileConfig, values)
-    for name, value in values.items():
+    for name, value in asdict(config).items():
+        if name not in values:
+            raise ValueError(f"{name} is missing")
         if name.startswith(("block_", "num_warps")) and value.bit_count() != 1:
             raise ValueError(f"{name} {value}: expected a power of two")
+        if name != "kernel" and not 1 <= value <= _LARGEST.get(name, 1 << 14):
+            raise ValueError(f"{name} {value}: expected 1 to {_LARGEST.get(name, 1 << 14)}")
     return config
 
 
@@ -194,7 +227,7 @@ def _typed(cls: type[T], values: dict[str, Any], **given: Any) -> T:
             raise ValueError(f"unknown field {name!r} of {cls.__name__}")
         if types[name] is torch.dtype:
             value = getattr(torch, str(value), None)
-        if type(value) is not types[name]:
+        if type(value) is not types[name] or (types[name] is int and value < 0):
             raise ValueError(f"{name} is {values[name]!r}, expected a {types[name].__name__}")
         arguments[name] = value
     return cls(**arguments)
@@ -207,6 +240,11 @@ def _order(key: ProblemKey) -> tuple:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds other processes off; the lock is on the directory itself, and so leaves no file behind."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where the last of two writers wins
+        yield
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
