@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from hf_fused_mlp.modules import FusedMLP, fuse_module, unfuse_module
-from hf_fused_mlp.registry import find_spec, looks_like_mlp, reject_reason
+from hf_fused_mlp.registry import find_spec, looks_like_mlp, reject_reason, row_of
 
 logger = logging.getLogger("hf_fused_mlp")
 
@@ -58,7 +58,7 @@ class FusionReport:
 
 
 def fuse_model(model: nn.Module, strict: bool = False, exclude: Iterable[str] = ()) -> nn.Module:
-    """Gives every MLP of a known class a forward that runs fused kernels, in place, and logs what was skipped and why.
+    """Gives every MLP that is known for one a forward of fused kernels, in place, and logs what was skipped and why.
 
     Parameter names, `state_dict`, `save_pretrained` and `generate` stay as they were. Fusing again fuses what is not
     fused yet, and packs again what has lost its packing.
@@ -109,7 +109,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
         class_name = type(module).__name__
         if isinstance(module, FusedMLP):
             mlps.append(MLPStatus(name, module.original_class.__name__, "fused", module.bypass_reason()))
-        elif spec := find_spec(type(module)):
+        elif spec := find_spec(module):
             reason = reject_reason(module, type(module), spec)
             mlps.append(MLPStatus(name, class_name, "skipped" if reason else "fusable", reason))
         elif looks_like_mlp(name, module) and not any(name.startswith(f"{mlp.name}.") for mlp in mlps):
@@ -118,9 +118,12 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 
 def _unknown_reason(cls: type[nn.Module]) -> str:
-    known = next((base.__name__ for base in cls.__mro__[1:] if find_spec(base)), None)
-    what = f"a subclass of {known} may compute something else" if known else "unknown class"
-    return f"{what}; if it computes a gated or plain MLP, call register_mlp({cls.__name__}, MLPSpec(...)) first"
+    known = next((base.__name__ for base in cls.__mro__[1:] if row_of(base)), None)
+    what = f", a subclass of {known}," if known else ""
+    return (
+        f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "
+        f"far as it can be read; if it computes one anyway, call register_mlp({cls.__name__}, MLPSpec(...)) first"
+    )
 
 
 def _without_excluded(report: FusionReport, patterns: tuple[str, ...]) -> FusionReport:
@@ -150,7 +153,7 @@ def _fuse_all(model: nn.Module, names: list[str]) -> None:
         for name in names:
             module = model.get_submodule(name)
             if not isinstance(module, FusedMLP):  # another thread was faster
-                fuse_module(module, find_spec(type(module)))
+                fuse_module(module, find_spec(module))
                 done.append(name)
     except BaseException:
         for name in done:

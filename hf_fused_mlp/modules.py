@@ -6,6 +6,7 @@ the kernels cannot answer exactly goes to the original forward.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import ClassVar
@@ -30,6 +31,7 @@ class FusedMLP:
 
     mlp_spec: ClassVar[MLPSpec]
     original_class: ClassVar[type[nn.Module]]
+    original_forward: ClassVar[Callable]
     input_name: ClassVar[str]
 
     def forward(self, *args, **kwargs):
@@ -48,7 +50,7 @@ class FusedMLP:
         """
         if self.training:
             return "in training mode; the kernels run after model.eval()"
-        if reason := altered_reason(self, self.original_class, self.mlp_spec):
+        if reason := altered_reason(self, self.original_class, self.original_forward, self.mlp_spec):
             return reason
         if not _HAS_TRITON:
             return "Triton is not installed; install triton for your platform"
@@ -62,17 +64,28 @@ class FusedMLP:
 
     def _accepts(self, x: Tensor) -> bool:
         """Whether the kernels take `x`; what they do not take, the original forward answers for, errors included."""
-        weight = self._parameters_of(self.mlp_spec.up)["weight"]
         return (
             isinstance(x, Tensor)
-            and x.dtype == weight.dtype
-            and x.device == weight.device
+            and x.layout is torch.strided
+            and not x.is_nested
             and x.dim() > 0
-            and x.shape[-1] == weight.shape[1]
+            and x.shape[-1] == self._parameters_of(self.mlp_spec.up)["weight"].shape[1]
+            and self._shares(x.dtype, x.device)
             and not torch.is_autocast_enabled("cuda")
             and not _has_any_global_hook()
             and (torch.compiler.is_compiling() or (type(x) is Tensor and not ops.is_transformed()))
         )
+
+    def _shares(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether all weights and biases are of that dtype and device, and their shapes still fit together."""
+        projections = [self._parameters_of(name) for name in self.mlp_spec.projections]
+        for parameters in projections:
+            for tensor in parameters.values():
+                if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+                    return False
+        *first, down = (parameters["weight"].shape for parameters in projections)
+        halves = 2 if self.mlp_spec.kind is MLPKind.PACKED else 1
+        return first[0] == first[-1] and first[0][0] == halves * down[1]
 
     def _parameters_of(self, name: str) -> dict[str, Tensor | None]:
         # a third of the time of getattr, and asked at every call
@@ -80,7 +93,8 @@ class FusedMLP:
 
     def operands(self) -> tuple[Tensor | str | None, ...]:
         """What `ops.mlp` takes after `x`: weights of gate, up and down, their biases, the activation's name."""
-        return *self._tensors(), find_activation(self._modules[self.mlp_spec.activation])
+        spec = self.mlp_spec
+        return *self._tensors(), spec.function or find_activation(self._modules[spec.activation])
 
     def _tensors(self) -> Tensors:
         raise NotImplementedError
@@ -132,6 +146,8 @@ class FusedPackedMLP(FusedMLP):
         gate_up, down = map(self._parameters_of, self.mlp_spec.projections)
         gate, up = gate_up["weight"].chunk(2)
         gate_bias, up_bias = (None, None) if gate_up["bias"] is None else gate_up["bias"].chunk(2)
+        if self.mlp_spec.up_first:
+            gate, up, gate_bias, up_bias = up, gate, up_bias, gate_bias
         return gate, up, down["weight"], gate_bias, up_bias, down["bias"]
 
 
@@ -152,6 +168,7 @@ def fused_class(original: type[nn.Module], spec: MLPSpec) -> type[FusedMLP]:
     attributes = {
         "mlp_spec": spec,
         "original_class": original,
+        "original_forward": staticmethod(original.forward),
         "input_name": list(inspect.signature(original.forward).parameters)[1],
         "__module__": __name__,
         "__doc__": original.__doc__,

@@ -1,51 +1,19 @@
-"""Which modules are MLPs we may fuse: one row an architecture, and the checks an instance has to pass.
+"""Which modules are MLPs we may fuse, and the checks an instance has to pass.
 
-A row states what a class computes. An instance is fused only if its class is exactly that of a row (a subclass may
-compute something else) and its projections are plain enough to be read without being called.
+What a module computes is stated by the row of exactly its class, if there is one, or read from its forward
+(`recognition`). It is fused only if its projections are plain enough to be read without being called.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import nn
 
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
-from hf_fused_mlp.types import MLPKind
-
-
-@dataclass(frozen=True)
-class MLPSpec:
-    """What an MLP class computes, by the names of its attributes.
-
-    Args:
-        kind: which of the three equations.
-        up, down: names of the `nn.Linear` projections; for a packed MLP `up` holds the rows of gate, then those of up.
-        activation: name of the activation module.
-        gate: name of the gate projection; for a gated MLP only.
-
-    Raises:
-        ValueError: `gate` missing for a gated MLP, or given for another.
-    """
-
-    kind: MLPKind
-    up: str
-    down: str
-    activation: str
-    gate: str | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "kind", MLPKind(self.kind))
-        if (self.kind is MLPKind.GATED) != (self.gate is not None):
-            expected = "the gate projection's name" if self.kind is MLPKind.GATED else "None"
-            raise ValueError(f"MLPSpec(kind={self.kind.value!r}, gate={self.gate!r}): gate must be {expected}")
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The names of the `nn.Linear` children, gate first where there is one."""
-        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
-
+from hf_fused_mlp.recognition import IDENTITIES, recognise
+from hf_fused_mlp.types import MLPKind, MLPSpec
 
 _SWIGLU = MLPSpec(MLPKind.GATED, gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn")
 
@@ -79,6 +47,10 @@ MLP_SPECS: dict[str | type, MLPSpec] = {
 _registered_forwards: dict[type, Callable] = {}
 
 
+# what a fused module has besides what every module has
+RESERVED = {"mlp_spec", "original_class", "original_forward", "input_name", "bypass_reason", "operands", "repack"}
+
+
 def class_path(cls: type) -> str:
     """Module path and qualified name."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -98,17 +70,23 @@ def register_mlp(cls: type[nn.Module], spec: MLPSpec) -> None:
     _registered_forwards[cls] = cls.forward
 
 
-def find_spec(cls: type[nn.Module]) -> MLPSpec | None:
-    """The spec of exactly this class, or None."""
+def row_of(cls: type[nn.Module]) -> MLPSpec | None:
+    """The spec that was written for exactly this class, or None."""
     return MLP_SPECS.get(cls) or MLP_SPECS.get(class_path(cls))
 
 
-def _is_patched(cls: type[nn.Module]) -> bool:
-    """Whether `cls.forward` is another function than the one that the spec of `cls` was written for."""
-    forward = cls.forward
+def find_spec(module: nn.Module) -> MLPSpec | None:
+    """What `module` computes: the row of its class if there is one, or else what its forward says; None if unknown."""
+    return row_of(type(module)) or recognise(module)
+
+
+def _forward_of_spec(cls: type[nn.Module]) -> Callable | None:
+    """The forward that the spec of `cls` is about; None if a row's class no longer has the one it was written for."""
     if cls in _registered_forwards:
-        return forward is not _registered_forwards[cls]
-    return forward.__module__ != cls.__module__ or forward.__qualname__ != f"{cls.__qualname__}.forward"
+        return _registered_forwards[cls]
+    forward = cls.forward
+    own = forward.__module__ == cls.__module__ and forward.__qualname__ == f"{cls.__qualname__}.forward"
+    return forward if own or row_of(cls) is None else None
 
 
 _MLP_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|GLU|Experts")
@@ -124,17 +102,23 @@ def looks_like_mlp(name: str, module: nn.Module) -> bool:
 
 def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str | None:
     """Why `module`, an instance of `cls`, cannot be fused as `spec` says, with the remedy, or None if it can."""
+    if taken := RESERVED & module._modules.keys():
+        return f"its child {min(taken)!r} has a name that a fused module uses itself; pass exclude=[...]"
     linears = {name: getattr(module, name, None) for name in spec.projections}
-    return altered_reason(module, cls, spec) or _mismatch(linears, spec)
+    return altered_reason(module, cls, _forward_of_spec(cls), spec) or _mismatch(linears, spec)
 
 
-def altered_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str | None:
+def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | None, spec: MLPSpec) -> str | None:
     """Why the kernels may not stand in for a call of `module`: something in it is, or has become, not plain.
 
     A fused module asks at every call, so the way to None is short and the words are found only when they are needed.
+
+    Args:
+        cls: the module's class, or what it was before it was fused.
+        forward: the forward that `spec` is about.
     """
-    # the compiler of torch 2.11 misreads a function's __qualname__; what it traces was checked when it was fused
-    if not torch.compiler.is_compiling() and _is_patched(cls):
+    # the compiler of torch 2.11 misreads functions of classes; what it traces was checked when it was fused
+    if not torch.compiler.is_compiling() and cls.forward is not forward:
         forward = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
         return (
             f"the forward of {cls.__name__} was replaced by {forward}; undo the patch, or, if it computes the same, "
@@ -146,12 +130,22 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> st
             "devices; load on one device, fuse before the patch, or pass exclude=[...]"
         )
     children = module._modules
-    missing = [name for name in (*spec.projections, spec.activation) if name not in children]
+    modules = (*spec.projections, *spec.dropouts) + (() if spec.activation is None else (spec.activation,))
+    missing = [name for name in modules if name not in children]
     if missing:
         return f"it has no submodule {missing[0]!r}, which its spec names; correct the spec given to register_mlp"
     for name in spec.projections:
         if not is_plain(children[name]):
             return f"{name} {_why_not_plain(children[name])}"
+    if spec.sequence and tuple(children) != spec.sequence:
+        return f"its children are {', '.join(children)}, no longer {', '.join(spec.sequence)}; undo the change"
+    for name in spec.dropouts:
+        if type(children[name]) not in IDENTITIES or _is_hooked(children[name]):
+            return f"{name} is not a plain dropout or identity, which alone may be left out; pass exclude=[...]"
+        if children[name].training and not module.training:
+            return f"{name} is in training mode; call eval() on it"
+    if spec.activation is None:
+        return None
     activation = children[spec.activation]
     if find_activation(activation) is None:
         return (
@@ -174,6 +168,8 @@ def is_plain(linear: nn.Module) -> bool:
     return (
         type(weight) is nn.Parameter
         and weight.dtype in _PLAIN_DTYPES
+        and weight.layout is torch.strided
+        and type(linear._parameters.get("bias")) in (nn.Parameter, NoneType)
         and not weight.is_meta
         and not linear._modules
         and not linear._buffers
@@ -185,11 +181,16 @@ def is_plain(linear: nn.Module) -> bool:
 _PLAIN_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
+# of the classes of children, as they were when first seen; some packages patch them for a whole process
+_FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU)}
+
+
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does anything but run its class's forward."""
-    attributes = module.__dict__
+    """Whether a call of the module does anything but run the forward that its class came with."""
+    attributes, cls = module.__dict__, type(module)
     return bool(
         _has_own_forward(module)
+        or (not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward))
         or "_hf_hook" in attributes
         or attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
@@ -201,7 +202,9 @@ def _is_hooked(module: nn.Module) -> bool:
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether the instance shadows its class's forward; accelerate leaves the class's own behind when it lets go."""
     own = module.__dict__.get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    if own is None:
+        return False
+    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
 
 
 def _why_not_plain(linear: nn.Module) -> str:
@@ -222,6 +225,8 @@ def _why_not_plain(linear: nn.Module) -> str:
         return (
             f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"
         )
+    if weight.layout is not torch.strided or type(linear._parameters.get("bias")) not in (nn.Parameter, NoneType):
+        return "has a sparse weight or a bias of another class than nn.Parameter; load without either"
     if _is_hooked(linear):
         return (
             "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"

@@ -16,6 +16,49 @@ class MLPKind(str, Enum):
 
 
 @dataclass(frozen=True)
+class MLPSpec:
+    """What an MLP class computes, by the names of its attributes.
+
+    Args:
+        kind: which of the three equations.
+        up, down: names of the `nn.Linear` projections; for a packed MLP `up` holds the rows of gate, then those of up.
+        activation: name of the activation module, or None where the forward calls a function.
+        gate: name of the gate projection; for a gated MLP only.
+        function: key of `ACTIVATIONS` for the function that the forward calls, where there is no module.
+        dropouts: names of dropout and identity modules on the way, which do nothing in evaluation mode.
+        up_first: a packed MLP has the rows of up before those of gate.
+        sequence: names of all children of an `nn.Sequential`, in order.
+
+    Raises:
+        ValueError: `gate` missing for a gated MLP, or given for another; not one of `activation` and `function`.
+    """
+
+    kind: MLPKind
+    up: str
+    down: str
+    activation: str | None = None
+    gate: str | None = None
+    function: str | None = None
+    dropouts: tuple[str, ...] = ()
+    up_first: bool = False
+    sequence: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "kind", MLPKind(self.kind))
+        if (self.kind is MLPKind.GATED) != (self.gate is not None):
+            expected = "the gate projection's name" if self.kind is MLPKind.GATED else "None"
+            raise ValueError(f"MLPSpec(kind={self.kind.value!r}, gate={self.gate!r}): gate must be {expected}")
+        if (self.activation is None) == (self.function is None):
+            given = f"activation={self.activation!r}, function={self.function!r}"
+            raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of the `nn.Linear` children, gate first where there is one."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True)
 class GPU:
     """What a plan may depend on of the device.
 

@@ -118,7 +118,7 @@ def test_a_model_without_known_mlps(tmp_path):
     GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50).save_pretrained(tmp_path)
     result = invoke(tmp_path)
     assert result.exit_code == 2
-    assert "no MLP of a known class" in result.output
+    assert "no MLP that would be fused" in result.output
 
 
 @pytest.mark.gpu

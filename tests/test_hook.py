@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import hf_fused_mlp
+from hf_fused_mlp import fuse
 from hf_fused_mlp.integrations import transformers as hook
 from hf_fused_mlp.modules import FusedMLP
 
@@ -119,10 +120,8 @@ def test_bad_flag(flag, directory):
 
 
 def test_strict_raises_and_the_next_load_is_plain(directory, monkeypatch):
-    from hf_fused_mlp.registry import MLP_SPECS
-
     with monkeypatch.context() as patch:
-        patch.delitem(MLP_SPECS, "transformers.models.llama.modeling_llama.LlamaMLP")
+        patch.setattr(fuse, "find_spec", lambda module: None)
         with pytest.raises(ValueError, match=r"strict: 2 of 2 MLPs cannot be fused(.|\n)*model.layers.0.mlp"):
             AutoModelForCausalLM.from_pretrained(directory, use_fused_mlp="strict")
     assert not is_fused(AutoModelForCausalLM.from_pretrained(directory))

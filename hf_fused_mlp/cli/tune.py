@@ -113,7 +113,7 @@ def mlps_of(name: str, dtype: torch.dtype | None) -> list[MLP]:
         modules = [skeleton(name, dtype)]
     mlps = [mlp for module in modules for child in module.modules() if (mlp := mlp_of(child))]
     if not mlps:
-        fail(f"{name} has no MLP of a known class; tune knows those of Transformers that the README lists")
+        fail(f"{name} has no MLP that would be fused, so there is nothing to tune")
     return list(dict.fromkeys(mlps))
 
 
@@ -129,9 +129,11 @@ def skeleton(name: str, dtype: torch.dtype | None) -> nn.Module:
 
 
 def mlp_of(module: nn.Module) -> MLP | None:
-    """The MLP that a module is, or None if it is not one of a known class and activation."""
-    spec = find_spec(type(module))
-    activation = spec and find_activation(getattr(module, spec.activation))
+    """The MLP that a module is, or None if it is not one that could be fused with the right weights."""
+    spec = find_spec(module)
+    if spec is None or any(type(getattr(module, name)) is not nn.Linear for name in spec.projections):
+        return None
+    activation = spec.function or find_activation(getattr(module, spec.activation))
     if activation is None:
         return None
     up, down = getattr(module, spec.up), getattr(module, spec.down)

@@ -1,0 +1,329 @@
+"""Reading what a class computes from its forward, so that MLPs of classes nobody listed are known too.
+
+A forward of straight lines is evaluated on symbols: `self.up(x)` becomes `Call("up", INPUT)`. Whatever is not one of
+the few steps below (a clamp, another attribute of self, a branch but for a cast to a weight's dtype) ends the reading,
+and the class stays unknown. On an instance, calls of dropout modules fall away, since the kernels run in evaluation
+mode only, and what is left has to be one of three equations, with projections and a known activation in their places.
+What names of the class's module mean is looked up once; replacing such a function later is not noticed.
+"""
+
+import ast
+import dis
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, reduce
+from types import CodeType, FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_fused_mlp.activations import find_activation
+from hf_fused_mlp.types import MLPKind, MLPSpec
+
+# functions that forwards call where others have a module; without arguments beside the input
+FUNCTIONS: dict[Callable, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """The forward's one argument."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """`self.<name>(<of>)`."""
+
+    name: str
+    of: object
+
+
+@dataclass(frozen=True)
+class Cast:
+    """`<of>.to(self.<name>.weight.dtype)`."""
+
+    name: str
+    of: object
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of `FUNCTIONS`, by the activation that it computes."""
+
+    activation: str
+    of: object
+
+
+@dataclass(frozen=True)
+class Product:
+    left: object
+    right: object
+
+
+@dataclass(frozen=True)
+class Half:
+    """One of `<of>.chunk(2, dim=-1)`."""
+
+    index: int
+    of: object
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """``<of>.chunk(2, dim=-1)``, as a whole."""
+
+    of: object
+
+
+INPUT = Input()
+IDENTITIES = (nn.Dropout, nn.Identity)
+SEQUENTIAL_FORWARD = nn.Sequential.forward  # as it came, should a patch replace it
+
+
+# what a condition may consist of that is not evaluated, since either branch gives the same
+LOOKS = (
+    *(ast.Call, ast.Name, ast.Attribute, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Constant, ast.Tuple),
+    *(ast.cmpop, ast.boolop, ast.unaryop, ast.expr_context),
+)
+
+
+class Unreadable(Exception):
+    """The step of a forward that is not one of those known."""
+
+
+@cache
+def equation_of(function: FunctionType) -> object | None:
+    """What a forward returns, as an expression of `Input`, or None if it does anything that is not known here."""
+    try:
+        source = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        if isinstance(source, ast.FunctionDef) and _is_source_of(function, source):
+            return _Reader(function, source).result()
+    except Exception:  # no source, among others; what is not understood is left alone
+        return None
+    return None
+
+
+def _is_source_of(function: FunctionType, source: ast.FunctionDef) -> bool:
+    """Whether `function` does what `source` says: the file may have changed since, or a wrapper point to another."""
+    compiled = compile(ast.Module([source], []), "", "exec").co_consts
+    code = next(code for code in compiled if isinstance(code, CodeType))
+    signature = ("co_varnames", "co_argcount", "co_kwonlyargcount", "co_posonlyargcount")
+    same = all(getattr(code, name) == getattr(function.__code__, name) for name in signature)
+    return same and _steps(code) == _steps(function.__code__)
+
+
+def _steps(code: CodeType) -> list[tuple[str, object]]:
+    """The instructions of `code`, but for how a name is called, which depends on the module around it."""
+    steps = []
+    for step in dis.get_instructions(code):
+        if step.opname != "PUSH_NULL":
+            target = step.opcode in dis.hasjrel or step.opcode in dis.hasjabs
+            steps.append((step.opname.replace("LOAD_METHOD", "LOAD_ATTR"), None if target else step.argval))
+    return steps
+
+
+def recognise(module: nn.Module) -> MLPSpec | None:
+    """What `module` computes, by the names of its children, or None if that is no MLP or cannot be told."""
+    cls = type(module)
+    usual = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
+    if not usual or cls.__call__ is not nn.Module.__call__ or type(cls.forward) is not FunctionType:
+        return None
+    sequence: tuple[str, ...] = ()
+    if cls.forward is SEQUENTIAL_FORWARD and cls.__iter__ is nn.Sequential.__iter__:
+        sequence = tuple(module._modules)
+        equation = reduce(lambda of, name: Call(name, of), sequence, INPUT)
+    else:
+        equation = equation_of(cls.forward)
+    if equation is None:
+        return None
+    dropouts, casts = [], []
+    equation = _simplified(equation, module, dropouts, casts)
+    spec = _match(equation, module, tuple(dropouts))
+    # all projections share a dtype; a cast to that of another module could be one
+    if spec is None or not set(casts) <= set(spec.projections):
+        return None
+    return replace(spec, sequence=sequence)
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    """The submodule that `self.<name>` means, if it means one."""
+    hidden = name in module.__dict__ or any(name in base.__dict__ for base in type(module).__mro__)
+    return None if hidden else module._modules.get(name)
+
+
+def _simplified(equation: object, module: nn.Module, dropouts: list[str], casts: list[str]) -> object:
+    """`equation` without the steps that do nothing to `module` in evaluation mode; the lists get their names."""
+    match equation:
+        case Product(left, right):
+            return Product(*(_simplified(side, module, dropouts, casts) for side in (left, right)))
+        case Cast(name, of) | Call(name, of) | Function(name, of) | Half(name, of):
+            inner = _simplified(of, module, dropouts, casts)
+            if isinstance(equation, Cast):
+                casts.append(name)
+            elif isinstance(equation, Call) and type(_child(module, name)) in IDENTITIES:
+                dropouts.append(name)
+            else:
+                return type(equation)(name, inner)
+            return inner
+    return equation
+
+
+def _match(equation: object, module: nn.Module, dropped: tuple[str, ...]) -> MLPSpec | None:
+    match equation:
+        case Call(down, Product(left, right)):
+            for gate, up in ((left, right), (right, left)):
+                activation = _activation(gate, module)
+                match activation and gate.of, up:
+                    case Call(gate_name, Input()), Call(up_name, Input()):
+                        names = {"gate": gate_name, "up": up_name, "down": down}
+                        return _spec(MLPKind.GATED, names, activation, module, dropped)
+                    case Half(index, Call(up_name, Input()) as packed), Half(other, same) if (
+                        same == packed and index + other == 1
+                    ):
+                        names = {"up": up_name, "down": down}
+                        return _spec(MLPKind.PACKED, names, activation, module, dropped, up_first=index == 1)
+        case Call(down, (Call() | Function()) as gate):
+            activation = _activation(gate, module)
+            match activation and gate.of:
+                case Call(up_name, Input()):
+                    return _spec(MLPKind.PLAIN, {"up": up_name, "down": down}, activation, module, dropped)
+    return None
+
+
+def _activation(step: object, module: nn.Module) -> dict[str, str] | None:
+    """How a spec names the activation that `step` applies, or None if it applies none that is known."""
+    match step:
+        case Function(name, _):
+            return {"function": name}
+        case Call(name, _) if find_activation(_child(module, name)) is not None:
+            return {"activation": name}
+    return None
+
+
+def _spec(kind, names, activation, module, dropped, **extra) -> MLPSpec | None:
+    projections = [_child(module, name) for name in names.values()]
+    if len(set(names.values())) < len(names) or not all(isinstance(child, nn.Module) for child in projections):
+        return None
+    # what is called like a projection and has no weight, or one of another shape, is something else
+    if not all(getattr(getattr(child, "weight", None), "ndim", 0) == 2 for child in projections):
+        return None
+    if any(isinstance(child, nn.Embedding) for child in projections):
+        return None
+    return MLPSpec(kind, **names, **activation, dropouts=dropped, **extra)
+
+
+def _calls(equation: object) -> Iterator[Call]:
+    """Every call in `equation`."""
+    match equation:
+        case Product(left, right):
+            yield from _calls(left)
+            yield from _calls(right)
+        case Call(_, of) | Cast(_, of) | Function(_, of) | Half(_, of) | Chunks(of):
+            if isinstance(equation, Call):
+                yield equation
+            yield from _calls(of)
+
+
+class _Reader:
+    """Evaluates the statements of one function on symbols."""
+
+    def __init__(self, function: FunctionType, source: ast.FunctionDef):
+        arguments = source.args
+        plain = not (source.decorator_list or arguments.vararg or arguments.kwarg or arguments.kwonlyargs)
+        required = len(arguments.args) - len(arguments.defaults)
+        if not plain or len(arguments.args) < 2 or required > 2 or function.__closure__:
+            raise Unreadable
+        self.function, self.body = function, source.body
+        self.self_name = arguments.args[0].arg
+        self.values: dict[str, object] = {arguments.args[1].arg: INPUT}
+        self.calls: set[Call] = set()
+
+    def result(self) -> object:
+        for statement in self.body:
+            match statement:
+                case ast.Expr(ast.Constant()):  # a docstring
+                    pass
+                case ast.Return(value) if value is not None:
+                    result = self.evaluate(value)
+                    if self.calls <= set(_calls(result)):
+                        return result
+                    raise Unreadable  # a call whose result is not used may be there for what else it does
+                case ast.Assign([ast.Name(name)], value):
+                    self.values[name] = self.evaluate(value)
+                case ast.Assign([ast.Tuple([ast.Name(first), ast.Name(second)])], value):
+                    self.values |= {first: self.half(value, 0), second: self.half(value, 1)}
+                case ast.If(test, [ast.Assign([ast.Name(name)], value)], []) if self.only_looks(test):
+                    self.values[name] = self.cast(name, value)  # which may do nothing, and must
+                case _:
+                    raise Unreadable
+        raise Unreadable
+
+    def evaluate(self, node: ast.expr) -> object:
+        match node:
+            case ast.Name(name) if name in self.values:
+                return self.values[name]
+            case ast.BinOp(left, ast.Mult(), right):
+                return Product(self.evaluate(left), self.evaluate(right))
+            case ast.Subscript(value, ast.Constant((0 | 1) as index)):
+                return self.half(value, index)
+            case ast.Call(ast.Attribute(value, "chunk"), [ast.Constant(2)], [ast.keyword("dim", dim)]):
+                if ast.unparse(dim) == "-1":
+                    return Chunks(self.evaluate(value))
+            case ast.Call(ast.Attribute(ast.Name(owner), name), [argument], []) if owner == self.self_name:
+                call = Call(name, self.evaluate(argument))
+                self.calls.add(call)
+                return call
+            case ast.Call(function, [argument], keywords):
+                called = self.resolve(function)
+                given = {keyword.arg: keyword.value for keyword in keywords}
+                if called is F.dropout and self.off_in_evaluation(given):
+                    return self.evaluate(argument)
+                if callable(called) and not given and (activation := FUNCTIONS.get(called)):
+                    return Function(activation, self.evaluate(argument))
+        raise Unreadable
+
+    def half(self, node: ast.expr, index: int) -> Half:
+        match self.evaluate(node):
+            case Chunks(of):
+                return Half(index, of)
+        raise Unreadable
+
+    def cast(self, name: str, value: ast.expr) -> Cast:
+        """``<name>.to(self.<child>.weight.dtype)``."""
+        match value:
+            case ast.Call(
+                ast.Attribute(ast.Name(cast), "to"),
+                [ast.Attribute(ast.Attribute(ast.Attribute(ast.Name(owner), child), "weight"), "dtype")],
+                [],
+            ) if cast == name and name in self.values and owner == self.self_name:
+                return Cast(child, self.values[name])
+        raise Unreadable
+
+    @staticmethod
+    def only_looks(test: ast.expr) -> bool:
+        """Whether a condition consists of attributes and constants that are compared, and of `isinstance`."""
+        calls = [node for node in ast.walk(test) if isinstance(node, ast.Call)]
+        return all(isinstance(node, LOOKS) for node in ast.walk(test)) and all(
+            isinstance(call.func, ast.Name) and call.func.id == "isinstance" and not call.keywords for call in calls
+        )
+
+    def off_in_evaluation(self, given: dict[str | None, ast.expr]) -> bool:
+        """Whether a dropout with these keywords does nothing once `self.training` is False."""
+        match given:
+            case {"training": ast.Attribute(ast.Name(owner), "training"), **others} if owner == self.self_name:
+                match others:
+                    case {"p": ast.Constant() | ast.Attribute(ast.Name())}:
+                        return len(others) == 1
+                return not others
+        return False
+
+    def resolve(self, node: ast.expr) -> object:
+        """The object that a dotted name means in the function's module; None for anything else."""
+        match node:
+            case ast.Name(name) if name not in self.function.__code__.co_varnames:
+                return self.function.__globals__.get(name)
+            case ast.Attribute(value, name):
+                return getattr(self.resolve(value), name, None)
+        return None
