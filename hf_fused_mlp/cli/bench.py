@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from hf_fused_mlp.cli import results
-from hf_fused_mlp.cli.console import console, fail, note
+from hf_fused_mlp.cli.console import console, fail, note, token_counts
 from hf_fused_mlp.cli.peers import DEFAULT, IMPLEMENTATIONS, Unavailable, package_versions
 from hf_fused_mlp.cli.results import Header, Row
 from hf_fused_mlp.cli.shapes import SHAPES, Shape, build
@@ -59,15 +59,12 @@ def bench(
     """Time fused MLPs against Transformers' own and peers, on the GPU: correctness first, then in turn in one run."""
     shape_names = chosen("shape", shapes, SHAPES)
     impl_names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
-    counts = m.replace(" ", "").split(",")
-    if not all(count.isdecimal() and int(count) for count in counts):
-        fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
-    tokens = [int(count) for count in counts]
+    tokens = token_counts(m)
     if dtype not in ("bfloat16", "float16"):
         fail(f"dtype {dtype!r}: expected bfloat16 or float16")
-    if plot is not None and candidates:
-        fail("--plot draws whole MLPs; leave out --candidates")
     if plot is not None:
+        if candidates:
+            fail("--plot draws whole MLPs; leave out --candidates")
         try:
             from hf_fused_mlp.cli.plots import draw
         except ImportError as error:

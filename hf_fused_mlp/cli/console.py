@@ -24,6 +24,14 @@ def require_directory(model: str) -> None:
         fail(f"{model}: no such directory; give the directory of a saved model, or a hub id")
 
 
+def token_counts(m: str) -> list[int]:
+    """The numbers of a comma-separated option; anything but positive ones ends the command."""
+    counts = m.replace(" ", "").split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
+    return [int(count) for count in counts]
+
+
 @cache
 def note(message: str) -> None:
     """A line on standard error, the first time that it is said."""

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from hf_fused_mlp.activations import find_activation
-from hf_fused_mlp.cli.console import console, fail, output, require_directory
+from hf_fused_mlp.cli.console import console, fail, output, require_directory, token_counts
 from hf_fused_mlp.cli.shapes import SHAPES, build
 from hf_fused_mlp.registry import find_spec
 from hf_fused_mlp.types import GPU, MLPKind, ProblemKey, TileConfig, next_power_of_two
@@ -59,10 +59,7 @@ def tune(
     ] = None,
 ) -> None:
     """Measure which kernels run a model's MLPs fastest on this GPU, and keep the answer. Weights are not needed."""
-    counts = m.replace(" ", "").split(",")
-    if not all(count.isdecimal() and int(count) for count in counts):
-        fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
-    tokens = sorted({next_power_of_two(int(count)) for count in counts})
+    tokens = sorted({next_power_of_two(count) for count in token_counts(m)})
     if dtype != "auto" and dtype not in DTYPES:
         fail(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
     mlps = mlps_of(model, DTYPES.get(dtype))
