@@ -85,6 +85,11 @@ class GPU:
         )
 
     @property
+    def is_nvidia(self) -> bool:
+        """Whether NVIDIA's device functions exist."""
+        return self.capability > (0, 0)
+
+    @property
     def can_overlap(self) -> bool:
         """Whether a launch may begin while the one before is finishing: CUDA's programmatic dependent launch."""
         return self.capability >= (9, 0)

@@ -31,7 +31,15 @@ LLAMA, GEMMA, PHI, NEOX = (
         "gpt_neox.modeling_gpt_neox.GPTNeoXMLP",
     )
 )
-HEADER = {"device": "a GPU", "torch": "2", "triton": "3", "transformers": "5", "copy_tbps": 3.0, "peers": {}}
+HEADER = {
+    "device": "a GPU",
+    "torch": "2",
+    "triton": "3",
+    "transformers": "5",
+    "kernels": {},
+    "copy_tbps": 3.0,
+    "peers": {},
+}
 
 
 def invoke(*args):

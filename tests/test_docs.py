@@ -12,6 +12,8 @@ from hf_fused_mlp.cli.tables import markdown_table, speedup_table
 from hf_fused_mlp.modules import FusedMLP
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "docs/benchmarks"
+GPUS = ("h100", "h200")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -28,20 +30,23 @@ def test_readme_code_runs(tmp_path, capsys):
 
 
 def test_performance_tables_are_the_json():
-    _, rows = read(ROOT / "docs/benchmarks/h100.json")
-    some = [row for row in rows if row["m"] in (1, 16, 256, 1024, 4096)]
-    tables = speedup_table(rows, "eager"), speedup_table(rows, "peers"), markdown_table(some)
+    ratios, times = [], []
+    for gpu in GPUS:
+        _, rows = read(BENCHMARKS / f"{gpu}.json")
+        ratios += [speedup_table(rows, over) for over in ("eager", "peers")]
+        times.append(markdown_table([row for row in rows if row["m"] in (1, 16, 256, 1024, 4096)]))
     page = (ROOT / "docs/performance.md").read_text()
-    assert re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", page, re.DOTALL) == list(tables)
+    assert re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", page, re.DOTALL) == ratios + times
 
 
-def test_plots_are_the_json(tmp_path):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_plots_are_the_json(gpu, tmp_path):
     """Other versions of matplotlib draw the same lines with other bytes."""
     plots = pytest.importorskip("hf_fused_mlp.cli.plots")
-    header, rows = read(ROOT / "docs/benchmarks/h100.json")
+    header, rows = read(BENCHMARKS / f"{gpu}.json")
     drawn = plots.draw(tmp_path, header, rows)
     assert [file.name for file in drawn] == ["speedup.svg", "decode.svg", "prefill.svg"]
-    committed = [(ROOT / "docs/benchmarks" / file.name).read_text() for file in drawn]
+    committed = [(BENCHMARKS / gpu / file.name).read_text() for file in drawn]
     if f"Matplotlib v{plots.matplotlib.__version__}," not in committed[0]:
         pytest.skip(f"drawn with another version than {plots.matplotlib.__version__}")
     assert [file.read_text() for file in drawn] == committed

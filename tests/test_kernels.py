@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.dispatch import run_plan
-from hf_fused_mlp.kernels import FAMILIES, _common, elementwise, gemm, gemv, skinny
+from hf_fused_mlp.kernels import FAMILIES, _common, elementwise, gemm, gemv, linear, skinny
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.tuner import candidates
@@ -62,6 +62,18 @@ def test_token_counts(family, M, gated, bias, device):
 @pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 5)])
 def test_any_hidden_and_intermediate_size(family, M, shape, device):
     check(family, M, *shape, device)
+
+
+@pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 3), ("gemm", 3)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_extreme_values(activation, family, M, device):
+    """Infinities, NaN and the ends of the range give what PyTorch gives."""
+    ends = torch.tensor([float("inf"), -float("inf"), float("nan"), 65504.0, -65504.0, 0.0, -0.0, 6e-8] * 9)
+    bias = ends.to(device, torch.float16)
+    x, weight = torch.zeros(M, 104, dtype=torch.float16, device=device), bias.new_zeros(72, 104)
+    out = linear(x, weight, bias, None, None, activation, SMALL[family])
+    expected = ACTIVATIONS[activation].function(bias).expand(M, -1)
+    torch.testing.assert_close(out, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

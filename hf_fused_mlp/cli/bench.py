@@ -105,12 +105,15 @@ def chosen(what: str, names: str, known: dict[str, Any]) -> list[str]:
 
 
 def environment(names: list[str]) -> Header:
-    """What a figure depends on besides the code."""
+    """What a figure depends on."""
+    from hf_fused_mlp.tuning.plan_files import kernel_hashes  # imports Triton
+
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": metadata.version("triton"),
         "transformers": metadata.version("transformers"),
+        "kernels": kernel_hashes(),
         "date": datetime.date.today().isoformat(),
         "copy_tbps": round(copy_tbps(), 3),
         "peers": package_versions(names),

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 Header = dict[str, Any]
 Problem = tuple[str, str | None, int]
 
-SAME = ("device", "torch", "triton", "transformers")
+SAME = ("device", "torch", "triton", "transformers", "kernels")
 
 
 def problem_of(row: Row) -> Problem:

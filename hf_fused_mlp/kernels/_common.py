@@ -74,7 +74,7 @@ def activate(x, ACTIVATION: tl.constexpr, SHORT: tl.constexpr):
             t = divide(1.0, 1.0 + 0.31 * tl.abs(x), True)
             tail = ((-0.07392665 * t + 0.18044337) * t + 0.01575214) * t + 0.13342605
             tail = ((tail * t + 0.12044216) * t + 0.12386062) * t * tl.exp2(-0.7213475204444817 * x * x)
-            return tl.where(x < 0, x * tail, x - x * tail)
+            return x * tl.where(x < 0, tail, 1.0 - tail)
         else:
             return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":

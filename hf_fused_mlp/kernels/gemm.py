@@ -60,7 +60,7 @@ def _store_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NATIVE: tl.constexpr,
+    SHORT: tl.constexpr,
 ):
     """The tile of the output whose first row is `m` and first column `n`."""
     ROWS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
@@ -75,13 +75,13 @@ def _store_tile(
     offs_n = n + tl.arange(0, HALF)
     if GATED:
         gate = add_bias(first, gate_bias_ptr, offs_n, offs_n < N, 0)
-        out = activate(gate, ACTIVATION, NATIVE) * add_bias(second, bias_ptr, offs_n, offs_n < N, 0)
+        out = activate(gate, ACTIVATION, SHORT) * add_bias(second, bias_ptr, offs_n, offs_n < N, 0)
         out_desc.store([m, n], out.to(out_desc.dtype))
     else:
-        first = activate(add_bias(first, bias_ptr, offs_n, offs_n < N, 0), ACTIVATION, NATIVE)
+        first = activate(add_bias(first, bias_ptr, offs_n, offs_n < N, 0), ACTIVATION, SHORT)
         out_desc.store([m, n], first.to(out_desc.dtype))
         offs_n += HALF
-        second = activate(add_bias(second, bias_ptr, offs_n, offs_n < N, 0), ACTIVATION, NATIVE)
+        second = activate(add_bias(second, bias_ptr, offs_n, offs_n < N, 0), ACTIVATION, SHORT)
         out_desc.store([m, n + HALF], second.to(out_desc.dtype))
 
 
@@ -105,6 +105,7 @@ def _gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     NUM_SMS: tl.constexpr,
+    SHORT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Of all tiles the first `whole` as they are, and the rest, where there are descriptors for it, as two halves."""
@@ -117,7 +118,7 @@ def _gemm_kernel(
         m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
         _store_tile(
             x_desc, w_desc, out_desc, bias_ptr, gate_bias_ptr, m, n, N, K,
-            ACTIVATION, GATED, BLOCK_M, BLOCK_N, BLOCK_K, OVERLAP,
+            ACTIVATION, GATED, BLOCK_M, BLOCK_N, BLOCK_K, SHORT,
         )  # fmt: skip
     if half_w_desc is not None:
         half = 2 * whole + tl.program_id(0)
@@ -126,7 +127,7 @@ def _gemm_kernel(
             m, n = pid_m * BLOCK_M, pid_n * BLOCK_N + half % 2 * (BLOCK_N // 2)
             _store_tile(
                 x_desc, half_w_desc, half_out_desc, bias_ptr, gate_bias_ptr, m, n, N, K,
-                ACTIVATION, GATED, BLOCK_M, BLOCK_N // 2, BLOCK_K, OVERLAP,
+                ACTIVATION, GATED, BLOCK_M, BLOCK_N // 2, BLOCK_K, SHORT,
             )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def gemm(
     x_desc = TensorDescriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k])
     half_descriptors = descriptors(block_n // 2) if halved else (None, None)
     whole = tiles - rest if halved else tiles
-    constants = activation, planes == 2, *tile, config.group_m, gpu.num_sms, gpu.can_overlap
+    constants = activation, planes == 2, *tile, config.group_m, gpu.num_sms, gpu.is_nvidia, gpu.can_overlap
     launch(
         _gemm_kernel,
         (x.dtype, x.device, N, K, bias is None, gate is None, gate_bias is None, activation, halved, config),

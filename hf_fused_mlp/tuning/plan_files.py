@@ -123,37 +123,41 @@ def unsupported(key: ProblemKey, plan: Plan) -> str | None:
 
 @cache
 def kernel_hashes() -> dict[str, str]:
-    """A hash of the code of each file of kernels, by the file's name.
+    """For each family, a hash of its kernels and of those that all share.
 
-    Comments, docstrings and layout do not count, nor what a tuner tries; Python's version does not either.
+    Comments, docstrings and layout do not count, nor what launches them; Python's version does not either.
     """
-    paths = sorted(Path(kernels.__file__).parent.glob("*.py"))
-    return {path.stem: hashlib.sha256(canonical_code(path.read_text()).encode()).hexdigest()[:16] for path in paths}
+
+    folder = Path(kernels.__file__).parent
+    shared = kernel_code(folder.joinpath("_common.py").read_text())
+    codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text()) for name in kernels.FAMILIES}
+    return {name: hashlib.sha256(code.encode()).hexdigest()[:16] for name, code in codes.items()}
 
 
-def canonical_code(source: str) -> str:
-    """What Python code says, without what does nothing: comments, layout, statements that are bare strings.
+def kernel_code(source: str) -> str:
+    """What the Triton functions in Python code say, without what does nothing: comments, layout, bare strings.
 
     Not `ast.dump`, which shows fields that only some versions of Python have, though they are empty.
     """
 
     def canonical(node):
         if isinstance(node, list):
-            return tuple(canonical(child) for child in node if not _does_nothing(child))
+            return tuple(canonical(child) for child in node if not _is_bare_string(child))
         if not isinstance(node, ast.AST):
             return node
         fields = ((name, canonical(value)) for name, value in ast.iter_fields(node))
         return (type(node).__name__, *(field for field in fields if field[1] not in (None, ())))
 
-    return repr(canonical(ast.parse(source)))
+    return "".join(repr(canonical(node)) for node in ast.parse(source).body if _is_kernel(node))
 
 
-def _does_nothing(node) -> bool:
-    """Bare strings, and the function that lists candidates, which the answer of no kernel depends on."""
-    match node:
-        case ast.Expr(ast.Constant(str())) | ast.FunctionDef(name="candidates"):
-            return True
-    return False
+def _is_kernel(node: ast.stmt) -> bool:
+    decorators = getattr(node, "decorator_list", ())
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in decorators)
+
+
+def _is_bare_string(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _is_of_plans(path: Path) -> bool:
@@ -167,17 +171,9 @@ def _is_of_plans(path: Path) -> bool:
 def _stale_reason(document: dict[str, Any], gpu: GPU, ignored: tuple[str, ...]) -> str | None:
     for name, here in header_of(gpu).items():
         found = document.get(name) if isinstance(document, dict) else None
-        if name == "kernels":  # the files that all families share; an entry answers for its own
-            found, here = (_shared(hashes) for hashes in (found, here))
-        if name not in ("date", *ignored) and found != here:
+        if name not in ("date", "kernels", *ignored) and found != here:
             return f"{name} is {found!r}, here {here!r}"
     return None
-
-
-def _shared(hashes: Any) -> dict[str, str] | None:
-    if not isinstance(hashes, dict):
-        return None
-    return {name: value for name, value in hashes.items() if name not in kernels.FAMILIES}
 
 
 def _to_json(tuned: TunedPlan) -> dict[str, Any]:
@@ -198,7 +194,8 @@ def _from_json(entry: dict[str, Any], gpu: GPU, hashes: dict[str, str]) -> Tuned
     plan = Plan(up=_config(entry["plan"]["up"]), down=_config(entry["plan"]["down"]))
     if reason := unsupported(key, plan):
         raise ValueError(reason)
-    for family in {plan.up.kernel, plan.down.kernel} - {"torch"}:
+    # that nothing was faster than unfused was said of every family
+    for family in {plan.up.kernel, plan.down.kernel} - {"torch"} or kernels.FAMILIES:
         if hashes.get(family) != kernel_hashes()[family]:
             raise ValueError(f"{family} is not the kernel that was measured")
     return TunedPlan(key, plan, float(entry["plan_us"]), float(entry["unfused_us"]))
