@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from hf_fused_mlp.kernels import run_plan
+from hf_fused_mlp.kernels.elementwise import act_mul, act_mul_backward
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import remembered, shipped_plan, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
@@ -99,3 +100,22 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         remembered.update({attributes: UNFUSED for attributes, known in list(remembered.items()) if known is plan})
         out = mlp_ref(tokens, *operands, activation)
     return out.view(*x.shape[:-1], down.shape[0])
+
+
+def act_mul_cuda(gate, up, activation):
+    """`hf_fused_mlp.ops.act_mul` on a GPU, for tensors that fit together."""
+    with torch.cuda.device_of(gate):
+        return act_mul(_rows(gate), _rows(up), activation).view(gate.shape)
+
+
+def act_mul_backward_cuda(grad, gate, up, activation):
+    """The gradients of `hf_fused_mlp.ops.act_mul` on a GPU, for tensors that fit together."""
+    with torch.cuda.device_of(gate):
+        grads = act_mul_backward(_rows(grad), _rows(gate), _rows(up), activation)
+    return tuple(grad.view(gate.shape) for grad in grads)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`tensor` as `[M, I]`, contiguous in the last dimension."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

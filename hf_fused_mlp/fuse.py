@@ -19,7 +19,7 @@ class MLPStatus:
     """One MLP of a model.
 
     `state` is `"fused"`, `"fusable"` or `"skipped"`; `reason` says why it is skipped or, where it is fused, why its
-    next call will run the original forward all the same.
+    next call will run the original forward, or a part of it, all the same.
     """
 
     name: str
@@ -108,13 +108,20 @@ def fusion_report(model: nn.Module) -> FusionReport:
     for name, module in model.named_modules():
         class_name = type(module).__name__
         if isinstance(module, FusedMLP):
-            mlps.append(MLPStatus(name, module.original_class.__name__, "fused", module.bypass_reason()))
+            mlps.append(MLPStatus(name, module.original_class.__name__, "fused", _why_not_all(module)))
         elif spec := find_spec(module):
             reason = reject_reason(module, type(module), spec)
             mlps.append(MLPStatus(name, class_name, "skipped" if reason else "fusable", reason))
         elif looks_like_mlp(name, module) and not any(name.startswith(f"{mlp.name}.") for mlp in mlps):
             mlps.append(MLPStatus(name, class_name, "skipped", _unknown_reason(type(module))))
     return FusionReport(tuple(mlps))
+
+
+def _why_not_all(module: FusedMLP) -> str | None:
+    bypassed, called = module.reasons()
+    if bypassed or called is None:
+        return bypassed
+    return f"its projections are called, and the kernels do activation and product only: {called}"
 
 
 def _unknown_reason(cls: type[nn.Module]) -> str:

@@ -1,8 +1,9 @@
 """The fused forms of an MLP module.
 
 A module is fused by giving it a generated class, `FusedLlamaMLP(FusedGatedMLP, LlamaMLP)`: it stays the same object,
-with the same children, hooks and attributes and none of ours, and is unfused by giving its class back. A call that
-the kernels cannot answer exactly goes to the original forward.
+with the same children, hooks and attributes and none of ours, and is unfused by giving its class back. Projections
+that have to be called are called, with one kernel between them; what cannot be answered exactly even so goes to the
+original forward.
 """
 
 import inspect
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import ops
-from hf_fused_mlp.activations import find_activation
-from hf_fused_mlp.registry import MLPSpec, altered_reason, is_plain
+from hf_fused_mlp.activations import ACTIVATIONS, find_activation
+from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, is_plain
 from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack
 
@@ -39,41 +40,57 @@ class FusedMLP:
         if not isinstance(self, FusedMLP):
             return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(self.input_name)
-        if len(args) + len(kwargs) != 1 or self.bypass_reason() or not self._accepts(x):
-            return super().forward(*args, **kwargs)
-        return ops.mlp(x, *self.operands())
+        if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) and _is_ordinary(x):
+            bypassed, called = self.reasons(x.device)
+            if bypassed is None and called is None and self._accepts(x):
+                return ops.mlp(x, *self.operands())
+            if bypassed is None and self.mlp_spec.can_call:
+                return self._call_projections(x)
+        return super().forward(*args, **kwargs)
 
-    def bypass_reason(self) -> str | None:
-        """Why calls run the original forward, or None if they run the kernels.
+    def reasons(self, device: torch.device | None = None) -> tuple[str | None, str | None]:
+        """Why a call with tokens on `device`, that of the weights unless given, would not run the kernels alone.
 
-        One call may still go to the original forward for what it is: under autocast, say, or in another dtype.
+        The first is why the original forward would run, all of it; the second why projections would be called, and
+        only activation and product be a kernel. One call may still go either way for what it is: under autocast, say.
         """
-        if self.training:
-            return "in training mode; the kernels run after model.eval()"
-        if reason := altered_reason(self, self.original_class, self.original_forward, self.mlp_spec):
-            return reason
-        if not _HAS_TRITON:
-            return "Triton is not installed; install triton for your platform"
-        weight = self._parameters_of(self.mlp_spec.down)["weight"]
-        if weight.device.type != "cuda":
-            return f"on {weight.device}, where the original forward runs; move the model to a GPU"
-        # not asked while compiling, where it would break the graph; the operator then runs PyTorch's GEMMs
-        if not torch.compiler.is_compiling() and GPU.of(weight.device).capability < (8, 0):
-            return f"no kernels for {GPU.of(weight.device).name}; they need CUDA compute capability 8.0 or later"
-        return "no kernels for float64; load as bfloat16 or float16" if weight.dtype == torch.float64 else None
+        spec = self.mlp_spec
+        if reason := altered_reason(self, self.original_class, self.original_forward, spec):
+            return reason, None
+        called = "in training mode" if self.training else call_reason(self, spec)
+        if called is None and self._parameters_of(spec.down)["weight"].dtype == torch.float64:
+            called = "no kernels for float64; load as bfloat16 or float16"
+        if called is not None:
+            if not spec.can_call:
+                return called, None
+            if self.training and any(getattr(self._modules[name], "p", 0) > 0 for name in spec.dropouts):
+                return "in training mode, where it drops out", None
+        if device is None:
+            weight = next((p for name in spec.projections for p in self._modules[name].parameters()), None)
+            device = torch.device("cpu") if weight is None else weight.device
+        return no_kernels(device), called
+
+    def _call_projections(self, x: Tensor) -> Tensor:
+        """The equation with whatever the projections are now; they may be wrapped, quantized or trained."""
+        gate, up = self._halves(x)
+        activation = self._activation()
+        alike = gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device
+        if alike and type(gate) is type(up) is Tensor:
+            h = ops.act_mul(gate, up, activation)
+        else:
+            h = ACTIVATIONS[activation].function(gate) * up
+        return self._modules[self.mlp_spec.down](h)
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def _accepts(self, x: Tensor) -> bool:
-        """Whether the kernels take `x`; what they do not take, the original forward answers for, errors included."""
+        """Whether the kernels take `x`; what they do not take, PyTorch answers for, errors included."""
         return (
-            isinstance(x, Tensor)
-            and x.layout is torch.strided
-            and not x.is_nested
-            and x.dim() > 0
+            x.dim() > 0
             and x.shape[-1] == self._parameters_of(self.mlp_spec.up)["weight"].shape[1]
             and self._shares(x.dtype, x.device)
             and not torch.is_autocast_enabled("cuda")
-            and not _has_any_global_hook()
-            and (torch.compiler.is_compiling() or (type(x) is Tensor and not ops.is_transformed()))
         )
 
     def _shares(self, dtype: torch.dtype, device: torch.device) -> bool:
@@ -93,8 +110,10 @@ class FusedMLP:
 
     def operands(self) -> tuple[Tensor | str | None, ...]:
         """What `ops.mlp` takes after `x`: weights of gate, up and down, their biases, the activation's name."""
-        spec = self.mlp_spec
-        return *self._tensors(), spec.function or find_activation(self._modules[spec.activation])
+        return *self._tensors(), self._activation()
+
+    def _activation(self) -> str:
+        return self.mlp_spec.function or find_activation(self._modules[self.mlp_spec.activation])
 
     def _tensors(self) -> Tensors:
         raise NotImplementedError
@@ -126,6 +145,9 @@ class FusedGatedMLP(FusedMLP):
         gate, up, down = map(self._parameters_of, self.mlp_spec.projections)
         return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
 
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._modules[self.mlp_spec.gate](x), self._modules[self.mlp_spec.up](x)
+
     def repack(self) -> None:
         self._on_weights(pack)
 
@@ -150,6 +172,10 @@ class FusedPackedMLP(FusedMLP):
             gate, up, gate_bias, up_bias = up, gate, up_bias, gate_bias
         return gate, up, down["weight"], gate_bias, up_bias, down["bias"]
 
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = self._modules[self.mlp_spec.up](x).chunk(2, dim=-1)
+        return (up, gate) if self.mlp_spec.up_first else (gate, up)
+
 
 class FusedPlainMLP(FusedMLP):
     """``down(act(up(x)))``; there is nothing to pack."""
@@ -157,6 +183,28 @@ class FusedPlainMLP(FusedMLP):
     def _tensors(self) -> Tensors:
         up, down = map(self._parameters_of, self.mlp_spec.projections)
         return None, up["weight"], down["weight"], None, up["bias"], down["bias"]
+
+
+def no_kernels(device: torch.device) -> str | None:
+    """Why nothing of ours runs there, or None."""
+    if not _HAS_TRITON:
+        return "Triton is not installed; install triton for your platform"
+    if device.type != "cuda":
+        return f"on {device}, where the original forward runs; move the model to a GPU"
+    # not asked while compiling, where it would break the graph; the operator then runs PyTorch's GEMMs
+    if not torch.compiler.is_compiling() and GPU.of(device).capability < (8, 0):
+        return f"no kernels for {GPU.of(device).name}; they need CUDA compute capability 8.0 or later"
+    return None
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether nothing watches or transforms what is done to `x`, which is what its shape and strides say."""
+    return (
+        x.layout is torch.strided
+        and not x.is_nested
+        and not _has_any_global_hook()
+        and (torch.compiler.is_compiling() or (type(x) in (Tensor, nn.Parameter) and not ops.is_transformed()))
+    )
 
 
 _BASES = {MLPKind.GATED: FusedGatedMLP, MLPKind.PACKED: FusedPackedMLP, MLPKind.PLAIN: FusedPlainMLP}
@@ -183,7 +231,7 @@ def _new_fused(original: type[nn.Module], spec: MLPSpec) -> FusedMLP:
 
 def fuse_module(module: nn.Module, spec: MLPSpec) -> None:
     """Turns `module`, which `reject_reason` has passed, into its fused form, in place."""
-    module.__class__ = fused_class(type(module), spec)
+    _give_class(module, fused_class(type(module), spec))
     try:
         module.repack()
     except BaseException:  # out of memory, or interrupted: both weights still hold the right values
@@ -194,4 +242,14 @@ def fuse_module(module: nn.Module, spec: MLPSpec) -> None:
 def unfuse_module(module: FusedMLP) -> None:
     """The inverse of `fuse_module`, bit for bit."""
     module._unpack()
-    module.__class__ = module.original_class
+    _give_class(module, module.original_class)
+
+
+def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Changes the class, and with it the forward that accelerate keeps on the instance."""
+    before = type(module).forward
+    module.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        bound = module.__dict__.get(name)
+        if getattr(bound, "__func__", None) is before and bound.__self__ is module:
+            module.__dict__[name] = cls.forward.__get__(module)

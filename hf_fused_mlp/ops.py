@@ -1,6 +1,6 @@
-"""The operator `torch.ops.hf_fused_mlp.mlp`: one MLP, on CUDA by the planned kernels, elsewhere by the reference.
+"""The operators `torch.ops.hf_fused_mlp.*`: a whole MLP, or its activation and product; kernels on CUDA only.
 
-Being an operator, it is one node to `torch.compile` and `torch.export`, with shapes known without running it.
+Being operators, they are one node to `torch.compile` and `torch.export`, with shapes known without running them.
 """
 
 import torch
@@ -8,14 +8,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.reference import act_mul_ref, mlp_ref
+from hf_fused_mlp.types import GPU
 
 _LIBRARY = torch.library.Library("hf_fused_mlp", "DEF")
-_LIBRARY.define(
+for _schema in (
     "mlp(Tensor x, Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, "
     "str activation) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
-)
+    "act_mul(Tensor gate, Tensor up, str activation) -> Tensor",
+    "act_mul_backward(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
 
 def mlp(
@@ -137,7 +140,99 @@ def _backward(ctx, grad):
     return *(grads.get(i) for i in tensors), None
 
 
-_LIBRARY.impl("mlp", _mlp_cpu, "CPU")
-_LIBRARY.impl("mlp", _mlp_cuda, "CUDA")
-torch.library.register_fake("hf_fused_mlp::mlp", _mlp_fake, lib=_LIBRARY)
+def act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up``; what has to be kept for the gradients is `gate` and `up`.
+
+    Args:
+        gate, up: `[..., I]`, one shape, dtype and device; any strides.
+        activation: a key of `hf_fused_mlp.activations.ACTIVATIONS`.
+
+    Returns:
+        `[..., I]`, dtype of `gate`, contiguous. Differentiable in both, and again.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that differ.
+        KeyError: unknown activation.
+    """
+    return torch.ops.hf_fused_mlp.act_mul(gate, up, activation)
+
+
+def _check_alike(activation, first, *others):
+    if activation not in ACTIVATIONS:
+        raise KeyError(f"hf_fused_mlp.act_mul: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    if any(t.shape != first.shape or t.dtype != first.dtype or t.device != first.device for t in others):
+        found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in (first, *others))
+        raise ValueError(f"hf_fused_mlp.act_mul: expected tensors of one shape, dtype and device; got {found}")
+
+
+def _act_mul_cpu(gate, up, activation):
+    _check_alike(activation, gate, up)
+    return act_mul_ref(gate, up, activation).contiguous()
+
+
+def _act_mul_cuda(gate, up, activation):
+    if not has_kernel(gate):
+        return _act_mul_cpu(gate, up, activation)
+    from hf_fused_mlp.dispatch import act_mul_cuda
+
+    _check_alike(activation, gate, up)
+    return act_mul_cuda(gate, up, activation)
+
+
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether `act_mul` has one for such a tensor, on a GPU; PyTorch's own operations serve for the others."""
+    fp32_is_enough = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return fp32_is_enough and tensor.numel() > 0 and tensor.dim() > 0 and GPU.of(tensor.device).capability >= (8, 0)
+
+
+def _act_mul_fake(gate, up, activation):
+    _check_alike(activation, gate, up)
+    return gate.new_empty(gate.shape)
+
+
+def _act_mul_setup(ctx, inputs, output):
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _act_mul_backward(ctx, grad):
+    gate, up = ctx.saved_tensors
+    if torch.is_grad_enabled():  # of the gradients, gradients are wanted too
+        return *_act_mul_vjp(grad, gate, up, ctx.activation), None
+    return *torch.ops.hf_fused_mlp.act_mul_backward(grad, gate, up, ctx.activation), None
+
+
+def _act_mul_vjp(grad, gate, up, activation):
+    _, vjp = torch.func.vjp(lambda gate, up: act_mul_ref(gate, up, activation), gate, up)
+    return vjp(grad)
+
+
+def _act_mul_backward_cpu(grad, gate, up, activation):
+    _check_alike(activation, grad, gate, up)
+    return tuple(gradient.contiguous() for gradient in _act_mul_vjp(grad, gate, up, activation))
+
+
+def _act_mul_backward_cuda(grad, gate, up, activation):
+    if not has_kernel(gate):
+        return _act_mul_backward_cpu(grad, gate, up, activation)
+    from hf_fused_mlp.dispatch import act_mul_backward_cuda
+
+    _check_alike(activation, grad, gate, up)
+    return act_mul_backward_cuda(grad, gate, up, activation)
+
+
+def _act_mul_backward_fake(grad, gate, up, activation):
+    _check_alike(activation, grad, gate, up)
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+for _name, _cpu, _cuda, _fake in (
+    ("mlp", _mlp_cpu, _mlp_cuda, _mlp_fake),
+    ("act_mul", _act_mul_cpu, _act_mul_cuda, _act_mul_fake),
+    ("act_mul_backward", _act_mul_backward_cpu, _act_mul_backward_cuda, _act_mul_backward_fake),
+):
+    _LIBRARY.impl(_name, _cpu, "CPU")
+    _LIBRARY.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"hf_fused_mlp::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("hf_fused_mlp::mlp", _backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("hf_fused_mlp::act_mul", _act_mul_backward, setup_context=_act_mul_setup, lib=_LIBRARY)

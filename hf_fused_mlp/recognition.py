@@ -49,6 +49,13 @@ class Cast:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """`F.dropout(<of>, training=self.training)`."""
+
+    of: object
+
+
+@dataclass(frozen=True)
 class Function:
     """A function of `FUNCTIONS`, by the activation that it computes."""
 
@@ -138,13 +145,13 @@ def recognise(module: nn.Module) -> MLPSpec | None:
         equation = equation_of(cls.forward)
     if equation is None:
         return None
-    dropouts, casts = [], []
-    equation = _simplified(equation, module, dropouts, casts)
-    spec = _match(equation, module, tuple(dropouts))
+    removed: list[Call | Cast | Dropout] = []
+    equation = _simplified(equation, module, removed)
+    spec = _match(equation, module, tuple(step.name for step in removed if isinstance(step, Call)))
     # all projections share a dtype; a cast to that of another module could be one
-    if spec is None or not set(casts) <= set(spec.projections):
+    if spec is None or not {step.name for step in removed if isinstance(step, Cast)} <= set(spec.projections):
         return None
-    return replace(spec, sequence=sequence)
+    return replace(spec, sequence=sequence, other_steps=any(not isinstance(step, Call) for step in removed))
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
@@ -153,20 +160,20 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     return None if hidden else module._modules.get(name)
 
 
-def _simplified(equation: object, module: nn.Module, dropouts: list[str], casts: list[str]) -> object:
-    """`equation` without the steps that do nothing to `module` in evaluation mode; the lists get their names."""
+def _simplified(equation: object, module: nn.Module, removed: list[Call | Cast | Dropout]) -> object:
+    """`equation` without the steps that do nothing to `module` in evaluation mode; they are added to `removed`."""
     match equation:
         case Product(left, right):
-            return Product(*(_simplified(side, module, dropouts, casts) for side in (left, right)))
-        case Cast(name, of) | Call(name, of) | Function(name, of) | Half(name, of):
-            inner = _simplified(of, module, dropouts, casts)
-            if isinstance(equation, Cast):
-                casts.append(name)
-            elif isinstance(equation, Call) and type(_child(module, name)) in IDENTITIES:
-                dropouts.append(name)
-            else:
-                return type(equation)(name, inner)
+            return Product(*(_simplified(side, module, removed) for side in (left, right)))
+        case Cast(_, of) | Dropout(of):
+            removed.append(equation)
+            return _simplified(of, module, removed)
+        case Call(name, of) if type(_child(module, name)) in IDENTITIES:
+            inner = _simplified(of, module, removed)
+            removed.append(equation)
             return inner
+        case Call(name, of) | Function(name, of) | Half(name, of):
+            return type(equation)(name, _simplified(of, module, removed))
     return equation
 
 
@@ -220,7 +227,7 @@ def _calls(equation: object) -> Iterator[Call]:
         case Product(left, right):
             yield from _calls(left)
             yield from _calls(right)
-        case Call(_, of) | Cast(_, of) | Function(_, of) | Half(_, of) | Chunks(of):
+        case Call(_, of) | Cast(_, of) | Function(_, of) | Half(_, of) | Chunks(of) | Dropout(of):
             if isinstance(equation, Call):
                 yield equation
             yield from _calls(of)
@@ -279,7 +286,7 @@ class _Reader:
                 called = self.resolve(function)
                 given = {keyword.arg: keyword.value for keyword in keywords}
                 if called is F.dropout and self.off_in_evaluation(given):
-                    return self.evaluate(argument)
+                    return Dropout(self.evaluate(argument))
                 if callable(called) and not given and (activation := FUNCTIONS.get(called)):
                     return Function(activation, self.evaluate(argument))
         raise Unreadable

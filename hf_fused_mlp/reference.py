@@ -37,6 +37,11 @@ def linear_ref(
     return activate(F.linear(x, gate, gate_bias)) * F.linear(x, weight, bias)
 
 
+def act_mul_ref(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up`` for any two tensors of one shape; KeyError for an unknown activation."""
+    return ACTIVATIONS[activation].function(gate) * up
+
+
 def mlp_ref(
     x: Tensor,
     gate: Tensor | None,

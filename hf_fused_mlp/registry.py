@@ -6,6 +6,7 @@ What a module computes is stated by the row of exactly its class, if there is on
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import NoneType
 
 import torch
@@ -48,7 +49,7 @@ _registered_forwards: dict[type, Callable] = {}
 
 
 # what a fused module has besides what every module has
-RESERVED = {"mlp_spec", "original_class", "original_forward", "input_name", "bypass_reason", "operands", "repack"}
+RESERVED = {"mlp_spec", "original_class", "original_forward", "input_name", "reasons", "operands", "repack"}
 
 
 def class_path(cls: type) -> str:
@@ -77,7 +78,9 @@ def row_of(cls: type[nn.Module]) -> MLPSpec | None:
 
 def find_spec(module: nn.Module) -> MLPSpec | None:
     """What `module` computes: the row of its class if there is one, or else what its forward says; None if unknown."""
-    return row_of(type(module)) or recognise(module)
+    row, read = row_of(type(module)), recognise(module)
+    # a row says what the kernels compute, not what else the forward does in training
+    return read if row is None else replace(row, other_steps=read is None or read.other_steps or row.other_steps)
 
 
 def _forward_of_spec(cls: type[nn.Module]) -> Callable | None:
@@ -104,8 +107,13 @@ def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str
     """Why `module`, an instance of `cls`, cannot be fused as `spec` says, with the remedy, or None if it can."""
     if taken := RESERVED & module._modules.keys():
         return f"its child {min(taken)!r} has a name that a fused module uses itself; pass exclude=[...]"
-    linears = {name: getattr(module, name, None) for name in spec.projections}
-    return altered_reason(module, cls, _forward_of_spec(cls), spec) or _mismatch(linears, spec)
+    if reason := altered_reason(module, cls, _forward_of_spec(cls), spec):
+        return reason
+    linears = {name: module._modules[name] for name in spec.projections}
+    if reason := call_reason(module, spec):
+        loaded = all(_is_loaded(linear) for linear in linears.values())
+        return None if loaded and spec.can_call else reason
+    return _mismatch(linears, spec)
 
 
 def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | None, spec: MLPSpec) -> str | None:
@@ -126,17 +134,14 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | 
         )
     if _has_own_forward(module):
         return (
-            "its forward was replaced on the instance, as some patches do, and accelerate where a model is on several "
-            "devices; load on one device, fuse before the patch, or pass exclude=[...]"
+            "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass "
+            "exclude=[...]"
         )
     children = module._modules
     modules = (*spec.projections, *spec.dropouts) + (() if spec.activation is None else (spec.activation,))
     missing = [name for name in modules if name not in children]
     if missing:
         return f"it has no submodule {missing[0]!r}, which its spec names; correct the spec given to register_mlp"
-    for name in spec.projections:
-        if not is_plain(children[name]):
-            return f"{name} {_why_not_plain(children[name])}"
     if spec.sequence and tuple(children) != spec.sequence:
         return f"its children are {', '.join(children)}, no longer {', '.join(spec.sequence)}; undo the change"
     for name in spec.dropouts:
@@ -155,6 +160,19 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | 
     if _is_hooked(activation):
         return f"{spec.activation} has hooks or a forward of its own; remove them first, or pass exclude=[...]"
     return None
+
+
+def call_reason(module: nn.Module, spec: MLPSpec) -> str | None:
+    """Which projection has to be called and why, with the remedy, or None if the weights of all may be read."""
+    for name in spec.projections:
+        if not is_plain(module._modules[name]):
+            return f"{name} {_why_not_plain(module._modules[name])}"
+    return None
+
+
+def _is_loaded(projection: nn.Module) -> bool:
+    """Whether a call will find weights: they are in memory, or a hook of accelerate's fetches them."""
+    return "_hf_hook" in projection.__dict__ or not any(tensor.is_meta for tensor in projection.parameters())
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -191,7 +209,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(
         _has_own_forward(module)
         or (not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward))
-        or "_hf_hook" in attributes
+        or ("_hf_hook" in attributes and not _only_aligns(module))
         or attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
@@ -200,11 +218,29 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance shadows its class's forward; accelerate leaves the class's own behind when it lets go."""
-    own = module.__dict__.get("forward")
+    """Whether the instance shadows its class's forward with another.
+
+    accelerate wraps the class's own, which it keeps, and leaves it behind when it lets go.
+    """
+    attributes = module.__dict__
+    own = attributes.get("forward")
     if own is None:
         return False
+    if "_hf_hook" in attributes:
+        own = attributes.get("_old_forward")
     return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
+
+
+def _only_aligns(linear: nn.Module) -> bool:
+    """Whether accelerate's hook only moves inputs to where the weight is, as `device_map` has it for every module."""
+    hook, weight = linear.__dict__["_hf_hook"], linear._parameters.get("weight")
+    return (
+        class_path(type(hook)) == "accelerate.hooks.AlignDevicesHook"
+        and not hook.offload
+        and not hook.no_grad
+        and weight is not None
+        and torch.device(hook.execution_device) == weight.device
+    )
 
 
 def _why_not_plain(linear: nn.Module) -> str:

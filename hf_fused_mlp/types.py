@@ -28,6 +28,8 @@ class MLPSpec:
         dropouts: names of dropout and identity modules on the way, which do nothing in evaluation mode.
         up_first: a packed MLP has the rows of up before those of gate.
         sequence: names of all children of an `nn.Sequential`, in order.
+        other_steps: the forward casts, drops out without a module, or could not be read: only the kernels or the whole
+            forward may stand for it, and not its projections called one by one.
 
     Raises:
         ValueError: `gate` missing for a gated MLP, or given for another; not one of `activation` and `function`.
@@ -42,6 +44,7 @@ class MLPSpec:
     dropouts: tuple[str, ...] = ()
     up_first: bool = False
     sequence: tuple[str, ...] = ()
+    other_steps: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "kind", MLPKind(self.kind))
@@ -51,6 +54,11 @@ class MLPSpec:
         if (self.activation is None) == (self.function is None):
             given = f"activation={self.activation!r}, function={self.function!r}"
             raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
+
+    @property
+    def can_call(self) -> bool:
+        """Whether calling the projections, with a kernel for activation and product between, is the forward too."""
+        return self.kind is not MLPKind.PLAIN and not self.other_steps
 
     @property
     def projections(self) -> tuple[str, ...]:

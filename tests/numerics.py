@@ -27,6 +27,12 @@ def random_mlp(H, I, gated, bias, dtype, device="cpu", seed=0):
     return None, block[I:], down, None, up_bias, down_bias
 
 
+def random_halves(shape, dtype, device):
+    """Gate and up as a packed projection gives them, rows with gaps, and wide enough for every activation to bend."""
+    gate_up = 2 * torch.randn(*shape[:-1], 2 * shape[-1], generator=torch.Generator().manual_seed(0))
+    return gate_up.to(device, dtype).chunk(2, dim=-1)
+
+
 def oracle_of(x, operands, activation):
     """The equation in float64 on the same rounded inputs."""
     return mlp_ref(x.double(), *(None if t is None else t.double() for t in operands), activation)

@@ -112,7 +112,7 @@ def test_save_and_reload_are_vanilla(model_type, max_shard_size, tmp_path):
     assert torch.equal(vanilla(ids).logits, plain(ids).logits)
 
 
-@pytest.mark.parametrize("flag", ["yes please", "Strict", 1, 0, [], object()], ids=repr)
+@pytest.mark.parametrize("flag", ["yes please", "Strict", 1, 0, [], b"yes"], ids=repr)
 def test_bad_flag(flag, directory):
     with pytest.raises(ValueError, match=r'use_fused_mlp=.*expected True, False or "strict"'):
         AutoModelForCausalLM.from_pretrained(directory, use_fused_mlp=flag)

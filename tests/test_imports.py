@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "kernels": {"torch", "triton", "types", "reference"},
     "tuning": {"torch", "triton", "platformdirs", "types", "reference", "validation", "kernels"},
     "dispatch": {"torch", "triton", "types", "weights", "reference", "kernels", "tuning"},
-    "ops": {"torch", "activations", "reference", "dispatch"},
+    "ops": {"torch", "types", "activations", "reference", "dispatch"},
     "modules": {"torch", "types", "activations", "weights", "registry", "ops"},
     "fuse": {"torch", "registry", "modules"},
     "integrations": {"torch", "transformers", "fuse"},

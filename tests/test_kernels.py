@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics import assert_accurate, oracle_of, random_mlp
+from numerics import assert_accurate, oracle_of, random_halves, random_mlp
 from triton.runtime.errors import OutOfResources
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.dispatch import run_plan
+from hf_fused_mlp.dispatch import act_mul_backward_cuda, act_mul_cuda, run_plan
 from hf_fused_mlp.kernels import FAMILIES, _common, elementwise, gemm, gemv, linear, skinny
-from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.reference import act_mul_ref, mlp_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.tuner import candidates
 from hf_fused_mlp.types import GPU, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
@@ -80,6 +80,27 @@ def test_activations_of_extreme_values(activation, family, M, device):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_elementwise(activation, dtype, device):
     check("elementwise", 65, 72, 104, device, bias=True, activation=activation, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (1, 1030), (2, 3, 1500), (300, 8)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_act_mul(activation, shape, dtype, device):
+    """Activation and product by themselves, and their gradients."""
+    gate, up = random_halves(shape, dtype, device)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    results = act_mul_cuda(gate, up, activation), *act_mul_backward_cuda(grad, gate, up, activation)
+    expected = act_mul_by_autograd(grad, gate, up, activation)
+    oracle = act_mul_by_autograd(grad.double(), gate.double(), up.double(), activation)
+    for result, eager, exact in zip(results, expected, oracle, strict=True):
+        assert_accurate(result, eager, exact)
+
+
+def act_mul_by_autograd(grad, gate, up, activation):
+    """The product, and the gradients of gate and up."""
+    gate, up = (half.detach().requires_grad_() for half in (gate, up))
+    out = act_mul_ref(gate, up, activation)
+    return out.detach(), *torch.autograd.grad(out, (gate, up), grad)
 
 
 @pytest.mark.parametrize("activation", ["identity", "gelu"])

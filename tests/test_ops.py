@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import as_on_gpu, tiny_model, token_ids
-from numerics import assert_accurate, oracle_of, random_mlp
+from numerics import assert_accurate, oracle_of, random_halves, random_mlp
 
 from hf_fused_mlp import dispatch, fuse_model, ops
 from hf_fused_mlp.activations import ACTIVATIONS
@@ -52,6 +52,25 @@ def test_gradients_for_what_wants_them_only(where):
     torch.testing.assert_close(down.grad, expected.grad)
     assert x.grad is None
     assert gate.grad is None
+
+
+@DEVICES
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_act_mul_opcheck_and_gradients(where, activation):
+    gate, up = (half.detach().requires_grad_() for half in random_halves((2, 5), torch.float64, where))
+    torch.library.opcheck(torch.ops.hf_fused_mlp.act_mul.default, (gate, up, activation))
+    assert torch.autograd.gradcheck(lambda *halves: ops.act_mul(*halves, activation), (gate, up))
+    assert torch.autograd.gradgradcheck(lambda *halves: ops.act_mul(*halves, activation), (gate, up))
+
+
+@DEVICES
+def test_act_mul_of_what_does_not_fit(where):
+    gate, up = random_halves((3, 64), torch.float64, where)
+    for wrong in (up[:, :5], up.float(), up[0]):
+        with pytest.raises(ValueError, match="one shape, dtype and device"):
+            ops.act_mul(gate, wrong, "silu")
+    with pytest.raises(KeyError, match="unknown activation 'swish'"):
+        ops.act_mul(gate, up, "swish")
 
 
 @DEVICES
@@ -191,4 +210,4 @@ def test_a_gpu_that_is_not_the_current_one():
     model = fuse_model(tiny_model(dtype=torch.bfloat16).to("cuda:1"), strict=True)
     ids = token_ids(1, 8).to("cuda:1")
     assert torch.allclose(model(ids).logits, tiny_model(dtype=torch.bfloat16).to("cuda:1")(ids).logits, atol=0.1)
-    assert model.to("cuda:0").model.layers[0].mlp.bypass_reason() is None
+    assert model.to("cuda:0").model.layers[0].mlp.reasons() == (None, None)

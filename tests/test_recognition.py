@@ -80,8 +80,8 @@ GATED = {"gate": "narrow", "up": "wide", "down": "back"}
 KNOWN = {
     Gated: MLPSpec("gated", **GATED, activation="bend"),
     UpFirst: MLPSpec("gated", **GATED, activation="bend", dropouts=("drop",)),
-    WithFunctions: MLPSpec("gated", **GATED, function="silu"),
-    WithCast: MLPSpec("gated", **GATED, activation="bend"),
+    WithFunctions: MLPSpec("gated", **GATED, function="silu", other_steps=True),
+    WithCast: MLPSpec("gated", **GATED, activation="bend", other_steps=True),
     Plain: MLPSpec("plain", up="wide", down="back", function="relu", dropouts=("drop",)),
     Packed: MLPSpec("packed", up="both", down="back", activation="bend"),
     PackedUpFirst: MLPSpec("packed", up="both", down="back", activation="bend", up_first=True),
@@ -343,9 +343,9 @@ def test_an_activation_subclass_is_unknown():
 def test_a_dropout_that_changes_afterwards_is_called(monkeypatch):
     module = fuse_model(UpFirst().eval(), strict=True)
     as_on_gpu(monkeypatch)
-    assert module.bypass_reason() is None
+    assert module.reasons() == (None, None)
     module.drop = nn.Tanh()
-    assert "drop is not a plain dropout" in module.bypass_reason()
+    assert "drop is not a plain dropout" in module.reasons()[0]
     x = torch.randn(3, H)
     expected = module.back(torch.tanh(module.wide(x) * module.bend(module.narrow(x))))
     torch.testing.assert_close(module(x), expected)
@@ -355,9 +355,9 @@ def test_a_dropout_that_is_left_on_is_called(monkeypatch):
     module = fuse_model(UpFirst(), strict=True)
     assert module.training
     as_on_gpu(monkeypatch)
-    assert module.eval().bypass_reason() is None
+    assert module.eval().reasons() == (None, None)
     module.drop.train()
-    assert module.bypass_reason() == "drop is in training mode; call eval() on it"
+    assert module.reasons()[0] == "drop is in training mode; call eval() on it"
     x = torch.ones(1, H)
     assert len({tuple(module(x)[0].tolist()) for _ in range(9)}) > 1
 
@@ -419,7 +419,7 @@ def test_a_patched_class_is_read_anew(monkeypatch):
     """The forward that is there is what counts, not the one that the class was born with."""
     module = fuse_model(nn.ModuleList([Gated().eval()]), strict=True)[0]
     monkeypatch.setattr(Gated, "forward", Residual.forward)
-    assert "was replaced" in module.bypass_reason()
+    assert "was replaced" in module.reasons()[0]
     assert recognise(Gated()) is None
 
 

@@ -1,11 +1,12 @@
-"""``out = act(x @ gate.T) * (x @ weight.T)`` for many tokens: PyTorch's GEMMs, then one kernel for the rest.
+"""``out = act(gate) * up`` and its gradients: one kernel each, between GEMMs that are not ours.
 
 Picked for the gated up launch where no other family can run: of more than 128 tokens on other GPUs than Hopper or
 where gate and up are not one block, and in fp32 from 2 tokens on. It is what eager does with one kernel for two, and
-two trips to memory less.
-Launches: 3. Bytes of the last: both products read, out written.
+two trips to memory less. Where projections have to be called, in training for one, it is all there is to fuse.
+Launches: 1 after the GEMMs. Bytes: both products read, out written; backward three read, two written.
 """
 
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -30,19 +31,118 @@ def candidates(key: LinearKey) -> list[TileConfig]:
     return [TileConfig("elementwise")] if key.m > 64 or key.dtype.itemsize > 2 else []
 
 
-@triton.jit(do_not_specialize=["size"])
-def _activate_and_multiply_kernel(
-    gate_ptr, up_ptr, out_ptr, size: tl.int64, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+@triton.jit
+def derivative(x, ACTIVATION: tl.constexpr):
+    """That of `activate`, of fp32 `x`."""
+    if ACTIVATION == "gelu":
+        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACTIVATION == "relu":
+        return tl.where(x > 0, 1.0, 0.0)
+    elif ACTIVATION == "relu2":
+        return tl.where(x > 0, 2.0 * x, 0.0)
+    elif ACTIVATION == "identity":
+        return tl.full(x.shape, 1.0, tl.float32)
+    else:
+        # x times the logistic function of some y
+        if ACTIVATION == "silu":
+            y, slope = x, 1.0
+        elif ACTIVATION == "quick_gelu":
+            y, slope = 1.702 * x, 1.702
+        else:
+            tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation")
+            y = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+            slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        e = tl.exp(-tl.abs(y))  # of both signs of y the same, so that 1 - s is not a difference of neighbours
+        s = tl.where(y < 0, e, 1.0) / (1.0 + e)
+        return s + x * slope * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _forward_kernel(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    I,
+    stride_gate,
+    stride_up,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """``out = act(gate) * up``"""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
+    """``out = act(gate) * up``, a block of one row."""
+    row, offs = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < I
     if OVERLAP:
         gdc_launch_dependents()
-    gate = tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gate + offs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + offs, mask=mask, other=0.0).to(tl.float32)
     out = activate(gate, ACTIVATION, False) * up
-    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * I + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    gate_grad_ptr,
+    up_grad_ptr,
+    I,
+    stride_grad,
+    stride_gate,
+    stride_up,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``gate_grad = grad * up * act'(gate)`` and ``up_grad = grad * act(gate)``, a block of one row."""
+    row, offs = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < I
+    grad = tl.load(grad_ptr + row * stride_grad + offs, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gate + offs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + offs, mask=mask, other=0.0).to(tl.float32)
+    gate_grad, up_grad = grad * up * derivative(gate, ACTIVATION), grad * activate(gate, ACTIVATION, False)
+    tl.store(gate_grad_ptr + row * I + offs, gate_grad.to(gate_grad_ptr.dtype.element_ty), mask=mask)
+    tl.store(up_grad_ptr + row * I + offs, up_grad.to(up_grad_ptr.dtype.element_ty), mask=mask)
+
+
+def act_mul(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """``act(gate) * up``, in fp32, rounded once.
+
+    Args:
+        gate, up: `[M, I]` of one dtype, contiguous in the last dimension.
+        activation: a key of `ACTIVATIONS`.
+        out: where to, `[M, I]` and contiguous; may be `gate` or `up`.
+    """
+    if out is None:
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    M, I = gate.shape
+    strides = gate.stride(0), up.stride(0)
+    overlap = GPU.of(gate.device).can_overlap
+    launch(
+        _forward_kernel,
+        (gate.dtype, gate.device, I, strides, activation),
+        (M, -(-I // BLOCK), 1),
+        (gate, up, out, I, *strides, activation, BLOCK, overlap),
+        tensors=(gate, up, out),
+        num_warps=4,
+    )
+    return out
+
+
+def act_mul_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The gradients of `act_mul` for `gate` and `up`, from that of its result; all `[M, I]`, as there."""
+    gate_grad, up_grad = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    M, I = gate.shape
+    strides = grad.stride(0), gate.stride(0), up.stride(0)
+    launch(
+        _backward_kernel,
+        (gate.dtype, gate.device, I, strides, activation),
+        (M, -(-I // BLOCK), 1),
+        (grad, gate, up, gate_grad, up_grad, I, *strides, activation, BLOCK),
+        tensors=(grad, gate, up, gate_grad, up_grad),
+        num_warps=4,
+    )
+    return gate_grad, up_grad
 
 
 def elementwise(
@@ -55,18 +155,9 @@ def elementwise(
     config: TileConfig,
     overlap: bool = False,
 ) -> Tensor:
-    """The equation above for `x` `[M, K]`, `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`.
+    """``act(x @ gate.T) * (x @ weight.T)`` for `x` `[M, K]`, `weight` and `gate` `[N, K]`, biases `[N]`: `[M, N]`.
 
     `overlap` is not read: the GEMMs before are PyTorch's.
     """
-    gate_out, up_out = F.linear(x, gate, gate_bias), F.linear(x, weight, bias)
-    size = up_out.numel()
-    launch(
-        _activate_and_multiply_kernel,
-        (x.dtype, x.device, activation),
-        (-(-size // BLOCK), 1, 1),
-        (gate_out, up_out, gate_out, size, activation, BLOCK, GPU.of(x.device).can_overlap),
-        tensors=(gate_out, up_out),
-        num_warps=4,
-    )
-    return gate_out
+    gate_out = F.linear(x, gate, gate_bias)
+    return act_mul(gate_out, F.linear(x, weight, bias), activation, out=gate_out)
