@@ -213,12 +213,15 @@ def _spec(kind, names, activation, module, dropped, **extra) -> MLPSpec | None:
     projections = [_child(module, name) for name in names.values()]
     if len(set(names.values())) < len(names) or not all(isinstance(child, nn.Module) for child in projections):
         return None
-    # what is called like a projection and has no weight, or one of another shape, is something else
-    if not all(getattr(getattr(child, "weight", None), "ndim", 0) == 2 for child in projections):
-        return None
-    if any(isinstance(child, nn.Embedding) for child in projections):
+    if not all(map(_is_projection, projections)):
         return None
     return MLPSpec(kind, **names, **activation, dropouts=dropped, **extra)
+
+
+def _is_projection(child: nn.Module) -> bool:
+    """Whether a child may stand for a matrix; what has no weight, or one of another shape, is something else."""
+    matrix = getattr(getattr(child, "weight", None), "ndim", 0) == 2 and not isinstance(child, nn.Embedding)
+    return matrix or isinstance(child, nn.Linear)  # a quantizer may have taken its weight away
 
 
 def _calls(equation: object) -> Iterator[Call]:
