@@ -1,0 +1,134 @@
+"""Several processes: tensor parallel, where each holds a part of every projection, and FSDP2."""
+
+import os
+import socket
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import as_on_gpu, tiny_model, token_ids
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing import spawn
+from transformers import AutoModelForCausalLM
+
+from hf_fused_mlp import fuse_model, fusion_report, ops, unfuse_model
+
+WORLD = 2
+GPUS = pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
+DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPUS])])
+
+
+def run(function, where, directory):
+    """`function(where, directory)` in two processes that talk to each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(_worker, (function, where, directory, str(port)), nprocs=WORLD)
+
+
+def _worker(rank, function, where, directory, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": port, "TOKENIZERS_PARALLELISM": "false"}
+    torch.set_num_threads(1)
+    if where == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if where == "cuda" else "gloo")
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "cpu":
+            as_on_gpu(patch)
+        function(where, Path(directory))
+    dist.destroy_process_group()
+
+
+@DEVICES
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
+def test_tensor_parallel(model_type, where, tmp_path):
+    tiny_model(model_type, num_key_value_heads=4).save_pretrained(tmp_path / "plain")
+    (tmp_path / "model_type").write_text(model_type)
+    run(tensor_parallel, where, str(tmp_path))
+
+
+def tensor_parallel(where, directory):
+    """Logits, gradients and the checkpoint of a fused model are those of an unfused one."""
+    plain = AutoModelForCausalLM.from_pretrained(directory / "plain", tp_plan="auto").eval()
+    fused = AutoModelForCausalLM.from_pretrained(directory / "plain", tp_plan="auto", use_fused_mlp=True).eval()
+    ids = token_ids(2, 7).to(where)
+    model_type = (directory / "model_type").read_text()
+    gated = model_type != "gpt_neox"
+    assert [mlp.state for mlp in fusion_report(fused).mlps] == ["fused" if gated else "skipped"] * 2
+    products = []
+    ops.act_mul = lambda *args, act_mul=ops.act_mul: products.append(args) or act_mul(*args)
+    with torch.no_grad():
+        expected = plain(ids).logits
+        torch.testing.assert_close(fused(ids).logits, expected, atol=1e-5, rtol=1e-5)
+        whole = AutoModelForCausalLM.from_pretrained(directory / "plain").to(where)
+        torch.testing.assert_close(expected, whole(ids).logits, atol=1e-4, rtol=1e-4)
+    assert len(products) == (2 if gated else 0)
+    if model_type == "llama":  # Transformers gathers what phi3's packed projection gives
+        assert {gate.shape[-1] for gate, *_ in products} == {176 // WORLD}
+
+    grads = []
+    for model in (plain, fused):
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        grads.append({name: whole_of(parameter.grad) for name, parameter in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-4, msg=name)
+
+    fused.save_pretrained(directory / "saved")
+    unfuse_model(fused).save_pretrained(directory / "unfused")
+    plain.save_pretrained(directory / "again")
+    dist.barrier()
+    files = [(directory / name / "model.safetensors").read_bytes() for name in ("saved", "unfused", "again")]
+    assert files[0] == files[1] == files[2]
+
+
+def whole_of(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@DEVICES
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_fsdp(order, where, tmp_path):
+    run(fsdp_before if order == "before" else fsdp_after, where, str(tmp_path))
+
+
+def fsdp_before(where, directory):
+    fsdp(where, before=True)
+
+
+def fsdp_after(where, directory):
+    fsdp(where, before=False)
+
+
+def fsdp(where, before):
+    """A step of training and a forward, sharded before or after fusing."""
+    mesh = init_device_mesh(where, (WORLD,))
+    ids = token_ids(2, 9).to(where)
+
+    def sharded(model):
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    plain = sharded(tiny_model().to(where))
+    model = tiny_model().to(where)
+    model = fuse_model(sharded(model), strict=True) if before else sharded(fuse_model(model, strict=True))
+    for step in range(2):
+        losses = []
+        for m in (plain, model):
+            m.train()
+            loss = m(ids, labels=ids).loss
+            loss.backward()
+            torch.optim.SGD(m.parameters(), lr=0.1).step()
+            m.zero_grad()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses)
+        with torch.no_grad() if step else nullcontext():
+            torch.testing.assert_close(model.eval()(ids).logits, plain.eval()(ids).logits)
+    for (name, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        torch.testing.assert_close(whole_of(q), whole_of(p), msg=name)
