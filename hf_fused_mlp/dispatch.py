@@ -24,23 +24,23 @@ logger = logging.getLogger("hf_fused_mlp")
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]
 
 
-def plan_for(m: int, gate: Tensor | None, up: Tensor, down: Tensor, bias: bool, activation: str) -> Plan:
+def plan_for(m: int, gate: Tensor | None, up: Tensor, down: Tensor | None, bias: bool, activation: str) -> Plan:
     """The plan for `m` tokens (at least 1) and these contiguous weights of one dtype and device.
 
     It is asked at every call, so what is remembered goes by attributes that are cheap to read. They tell apart
     everything that `problem_key` does: the logarithm of its `m`, and its `one_block` from the addresses.
     """
     first = up if gate is None else gate
-    start = first.data_ptr()
+    start, last = first.data_ptr(), up if down is None else down
     attributes = (
         (m - 1).bit_length(),
         up.shape,
-        down.shape,
+        down is not None and down.shape,
         gate is None,
         activation,
         up.dtype,
         bias,
-        (start | down.data_ptr()) % 16 == 0 and (gate is None or up.data_ptr() - start == gate.nbytes),
+        (start | last.data_ptr()) % 16 == 0 and (gate is None or up.data_ptr() - start == gate.nbytes),
         up.get_device(),
     )
     plan = remembered.get(attributes)
@@ -55,16 +55,16 @@ def find_plan(key: ProblemKey) -> Plan:
 
 
 def problem_key(
-    m: int, gate: Tensor | None, up: Tensor, down: Tensor, activation: str, bias: bool = False
+    m: int, gate: Tensor | None, up: Tensor, down: Tensor | None, activation: str, bias: bool = False
 ) -> ProblemKey:
     """The key of the MLP that `m` tokens and these operands make; `bias` says whether any projection has one."""
     first = up if gate is None else gate
-    aligned = first.data_ptr() % 16 == 0 and down.data_ptr() % 16 == 0
+    aligned = first.data_ptr() % 16 == 0 and (down is None or down.data_ptr() % 16 == 0)
     return ProblemKey(
         m=next_power_of_two(m),
         hidden=up.shape[1],
         intermediate=up.shape[0],
-        out=down.shape[0],
+        out=0 if down is None else down.shape[0],
         gated=gate is not None,
         activation=activation,
         dtype=up.dtype,
@@ -83,8 +83,9 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     for operand in operands:
         if operand is not None and not operand.is_contiguous():
             return mlp_ref(x, *operands, activation)
+    shape = (*x.shape[:-1], (up if down is None else down).shape[0])
     if tokens.shape[0] == 0:
-        return x.new_empty((*x.shape[:-1], down.shape[0]))
+        return x.new_empty(shape)
 
     bias = not (gate_bias is None and up_bias is None and down_bias is None)
     plan = plan_for(tokens.shape[0], gate, up, down, bias, activation)
@@ -99,7 +100,7 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         logger.warning("%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
         remembered.update({attributes: UNFUSED for attributes, known in list(remembered.items()) if known is plan})
         out = mlp_ref(tokens, *operands, activation)
-    return out.view(*x.shape[:-1], down.shape[0])
+    return out.view(shape)
 
 
 def act_mul_cuda(gate, up, activation):

@@ -121,7 +121,7 @@ def _why_not_all(module: FusedMLP) -> str | None:
     bypassed, called = module.reasons()
     if bypassed or called is None:
         return bypassed
-    return f"its projections are called, and the kernels do activation and product only: {called}"
+    return f"calls what has to be called, and fuses the rest: {called}"
 
 
 def _unknown_reason(cls: type[nn.Module]) -> str:

@@ -18,12 +18,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import ops
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
-from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, is_plain
+from hf_fused_mlp.children import local_tensors
+from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, fits, reads_first
 from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack
 
 Tensors = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
+_NONE: dict[str, None] = {}
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -42,26 +44,26 @@ class FusedMLP:
         x = args[0] if args else kwargs.get(self.input_name)
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) and _is_ordinary(x):
             bypassed, called = self.reasons(x.device)
-            if bypassed is None and called is None and self._accepts(x):
+            if bypassed is None and called is None and self._accepts(x, self.mlp_spec.projections):
                 return ops.mlp(x, *self.operands())
-            if bypassed is None and self.mlp_spec.can_call:
-                return self._call_projections(x)
+            if bypassed is None and can_call(self, self.mlp_spec) and (h := self._first_half(x)) is not None:
+                return self._modules[self.mlp_spec.down](h)
         return super().forward(*args, **kwargs)
 
     def reasons(self, device: torch.device | None = None) -> tuple[str | None, str | None]:
         """Why a call with tokens on `device`, that of the weights unless given, would not run the kernels alone.
 
-        The first is why the original forward would run, all of it; the second why projections would be called, and
-        only activation and product be a kernel. One call may still go either way for what it is: under autocast, say.
+        The first is why the original forward would run, all of it; the second why projections would be called, and the
+        kernels do the rest. One call may still go either way for what it is: under autocast, say.
         """
         spec = self.mlp_spec
         if reason := altered_reason(self, self.original_class, self.original_forward, spec):
             return reason, None
-        called = "in training mode" if self.training else call_reason(self, spec)
-        if called is None and self._parameters_of(spec.down)["weight"].dtype == torch.float64:
+        called = "in training mode" if self.training else call_reason(self, spec.projections)
+        if called is None and self._parameters_of(spec.up)["weight"].dtype == torch.float64:
             called = "no kernels for float64; load as bfloat16 or float16"
         if called is not None:
-            if not spec.can_call:
+            if not can_call(self, spec):
                 return called, None
             if self.training and any(getattr(self._modules[name], "p", 0) > 0 for name in spec.dropouts):
                 return "in training mode, where it drops out", None
@@ -70,43 +72,43 @@ class FusedMLP:
             device = torch.device("cpu") if weight is None else weight.device
         return no_kernels(device), called
 
-    def _call_projections(self, x: Tensor) -> Tensor:
-        """The equation with whatever the projections are now; they may be wrapped, quantized or trained."""
+    def _first_half(self, x: Tensor) -> Tensor | None:
+        """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
+        spec, activation = self.mlp_spec, self._activation()
+        if not torch.is_grad_enabled() and reads_first(self, spec) and self._accepts(x, spec.first):
+            gate, up, _, gate_bias, up_bias, *_ = self._tensors()
+            return ops.mlp(x, gate, up, None, gate_bias, up_bias, None, activation)
+        if spec.kind is MLPKind.PLAIN:
+            return None
         gate, up = self._halves(x)
-        activation = self._activation()
-        alike = gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device
-        if alike and type(gate) is type(up) is Tensor:
-            h = ops.act_mul(gate, up, activation)
-        else:
-            h = ACTIVATIONS[activation].function(gate) * up
-        return self._modules[self.mlp_spec.down](h)
+        if gate.shape == up.shape and gate.dtype == up.dtype and type(gate) is type(up) is Tensor:
+            return ops.act_mul(gate, up, activation)
+        return ACTIVATIONS[activation].function(gate) * up
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the projections for gate and up give when they are called."""
         raise NotImplementedError
 
-    def _accepts(self, x: Tensor) -> bool:
-        """Whether the kernels take `x`; what they do not take, PyTorch answers for, errors included."""
+    def _accepts(self, x: Tensor, names: tuple[str, ...]) -> bool:
+        """Whether the kernels take `x` and these projections; else PyTorch answers for them, errors included."""
         return (
             x.dim() > 0
             and x.shape[-1] == self._parameters_of(self.mlp_spec.up)["weight"].shape[1]
-            and self._shares(x.dtype, x.device)
+            and self._shares(names, x.dtype, x.device)
             and not torch.is_autocast_enabled("cuda")
         )
 
-    def _shares(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether all weights and biases are of that dtype and device, and their shapes still fit together."""
-        projections = [self._parameters_of(name) for name in self.mlp_spec.projections]
+    def _shares(self, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether their weights and biases are of that dtype and device, and their shapes still fit together."""
+        projections = [self._parameters_of(name) for name in names]
         for parameters in projections:
             for tensor in parameters.values():
                 if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
                     return False
-        *first, down = (parameters["weight"].shape for parameters in projections)
-        halves = 2 if self.mlp_spec.kind is MLPKind.PACKED else 1
-        return first[0] == first[-1] and first[0][0] == halves * down[1]
+        return fits(self.mlp_spec, *(parameters["weight"].shape for parameters in projections))
 
-    def _parameters_of(self, name: str) -> dict[str, Tensor | None]:
-        # a third of the time of getattr, and asked at every call
-        return self._modules[name]._parameters
+    def _parameters_of(self, name: str | None) -> dict[str, Tensor | None]:
+        return _NONE if name is None else local_tensors(self._modules[name])
 
     def operands(self) -> tuple[Tensor | str | None, ...]:
         """What `ops.mlp` takes after `x`: weights of gate, up and down, their biases, the activation's name."""
@@ -116,7 +118,9 @@ class FusedMLP:
         return self.mlp_spec.function or find_activation(self._modules[self.mlp_spec.activation])
 
     def _tensors(self) -> Tensors:
-        raise NotImplementedError
+        spec = self.mlp_spec
+        gate, up, down = map(self._parameters_of, (spec.gate, spec.up, spec.down))
+        return *(p.get("weight") for p in (gate, up, down)), *(p.get("bias") for p in (gate, up, down))
 
     def repack(self) -> None:
         """Restores the packing that copying or moving the parameters undid."""
@@ -141,10 +145,6 @@ class FusedMLP:
 class FusedGatedMLP(FusedMLP):
     """``down(act(gate(x)) * up(x))`` with gate and up packed."""
 
-    def _tensors(self) -> Tensors:
-        gate, up, down = map(self._parameters_of, self.mlp_spec.projections)
-        return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
-
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._modules[self.mlp_spec.gate](x), self._modules[self.mlp_spec.up](x)
 
@@ -155,22 +155,21 @@ class FusedGatedMLP(FusedMLP):
         self._on_weights(unpack)
 
     def _on_weights(self, function) -> None:
-        gate, up = getattr(self, self.mlp_spec.gate), getattr(self, self.mlp_spec.up)
-        # projections that were wrapped, sharded or quantized after fusing keep their weights where they are
-        if is_plain(gate) and is_plain(up):
-            function(gate.weight, up.weight)
+        # projections that were wrapped or quantized after fusing keep their weights where they are
+        if reads_first(self, self.mlp_spec):
+            function(*(self._parameters_of(name)["weight"] for name in self.mlp_spec.first))
 
 
 class FusedPackedMLP(FusedMLP):
     """``down(act(gate) * up)`` with gate and up the halves of one projection's output, as the checkpoint has it."""
 
     def _tensors(self) -> Tensors:
-        gate_up, down = map(self._parameters_of, self.mlp_spec.projections)
+        gate_up, down = map(self._parameters_of, (self.mlp_spec.up, self.mlp_spec.down))
         gate, up = gate_up["weight"].chunk(2)
         gate_bias, up_bias = (None, None) if gate_up["bias"] is None else gate_up["bias"].chunk(2)
         if self.mlp_spec.up_first:
             gate, up, gate_bias, up_bias = up, gate, up_bias, gate_bias
-        return gate, up, down["weight"], gate_bias, up_bias, down["bias"]
+        return gate, up, down.get("weight"), gate_bias, up_bias, down.get("bias")
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = self._modules[self.mlp_spec.up](x).chunk(2, dim=-1)
@@ -178,11 +177,7 @@ class FusedPackedMLP(FusedMLP):
 
 
 class FusedPlainMLP(FusedMLP):
-    """``down(act(up(x)))``; there is nothing to pack."""
-
-    def _tensors(self) -> Tensors:
-        up, down = map(self._parameters_of, self.mlp_spec.projections)
-        return None, up["weight"], down["weight"], None, up["bias"], down["bias"]
+    """``down(act(up(x)))``, or half of it; there is nothing to pack."""
 
 
 def no_kernels(device: torch.device) -> str | None:
@@ -207,7 +202,12 @@ def _is_ordinary(x: Tensor) -> bool:
     )
 
 
-_BASES = {MLPKind.GATED: FusedGatedMLP, MLPKind.PACKED: FusedPackedMLP, MLPKind.PLAIN: FusedPlainMLP}
+_BASES = {
+    MLPKind.GATED: FusedGatedMLP,
+    MLPKind.PACKED: FusedPackedMLP,
+    MLPKind.PLAIN: FusedPlainMLP,
+    MLPKind.HALF: FusedPlainMLP,
+}
 
 
 @cache

@@ -13,7 +13,7 @@ from hf_fused_mlp.types import GPU
 
 _LIBRARY = torch.library.Library("hf_fused_mlp", "DEF")
 for _schema in (
-    "mlp(Tensor x, Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, "
+    "mlp(Tensor x, Tensor? gate, Tensor up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, "
     "str activation) -> Tensor",
     "act_mul(Tensor gate, Tensor up, str activation) -> Tensor",
     "act_mul_backward(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
@@ -25,13 +25,13 @@ def mlp(
     x: Tensor,
     gate: Tensor | None,
     up: Tensor,
-    down: Tensor,
+    down: Tensor | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where `gate` is None.
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where `gate` is None; without `down`, what it is given.
 
     Args:
         x: `[..., H]`, float; any strides, any number of tokens, none included.
@@ -41,7 +41,7 @@ def mlp(
         activation: a key of `hf_fused_mlp.activations.ACTIVATIONS`.
 
     Returns:
-        `[..., O]`, dtype of `x`, contiguous. Differentiable in all tensors.
+        `[..., O]`, or `[..., I]` without `down`; dtype of `x`, contiguous. Differentiable in all tensors.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
@@ -79,18 +79,18 @@ def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     dtype, device, shape = x.dtype, x.device, up.shape
     fits = (
         x.dim() > 0
-        and len(shape) == down.dim() == 2
+        and len(shape) == 2
         and x.shape[-1] == shape[1]
-        and down.shape[1] == shape[0]
+        and (down_bias is None if down is None else down.dim() == 2 and down.shape[1] == shape[0])
         and (gate is not None or gate_bias is None)
     )
     for tensor, expected in (
         (up, shape),
-        (down, down.shape),
+        (down, down is not None and down.shape),
         (gate, shape),
         (gate_bias, shape[:1]),
         (up_bias, shape[:1]),
-        (down_bias, down.shape[:1]),
+        (down_bias, down is not None and down.shape[:1]),
     ):
         if tensor is not None:
             fits = fits and tensor.shape == expected and tensor.dtype == dtype and tensor.device == device
@@ -117,7 +117,7 @@ def _mlp_cuda(*operands):
 
 def _mlp_fake(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
-    return x.new_empty((*x.shape[:-1], down.shape[0]))
+    return x.new_empty((*x.shape[:-1], (up if down is None else down).shape[0]))
 
 
 def _setup_context(ctx, inputs, output):

@@ -196,6 +196,11 @@ def _match(equation: object, module: nn.Module, dropped: tuple[str, ...]) -> MLP
             match activation and gate.of:
                 case Call(up_name, Input()):
                     return _spec(MLPKind.PLAIN, {"up": up_name, "down": down}, activation, module, dropped)
+    # in a row of modules two such steps may be anything's
+    if (activation := _activation(equation, module)) and type(module).forward is not SEQUENTIAL_FORWARD:
+        match equation.of:
+            case Call(up_name, Input()):
+                return _spec(MLPKind.HALF, {"up": up_name}, activation, module, dropped)
     return None
 
 

@@ -46,13 +46,13 @@ def mlp_ref(
     x: Tensor,
     gate: Tensor | None,
     up: Tensor,
-    down: Tensor,
+    down: Tensor | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where `gate` is None.
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where `gate` is None; without `down`, what it is given.
 
     Args:
         x: `[..., H]`, any float dtype.
@@ -62,9 +62,10 @@ def mlp_ref(
         activation: a key of `ACTIVATIONS`.
 
     Returns:
-        `[..., O]`, dtype of `x`.
+        `[..., O]`, or `[..., I]` without `down`; dtype of `x`.
 
     Raises:
         KeyError: unknown activation.
     """
-    return F.linear(linear_ref(x, up, up_bias, gate, gate_bias, activation), down, down_bias)
+    h = linear_ref(x, up, up_bias, gate, gate_bias, activation)
+    return h if down is None else F.linear(h, down, down_bias)

@@ -7,12 +7,20 @@ What a module computes is stated by the row of exactly its class, if there is on
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from types import NoneType
 
 import torch
 from torch import nn
 
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
+from hf_fused_mlp.children import (
+    class_path,
+    has_own_forward,
+    is_column_shard,
+    is_hooked,
+    is_loaded,
+    is_plain,
+    why_not_plain,
+)
 from hf_fused_mlp.recognition import IDENTITIES, recognise
 from hf_fused_mlp.types import MLPKind, MLPSpec
 
@@ -50,11 +58,6 @@ _registered_forwards: dict[type, Callable] = {}
 
 # what a fused module has besides what every module has
 RESERVED = {"mlp_spec", "original_class", "original_forward", "input_name", "reasons", "operands", "repack"}
-
-
-def class_path(cls: type) -> str:
-    """Module path and qualified name."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def register_mlp(cls: type[nn.Module], spec: MLPSpec) -> None:
@@ -110,9 +113,9 @@ def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str
     if reason := altered_reason(module, cls, _forward_of_spec(cls), spec):
         return reason
     linears = {name: module._modules[name] for name in spec.projections}
-    if reason := call_reason(module, spec):
-        loaded = all(_is_loaded(linear) for linear in linears.values())
-        return None if loaded and spec.can_call else reason
+    if reason := call_reason(module, spec.projections):
+        loaded = all(is_loaded(linear) for linear in linears.values())
+        return None if loaded and can_call(module, spec) else reason
     return _mismatch(linears, spec)
 
 
@@ -132,7 +135,7 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | 
             f"the forward of {cls.__name__} was replaced by {forward}; undo the patch, or, if it computes the same, "
             f"call register_mlp({cls.__name__}, MLPSpec(...))"
         )
-    if _has_own_forward(module):
+    if has_own_forward(module):
         return (
             "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass "
             "exclude=[...]"
@@ -145,7 +148,7 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | 
     if spec.sequence and tuple(children) != spec.sequence:
         return f"its children are {', '.join(children)}, no longer {', '.join(spec.sequence)}; undo the change"
     for name in spec.dropouts:
-        if type(children[name]) not in IDENTITIES or _is_hooked(children[name]):
+        if type(children[name]) not in IDENTITIES or is_hooked(children[name]):
             return f"{name} is not a plain dropout or identity, which alone may be left out; pass exclude=[...]"
         if children[name].training and not module.training:
             return f"{name} is in training mode; call eval() on it"
@@ -157,118 +160,40 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | 
             f"{spec.activation} is {type(activation).__name__}, expected an activation that computes one of "
             f"{', '.join(ACTIVATIONS)}; pass exclude=[...] to leave this module as it is"
         )
-    if _is_hooked(activation):
+    if is_hooked(activation):
         return f"{spec.activation} has hooks or a forward of its own; remove them first, or pass exclude=[...]"
     return None
 
 
-def call_reason(module: nn.Module, spec: MLPSpec) -> str | None:
+def can_call(module: nn.Module, spec: MLPSpec) -> bool:
+    """Whether calling some projections leaves something to fuse: a product with the activation, or what is before."""
+    if spec.other_steps or spec.down is None:
+        return False
+    return spec.kind is not MLPKind.PLAIN or (not module.training and reads_first(module, spec))
+
+
+def reads_first(module: nn.Module, spec: MLPSpec) -> bool:
+    """Whether the weights before the activation may be read, those of this process at least.
+
+    Of shards that holds where no gradient is wanted.
+    """
+    children = [module._modules[name] for name in spec.first]
+    return all(map(is_plain, children)) or all(map(is_column_shard, children))
+
+
+def call_reason(module: nn.Module, names: tuple[str, ...]) -> str | None:
     """Which projection has to be called and why, with the remedy, or None if the weights of all may be read."""
-    for name in spec.projections:
+    for name in names:
         if not is_plain(module._modules[name]):
-            return f"{name} {_why_not_plain(module._modules[name])}"
+            return f"{name} {why_not_plain(module._modules[name])}"
     return None
 
 
-def _is_loaded(projection: nn.Module) -> bool:
-    """Whether a call will find weights: they are in memory, or a hook of accelerate's fetches them."""
-    return "_hf_hook" in projection.__dict__ or not any(tensor.is_meta for tensor in projection.parameters())
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a projection's weights may be read in place of calling it.
-
-    The class alone does not tell: several quantizers keep it `nn.Linear` and change what is inside.
-    """
-    if type(linear) is not nn.Linear:
-        return False
-    weight = linear._parameters.get("weight")
-    return (
-        type(weight) is nn.Parameter
-        and weight.dtype in _PLAIN_DTYPES
-        and weight.layout is torch.strided
-        and type(linear._parameters.get("bias")) in (nn.Parameter, NoneType)
-        and not weight.is_meta
-        and not linear._modules
-        and not linear._buffers
-        and len(linear._parameters) == 2
-        and not _is_hooked(linear)
-    )
-
-
-_PLAIN_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-
-
-# of the classes of children, as they were when first seen; some packages patch them for a whole process
-_FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU)}
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does anything but run the forward that its class came with."""
-    attributes, cls = module.__dict__, type(module)
-    return bool(
-        _has_own_forward(module)
-        or (not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward))
-        or ("_hf_hook" in attributes and not _only_aligns(module))
-        or attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-    )
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance shadows its class's forward with another.
-
-    accelerate wraps the class's own, which it keeps, and leaves it behind when it lets go.
-    """
-    attributes = module.__dict__
-    own = attributes.get("forward")
-    if own is None:
-        return False
-    if "_hf_hook" in attributes:
-        own = attributes.get("_old_forward")
-    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
-
-
-def _only_aligns(linear: nn.Module) -> bool:
-    """Whether accelerate's hook only moves inputs to where the weight is, as `device_map` has it for every module."""
-    hook, weight = linear.__dict__["_hf_hook"], linear._parameters.get("weight")
-    return (
-        class_path(type(hook)) == "accelerate.hooks.AlignDevicesHook"
-        and not hook.offload
-        and not hook.no_grad
-        and weight is not None
-        and torch.device(hook.execution_device) == weight.device
-    )
-
-
-def _why_not_plain(linear: nn.Module) -> str:
-    """The words for what `is_plain` has found."""
-    if type(linear) is not nn.Linear:
-        return (
-            f"is {class_path(type(linear))}, expected nn.Linear; load without quantization_config, "
-            "merge or unload the adapter, or pass exclude=[...]"
-        )
-    weight = linear._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
-        return (
-            f"holds a {type(weight).__name__} as weight, expected nn.Parameter; load without quantization or sharding"
-        )
-    if weight.is_meta:
-        return "has its weight on meta (offloaded, or not loaded yet); load with a device_map that keeps it in memory"
-    if weight.dtype not in _PLAIN_DTYPES:
-        return (
-            f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"
-        )
-    if weight.layout is not torch.strided or type(linear._parameters.get("bias")) not in (nn.Parameter, NoneType):
-        return "has a sparse weight or a bias of another class than nn.Parameter; load without either"
-    if _is_hooked(linear):
-        return (
-            "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
-        )
-    extra = [*linear._modules, *linear._buffers, *(linear._parameters.keys() - {"weight", "bias"})]
-    return f"carries {', '.join(extra)} besides weight and bias; load without quantization, or pass exclude=[...]"
+def fits(spec: MLPSpec, *shapes: torch.Size) -> bool:
+    """Whether the weights of the projections, or of those before the activation, have the shapes of one equation."""
+    (*_, up) = first = shapes[: len(spec.first)]
+    halves = 2 if spec.kind is MLPKind.PACKED else 1
+    return first[0] == up and all(up[0] == halves * down[1] for down in shapes[len(first) :])
 
 
 def _mismatch(linears: dict[str, nn.Linear], spec: MLPSpec) -> str | None:
@@ -284,9 +209,7 @@ def _mismatch(linears: dict[str, nn.Linear], spec: MLPSpec) -> str | None:
         if len(set(values.values())) > 1:
             found = ", ".join(f"{name} {value}" for name, value in values.items())
             return f"its weights differ in {attribute} ({found}); {remedy}, or pass exclude=[...]"
-    up, down = linears[spec.up].weight, linears[spec.down].weight
-    halves = 2 if spec.kind is MLPKind.PACKED else 1
-    if up.shape[0] == halves * down.shape[1] and (spec.gate is None or linears[spec.gate].weight.shape == up.shape):
+    if fits(spec, *(linear.weight.shape for linear in linears.values())):
         return None
     shapes = ", ".join(f"{name} {list(linear.weight.shape)}" for name, linear in linears.items())
     return f"the shapes do not fit a {spec.kind.value} MLP ({shapes}); correct the spec given to register_mlp"

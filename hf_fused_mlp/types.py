@@ -8,11 +8,12 @@ import torch
 
 
 class MLPKind(str, Enum):
-    """The three ways a Transformers MLP is written; gated and packed compute the same equation."""
+    """The ways a Transformers MLP is written; gated and packed compute the same equation."""
 
     GATED = "gated"  # down(act(gate(x)) * up(x)), gate and up two projections
     PACKED = "packed"  # the same, gate and up the two halves of one projection
     PLAIN = "plain"  # down(act(up(x)))
+    HALF = "half"  # act(up(x)), as in BERT, where down is a part of another module
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class MLPSpec:
 
     Args:
         kind: which of the three equations.
-        up, down: names of the `nn.Linear` projections; for a packed MLP `up` holds the rows of gate, then those of up.
+        up, down: names of the `nn.Linear` projections; for a packed MLP `up` holds the rows of gate, then those of up;
+            half an MLP has no `down`.
         activation: name of the activation module, or None where the forward calls a function.
         gate: name of the gate projection; for a gated MLP only.
         function: key of `ACTIVATIONS` for the function that the forward calls, where there is no module.
@@ -32,12 +34,13 @@ class MLPSpec:
             forward may stand for it, and not its projections called one by one.
 
     Raises:
-        ValueError: `gate` missing for a gated MLP, or given for another; not one of `activation` and `function`.
+        ValueError: `gate` missing for a gated MLP, or given for another; `down` given for half an MLP, or missing for
+            another; not one of `activation` and `function`.
     """
 
     kind: MLPKind
     up: str
-    down: str
+    down: str | None = None
     activation: str | None = None
     gate: str | None = None
     function: str | None = None
@@ -51,19 +54,22 @@ class MLPSpec:
         if (self.kind is MLPKind.GATED) != (self.gate is not None):
             expected = "the gate projection's name" if self.kind is MLPKind.GATED else "None"
             raise ValueError(f"MLPSpec(kind={self.kind.value!r}, gate={self.gate!r}): gate must be {expected}")
+        if (self.kind is MLPKind.HALF) != (self.down is None):
+            expected = "None" if self.kind is MLPKind.HALF else "the down projection's name"
+            raise ValueError(f"MLPSpec(kind={self.kind.value!r}, down={self.down!r}): down must be {expected}")
         if (self.activation is None) == (self.function is None):
             given = f"activation={self.activation!r}, function={self.function!r}"
             raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
 
     @property
-    def can_call(self) -> bool:
-        """Whether calling the projections, with a kernel for activation and product between, is the forward too."""
-        return self.kind is not MLPKind.PLAIN and not self.other_steps
+    def first(self) -> tuple[str, ...]:
+        """The names of the `nn.Linear` children before the activation, gate first where there is one."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The names of the `nn.Linear` children, gate first where there is one."""
-        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+        """The names of all `nn.Linear` children, in the order of the equation."""
+        return self.first if self.down is None else (*self.first, self.down)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ class LinearKey:
 class ProblemKey:
     """What a plan is chosen by.
 
-    `m` is the token count rounded up to a power of two; up is `[intermediate, hidden]`, down `[out, intermediate]`.
+    `m` is the token count rounded up to a power of two; up is `[intermediate, hidden]`, down `[out, intermediate]`,
+    and `out` is 0 where there is no down.
     `bias` says that any projection has one; `one_block` holds for the weights of both launches.
     """
 

@@ -16,6 +16,7 @@ from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM
 
 from hf_fused_mlp import fuse_model, fusion_report, ops, unfuse_model
+from hf_fused_mlp.weights import is_packed
 
 WORLD = 2
 GPUS = pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
@@ -58,18 +59,22 @@ def tensor_parallel(where, directory):
     fused = AutoModelForCausalLM.from_pretrained(directory / "plain", tp_plan="auto", use_fused_mlp=True).eval()
     ids = token_ids(2, 7).to(where)
     model_type = (directory / "model_type").read_text()
-    gated = model_type != "gpt_neox"
-    assert [mlp.state for mlp in fusion_report(fused).mlps] == ["fused" if gated else "skipped"] * 2
-    products = []
+    assert [mlp.state for mlp in fusion_report(fused).mlps] == ["fused"] * 2
+    halves, products = [], []
+    ops.mlp = lambda *args, mlp=ops.mlp: halves.append(args) or mlp(*args)
     ops.act_mul = lambda *args, act_mul=ops.act_mul: products.append(args) or act_mul(*args)
     with torch.no_grad():
         expected = plain(ids).logits
         torch.testing.assert_close(fused(ids).logits, expected, atol=1e-5, rtol=1e-5)
         whole = AutoModelForCausalLM.from_pretrained(directory / "plain").to(where)
         torch.testing.assert_close(expected, whole(ids).logits, atol=1e-4, rtol=1e-4)
-    assert len(products) == (2 if gated else 0)
-    if model_type == "llama":  # Transformers gathers what phi3's packed projection gives
-        assert {gate.shape[-1] for gate, *_ in products} == {176 // WORLD}
+    # Transformers gathers what phi3's packed projection gives; the others stay split until down is called
+    assert len(products) == (2 if model_type == "phi3" else 0)
+    for _, gate, up, down, *_ in halves:
+        assert up.shape == (176 // WORLD, 64)
+        assert down is None
+        assert gate is None or is_packed(gate, up)
+    assert len(halves) == (0 if model_type == "phi3" else 2)
 
     grads = []
     for model in (plain, fused):

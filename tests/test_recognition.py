@@ -60,6 +60,12 @@ class Plain(Gated):
         return self.back(self.drop(torch.nn.functional.relu(self.wide(x))))
 
 
+class Half(Gated):
+    def forward(self, x):
+        x = self.wide(x)
+        return self.bend(x)
+
+
 class Packed(Gated):
     def __init__(self, up_first=False):
         super().__init__()
@@ -83,6 +89,7 @@ KNOWN = {
     WithFunctions: MLPSpec("gated", **GATED, function="silu", other_steps=True),
     WithCast: MLPSpec("gated", **GATED, activation="bend", other_steps=True),
     Plain: MLPSpec("plain", up="wide", down="back", function="relu", dropouts=("drop",)),
+    Half: MLPSpec("half", up="wide", activation="bend"),
     Packed: MLPSpec("packed", up="both", down="back", activation="bend"),
     PackedUpFirst: MLPSpec("packed", up="both", down="back", activation="bend", up_first=True),
 }

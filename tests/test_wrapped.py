@@ -104,9 +104,9 @@ def test_a_wrapped_projection_is_called(wrap, name, order, where, gpu, products)
     original = copy.copy(mlp)
     original.__class__ = mlp.original_class
     torch.testing.assert_close(mlp(x), original(x))
-    assert len(products) == 1
+    assert len(products) == (name != "down_proj"), "gate and up are read, unless one of them is wrapped"
     first, second = fusion_report(model).mlps
-    assert first.reason.startswith("its projections are called, and the kernels do activation and product only: ")
+    assert first.reason.startswith("calls what has to be called, and fuses the rest: ")
     assert f"{name} " in first.reason
     assert WRAPPERS[wrap] in first.reason
     assert second.reason is None

@@ -128,7 +128,11 @@ def skeleton(name: str, dtype: torch.dtype | None) -> nn.Module:
 def mlp_of(module: nn.Module) -> MLP | None:
     """The MLP that a module is, or None if it is not one that could be fused with the right weights."""
     spec = find_spec(module)
-    if spec is None or any(type(getattr(module, name)) is not nn.Linear for name in spec.projections):
+    if (
+        spec is None
+        or spec.down is None
+        or any(type(getattr(module, name)) is not nn.Linear for name in spec.projections)
+    ):
         return None
     activation = spec.function or find_activation(getattr(module, spec.activation))
     if activation is None:

@@ -49,14 +49,19 @@ def run_plan(
     tokens: Tensor,
     gate: Tensor | None,
     up: Tensor,
-    down: Tensor,
+    down: Tensor | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """The MLP for `tokens` `[M, H]` with `M` at least 1, contiguous in the last dimension, and contiguous weights."""
+    """The MLP for `tokens` `[M, H]` with `M` at least 1, contiguous in the last dimension, and contiguous weights.
+
+    Without `down`, what it would be given.
+    """
     h = linear(tokens, up, up_bias, gate, gate_bias, activation, plan.up)
+    if down is None:
+        return h
     # down may read its weights before h is done, since whatever wrote them was over when up began
     overlap = plan.up != TORCH and GPU.of(h.device).can_overlap
     return linear(h, down, down_bias, None, None, "identity", plan.down, overlap)

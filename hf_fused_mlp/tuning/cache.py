@@ -92,9 +92,14 @@ def _user_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
     except RuntimeError as error:
         logger.warning("no plans of yours are looked for (%s); set HF_FUSED_MLP_CACHE to a directory", error)
         return {}
-    return read(path, gpu)
+    return _with_halves(read(path, gpu))
 
 
 @cache
 def _shipped_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
-    return read(shipped_file(gpu), gpu, any_version=True)
+    return _with_halves(read(shipped_file(gpu), gpu, any_version=True))
+
+
+def _with_halves(plans: dict[ProblemKey, TunedPlan]) -> dict[ProblemKey, TunedPlan]:
+    """`plans`, and for the same MLPs without down the plan of one that has it."""
+    return {replace(key, out=0): tuned for key, tuned in plans.items()} | plans

@@ -11,7 +11,7 @@ from hf_fused_mlp.types import TORCH, LinearKey, Plan, ProblemKey, TileConfig
 
 def heuristic_plan(key: ProblemKey) -> Plan:
     """The plan by rule; every key has one."""
-    return Plan(up=_linear(key.up), down=_linear(key.down))
+    return Plan(up=_linear(key.up), down=_linear(key.down) if key.out else TORCH)
 
 
 def _linear(key: LinearKey) -> TileConfig:

@@ -1,0 +1,162 @@
+"""The children of an MLP: which may be read in place of being called, and why another may not.
+
+The class alone does not tell. Quantizers keep `nn.Linear` and change what is inside; adapters, hooks and parallelism
+put something around it.
+"""
+
+from types import FunctionType, NoneType
+
+import torch
+from torch import nn
+
+_PLAIN_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+# of the classes of children, as they were when first seen; some packages patch them for a whole process
+_FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU)}
+
+
+def class_path(cls: type) -> str:
+    """Module path and qualified name."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a projection's weights may be read in place of calling it.
+
+    The class alone does not tell: several quantizers keep it `nn.Linear` and change what is inside.
+    """
+    if type(linear) is not nn.Linear:
+        return False
+    weight = linear._parameters.get("weight")
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype in _PLAIN_DTYPES
+        and weight.layout is torch.strided
+        and type(linear._parameters.get("bias")) in (nn.Parameter, NoneType)
+        and not weight.is_meta
+        and not linear._modules
+        and not linear._buffers
+        and len(linear._parameters) == 2
+        and not is_hooked(linear)
+    )
+
+
+def is_column_shard(linear: nn.Module) -> bool:
+    """Whether a call without gradients multiplies with this process's rows of the weight, and does nothing else.
+
+    That is what tensor parallelism in Transformers makes of gate and up: weights that are a `DTensor`, and a forward
+    on the instance that runs the class's own on the local tensors.
+    """
+    own = linear.__dict__.get("forward")
+    if torch.compiler.is_compiling() or type(own) is not FunctionType or own.__closure__ is None:
+        return False
+    around = {name: cell.cell_contents for name, cell in zip(own.__code__.co_freevars, own.__closure__, strict=True)}
+    style, original = around.get("self"), around.get("original_forward")
+    return (
+        class_path(type(style)) == "transformers.distributed.tensor_parallel.ColwiseParallel"
+        and own.__module__ == type(style).__module__
+        and style.use_local_output
+        and (str(style.input_layouts), str(style.output_layouts)) == ("R", "S(-1)")
+        and getattr(original, "__func__", None) is _FORWARDS[nn.Linear]
+        and original.__self__ is linear
+        and type(linear) is nn.Linear
+        and linear._parameters.keys() == {"weight", "bias"}
+        and not linear._buffers
+        and not linear._modules
+        and all(p is None or _is_float_shard(p) for p in linear._parameters.values())
+        and not _has_hooks(linear)
+    )
+
+
+def _is_float_shard(parameter: nn.Parameter) -> bool:
+    local = getattr(parameter, "_local_tensor", None)
+    placed = [str(placement) for placement in getattr(parameter, "placements", ())]
+    return placed == ["S(0)"] and type(local) is torch.Tensor and local.dtype in _PLAIN_DTYPES and not local.is_meta
+
+
+def local_tensors(linear: nn.Linear) -> dict[str, torch.Tensor | None]:
+    """Weight and bias of a plain projection, or of a shard what this process has of them."""
+    parameters = linear._parameters
+    if type(parameters.get("weight")) is nn.Parameter:
+        return parameters
+    return {name: getattr(parameter, "_local_tensor", parameter) for name, parameter in parameters.items()}
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does anything but run the forward that its class came with."""
+    attributes, cls = module.__dict__, type(module)
+    return bool(
+        has_own_forward(module)
+        or (not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward))
+        or ("_hf_hook" in attributes and not _only_aligns(module))
+        or _has_hooks(module)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    attributes = module.__dict__
+    return bool(
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance shadows its class's forward with another.
+
+    accelerate wraps the class's own, which it keeps, and leaves it behind when it lets go.
+    """
+    attributes = module.__dict__
+    own = attributes.get("forward")
+    if own is None:
+        return False
+    if "_hf_hook" in attributes:
+        own = attributes.get("_old_forward")
+    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
+
+
+def _only_aligns(linear: nn.Module) -> bool:
+    """Whether accelerate's hook only moves inputs to where the weight is, as `device_map` has it for every module."""
+    hook, weight = linear.__dict__["_hf_hook"], linear._parameters.get("weight")
+    return (
+        class_path(type(hook)) == "accelerate.hooks.AlignDevicesHook"
+        and not hook.offload
+        and not hook.no_grad
+        and weight is not None
+        and torch.device(hook.execution_device) == weight.device
+    )
+
+
+def why_not_plain(linear: nn.Module) -> str:
+    """The words for what `is_plain` has found."""
+    if type(linear) is not nn.Linear:
+        return (
+            f"is {class_path(type(linear))}, expected nn.Linear; load without quantization_config, "
+            "merge or unload the adapter, or pass exclude=[...]"
+        )
+    weight = linear._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return (
+            f"holds a {type(weight).__name__} as weight, expected nn.Parameter; load without quantization or sharding"
+        )
+    if weight.is_meta:
+        return "has its weight on meta (offloaded, or not loaded yet); load with a device_map that keeps it in memory"
+    if weight.dtype not in _PLAIN_DTYPES:
+        return (
+            f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"
+        )
+    if weight.layout is not torch.strided or type(linear._parameters.get("bias")) not in (nn.Parameter, NoneType):
+        return "has a sparse weight or a bias of another class than nn.Parameter; load without either"
+    if is_hooked(linear):
+        return (
+            "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
+        )
+    extra = [*linear._modules, *linear._buffers, *(linear._parameters.keys() - {"weight", "bias"})]
+    return f"carries {', '.join(extra)} besides weight and bias; load without quantization, or pass exclude=[...]"
+
+
+def is_loaded(projection: nn.Module) -> bool:
+    """Whether a call will find weights: they are in memory, or a hook of accelerate's fetches them."""
+    return "_hf_hook" in projection.__dict__ or not any(tensor.is_meta for tensor in projection.parameters())
