@@ -113,7 +113,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
             reason = reject_reason(module, type(module), spec)
             mlps.append(MLPStatus(name, class_name, "skipped" if reason else "fusable", reason))
         elif looks_like_mlp(name, module) and not any(name.startswith(f"{mlp.name}.") for mlp in mlps):
-            mlps.append(MLPStatus(name, class_name, "skipped", _unknown_reason(type(module))))
+            mlps.append(MLPStatus(name, class_name, "skipped", _unknown_reason(module)))
     return FusionReport(tuple(mlps))
 
 
@@ -124,7 +124,11 @@ def _why_not_all(module: FusedMLP) -> str | None:
     return f"calls what has to be called, and fuses the rest: {called}"
 
 
-def _unknown_reason(cls: type[nn.Module]) -> str:
+def _unknown_reason(module: nn.Module) -> str:
+    experts = next((f"{name} {list(p.shape)}" for name, p in module.named_parameters() if p.dim() == 3), None)
+    if experts:
+        return f"routed experts, whose weights are one tensor ({experts}), are not covered and run as they are"
+    cls = type(module)
     known = next((base.__name__ for base in cls.__mro__[1:] if row_of(base)), None)
     what = f", a subclass of {known}," if known else ""
     return (

@@ -128,6 +128,32 @@ def test_smollm2_saves_and_reloads_without_us(smollm2, tmp_path):
 
 @pytest.mark.slow
 @DEVICES
+def test_smollm2_fine_tuned(smollm2, where, monkeypatch):
+    """The loss of every step is that of the unfused run; on a GPU in fifty steps, on the CPU in three."""
+    if where == "cpu":
+        as_on_gpu(monkeypatch)
+    *models, tokenizer = smollm2
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0]
+    steps, length = (50, 128) if where == "cuda" else (3, 32)
+    curves = []
+    for model in models:
+        model = copy.deepcopy(model).to(where).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        losses = []
+        for step in range(steps):
+            batch = ids[: 4 * length].view(4, length)[step % 2 :: 2].to(where)
+            loss = model(batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert max(abs(fused - original) for original, fused in zip(*curves, strict=True)) <= 1e-3
+    assert curves[0][-1] < curves[0][0], "it learns"
+
+
+@pytest.mark.slow
+@DEVICES
 def test_smollm2_as_mistral(smollm2, where, monkeypatch):
     """Mistral's layers compute what Llama's do, so the same tensors make a second real model of another class."""
     original, _, tokenizer = smollm2

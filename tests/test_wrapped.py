@@ -9,6 +9,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module, remove_hook_from_submodules
 from models import as_on_gpu, tiny_model, token_ids
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_fused_mlp import fuse_model, fusion_report, ops, unfuse_model
 from hf_fused_mlp.modules import FusedMLP
@@ -249,6 +250,30 @@ def test_what_training_keeps(monkeypatch):
         weights = {parameter.data_ptr() for parameter in mlp.parameters()}
         sizes.append(sum(tensor.numel() for start, tensor in saved.items() if start not in weights))
     assert sizes == [5 * (64 + 4 * 176), 5 * (64 + 3 * 176)]
+
+
+def test_trainer_stops_and_resumes(tmp_path, monkeypatch):
+    """Two steps, a checkpoint, two more in a new process's models: the unfused run's weights, with its names."""
+    as_on_gpu(monkeypatch)
+    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(8, 9)]
+
+    def train(model, name, resume=False):
+        args = TrainingArguments(
+            tmp_path / name, max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
+            use_cpu=True, report_to=[], disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-2") if resume else None)
+        return model.state_dict()
+
+    expected = train(tiny_model(), "plain")
+    whole = train(fused_model(), "fused")
+    resumed = train(fused_model(), "fused", resume=True)
+    crossed = train(tiny_model(), "fused", resume=True)
+    for name, weight in expected.items():
+        for other in (whole, resumed, crossed):
+            torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4, msg=name)
+    assert not torch.allclose(expected["model.norm.weight"], tiny_model().state_dict()["model.norm.weight"], atol=1e-3)
 
 
 def test_dropout_drops_out_in_training(monkeypatch):

@@ -1,0 +1,45 @@
+"""Mixtures of experts: dense layers and shared experts fuse like any MLP; routed experts are named and left alone."""
+
+import pytest
+import torch
+from models import as_on_gpu, token_ids
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig
+
+from hf_fused_mlp import fuse_model, fusion_report
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=2),
+    "qwen2_moe": Qwen2MoeConfig(**SIZES, num_experts=4, shared_expert_intermediate_size=24),
+    "deepseek_v3": DeepseekV3Config(
+        **SIZES, n_routed_experts=4, first_k_dense_replace=1, n_group=1, topk_group=1, num_experts_per_tok=2
+    ),
+}
+FUSED = {
+    "mixtral": [],
+    "qwen2_moe": ["model.layers.0.mlp.shared_expert", "model.layers.1.mlp.shared_expert"],
+    "deepseek_v3": ["model.layers.0.mlp", "model.layers.1.mlp.shared_experts"],
+}
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@torch.no_grad()
+def test_shared_and_routed_experts(model_type, monkeypatch):
+    as_on_gpu(monkeypatch)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[model_type]).eval()
+    expected = model(token_ids(1, 5)).logits
+    report = fusion_report(fuse_model(model))
+    assert [mlp.name for mlp in report.select("fused")] == FUSED[model_type]
+    routed = report.select("skipped")
+    assert len(routed) == (1 if model_type == "deepseek_v3" else 2)
+    assert all(mlp.reason.startswith("routed experts, whose weights are one tensor") for mlp in routed)
+    torch.testing.assert_close(model(token_ids(1, 5)).logits, expected)
