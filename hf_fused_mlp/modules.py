@@ -67,10 +67,16 @@ class FusedMLP:
                 return called, None
             if self.training and any(getattr(self._modules[name], "p", 0) > 0 for name in spec.dropouts):
                 return "in training mode, where it drops out", None
+        return no_kernels(device or self._device()), called
+
+    def _device(self) -> torch.device:
+        """Where the next call will run, as far as the first projection tells."""
+        projection = self._modules[self.mlp_spec.first[0]]
+        hook = projection.__dict__.get("_hf_hook")  # accelerate's; the weights may be elsewhere until they are called
+        device = getattr(hook, "execution_device", None)
         if device is None:
-            weight = next((p for name in spec.projections for p in self._modules[name].parameters()), None)
-            device = torch.device("cpu") if weight is None else weight.device
-        return no_kernels(device), called
+            device = next((parameter.device for parameter in projection.parameters()), "cpu")
+        return torch.device(device)
 
     def _first_half(self, x: Tensor) -> Tensor | None:
         """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
