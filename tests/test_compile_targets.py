@@ -6,6 +6,7 @@ from numerics import random_mlp
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.kernels import linear
+from hf_fused_mlp.kernels.elementwise import act_mul, act_mul_backward
 from hf_fused_mlp.types import GPU, TileConfig
 
 triton = pytest.importorskip("triton")
@@ -51,14 +52,20 @@ def test_compiles(family, gated, bias, dtype, target, monkeypatch):
 
 
 def compile_launches(family, gated, bias, dtype, target, monkeypatch, activation="silu"):
-    """The compiled kernels of one call, caught between the launcher and the driver."""
+    """The compiled kernels of one launch, caught between the launcher and the driver."""
     gate, up, _, gate_bias, up_bias, _ = random_mlp(256, 512, gated, bias, dtype)
+    x = torch.randn(16, 256, dtype=dtype)
+    return compiled(lambda: linear(x, up, up_bias, gate, gate_bias, activation, CONFIGS[family]), target, monkeypatch)
+
+
+def compiled(call, target, monkeypatch):
+    """The kernels that a call would launch on `target`."""
     capability = divmod(target.arch, 10) if target.backend == "cuda" else (0, 0)
     # three multiprocessors for four tiles, so that the kernels compiled hold the code for halved tiles too
     monkeypatch.setattr(GPU, "of", lambda device: GPU("a GPU", 3, capability, 232448))
     launches = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append((self, args, kw)))
-    linear(torch.randn(16, 256, dtype=dtype), up, up_bias, gate, gate_bias, activation, CONFIGS[family])
+    call()
     monkeypatch.undo()
     return [compile_launch(*launch, target) for launch in launches]
 
@@ -85,3 +92,12 @@ def compile_launch(function, args, options, target):
 def test_compiles_every_activation(family, activation, monkeypatch):
     (kernel,) = compile_launches(family, True, True, torch.float16, TARGETS["sm_90"], monkeypatch, activation)
     assert kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_act_mul_compiles(activation, target, monkeypatch):
+    grad, gate, up = (torch.randn(3, 100, dtype=torch.bfloat16) for _ in range(3))
+    for call in (lambda: act_mul(gate, up, activation), lambda: act_mul_backward(grad, gate, up, activation)):
+        (kernel,) = compiled(call, TARGETS[target], monkeypatch)
+        assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]

@@ -252,6 +252,24 @@ def test_what_training_keeps(monkeypatch):
     assert sizes == [5 * (64 + 4 * 176), 5 * (64 + 3 * 176)]
 
 
+@pytest.mark.gpu
+def test_peak_memory_of_training_is_not_above_the_originals():
+    peaks = []
+    for model in (tiny_model, fused_model):
+        model = model(hidden_size=1024, intermediate_size=4096, head_dim=256, dtype=torch.bfloat16).cuda().train()
+        x = torch.randn(8192, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2):  # the second finds what the first left: gradients, workspaces
+            torch.cuda.reset_peak_memory_stats()
+            out = x
+            for layer in model.model.layers:
+                out = layer.mlp(out)
+            out.sum().backward()
+            x.grad = None
+            del out
+        peaks.append(torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
+    assert peaks[1] <= peaks[0]
+
+
 def test_trainer_stops_and_resumes(tmp_path, monkeypatch):
     """Two steps, a checkpoint, two more in a new process's models: the unfused run's weights, with its names."""
     as_on_gpu(monkeypatch)
