@@ -10,7 +10,7 @@ demo: .venv/installed  ## load a real model fused, and compare its answer with t
 	$(BIN)/hf-fused-mlp run
 
 test: .venv/installed  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 8 --dist loadfile
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu
