@@ -4,6 +4,7 @@ The class alone does not tell. Quantizers keep `nn.Linear` and change what is in
 put something around it.
 """
 
+from functools import cache
 from types import FunctionType, NoneType
 
 import torch
@@ -20,12 +21,15 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a projection's weights may be read in place of calling it.
+@cache
+def _is_linear(cls: type[nn.Module]) -> bool:
+    """Whether a class, by itself, multiplies with its weight and adds its bias."""
+    return cls is nn.Linear or class_path(cls) == "transformers.models.falcon.modeling_falcon.FalconLinear"
 
-    The class alone does not tell: several quantizers keep it `nn.Linear` and change what is inside.
-    """
-    if type(linear) is not nn.Linear:
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a projection's weights may be read in place of calling it."""
+    if not _is_linear(type(linear)):
         return False
     weight = linear._parameters.get("weight")
     return (
@@ -131,7 +135,7 @@ def _only_aligns(linear: nn.Module) -> bool:
 
 def why_not_plain(linear: nn.Module) -> str:
     """The words for what `is_plain` has found."""
-    if type(linear) is not nn.Linear:
+    if not _is_linear(type(linear)):
         return (
             f"is {class_path(type(linear))}, expected nn.Linear; load without quantization_config, "
             "merge or unload the adapter, or pass exclude=[...]"
