@@ -9,6 +9,8 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module, remove_hook_from_submodules
 from models import as_on_gpu, tiny_model, token_ids
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import l1_unstructured
 from transformers import Trainer, TrainingArguments
 
 from hf_fused_mlp import fuse_model, fusion_report, ops, unfuse_model
@@ -80,7 +82,22 @@ def patch_forward(mlp, name):
     linear.forward = lambda x: 3 * nn.functional.linear(x, linear.weight)
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrize(mlp, name):
+    register_parametrization(getattr(mlp, name), "weight", Doubled())
+
+
+def prune_half(mlp, name):
+    l1_unstructured(getattr(mlp, name), "weight", 0.5)
+
+
 WRAPPERS = {
+    parametrize: "ParametrizedLinear, expected nn.Linear",
+    prune_half: "holds a NoneType as weight",
     replace_linear: "TaggedLinear, expected nn.Linear",
     wrap_weight: "holds a",
     attach_buffer: "carries scale",
