@@ -1,0 +1,166 @@
+"""`hf-fused-mlp list`, and docs/coverage.md, which it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import CONFIG_MAPPING, AutoModel
+from typer.testing import CliRunner
+
+from hf_fused_mlp import fuse_model, fusion_report
+from hf_fused_mlp.cli import app
+from hf_fused_mlp.cli.coverage import LIGER_MODEL_TYPES, OUTCOMES, coverage_page, outcome_of, summary
+from hf_fused_mlp.cli.list import table
+from hf_fused_mlp.cli.model_types import LACKING, MODEL_TYPES, Entry, Found, examine
+
+PAGE = Path(__file__).parent.parent / "docs/coverage.md"
+
+FUSED = Found("AMLP", 2, "fusable", None)
+SKIPPED = Found("BMLP", 3, "skipped", "BMLP clamps; register [it]")
+ENTRIES = [
+    Entry("llama", "AModel", (FUSED,)),
+    Entry("mixtral", "BModel", (FUSED, SKIPPED)),
+    Entry("gpt_oss", "CModel", (SKIPPED,)),
+    Entry("bert", "DModel"),
+    Entry("mllama_text_model", error="it needs timm, which is not installed"),
+    Entry("other", error="its default config builds no model: KeyError: 'one'"),
+    Entry("another", error="its default config builds no model: KeyError: 'two'"),
+]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, ["list", *args])
+
+
+@pytest.mark.parametrize(
+    "model_type, mlps",
+    [
+        ("llama", [("LlamaMLP", 32, "fusable")]),
+        ("phi3", [("Phi3MLP", 32, "fusable")]),
+        ("nemotron", [("NemotronMLP", 32, "fusable")]),
+        ("falcon_h1", [("FalconH1MLP", 32, "skipped")]),
+        ("gpt2", [("GPT2MLP", 12, "skipped")]),
+        ("deepseek_v3", [("DeepseekV3MLP", 61, "fusable"), ("DeepseekV3MoE", 58, "skipped")]),
+        ("bert", []),
+    ],
+)
+def test_one_model_type(model_type, mlps):
+    """The counts are those of the whole default model: one that begins with dense layers has routed experts too."""
+    result = invoke("--model-type", model_type, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    (entry,) = answer["model_types"]
+    assert answer["transformers"] == transformers.__version__
+    assert entry["model_type"] == model_type and entry["model_class"].endswith("Model") and entry["error"] is None
+    assert [(mlp["class_name"], mlp["count"], mlp["state"]) for mlp in entry["mlps"]] == mlps
+    assert all((mlp["state"] == "skipped") == bool(mlp["reason"]) for mlp in entry["mlps"])
+
+    words = invoke("--model-type", model_type).stdout
+    assert all(word in words for mlp in mlps for word in map(str, mlp)) and (mlps or "has no MLP module" in words)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "nemotron", "falcon_h1", "gpt2", "qwen2_moe", "bert"])
+def test_the_answer_is_what_fusing_a_loaded_model_does(model_type):
+    entry, _ = examine(model_type)
+    model = AutoModel.from_config(CONFIG_MAPPING[model_type](**SMALL)).eval()
+    before = [(class_name, state, reason) for class_name, state, reason in fusion_report(model).grouped()]
+    assert before == [(mlp.class_name, mlp.state, mlp.reason) for mlp in entry.mlps]
+    fused = fusion_report(fuse_model(model)).select("fused")
+    assert {mlp.class_name for mlp in fused} == {mlp.class_name for mlp in entry.select("fusable")}
+
+
+def test_nothing_is_allocated():
+    entry, model = examine("mistral")
+    assert model.config.num_hidden_layers == 32 and not model.training
+    assert sum(parameter.untyped_storage().nbytes() for parameter in model.parameters()) < 1 << 16
+    assert entry == Entry("mistral", "MistralModel", (Found("MistralMLP", 32, "fusable", None),))
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ([], "give either --model-type, such as --model-type llama, or --all"),
+        (["--all", "--model-type", "llama"], "give either --model-type"),
+        (["--model-type", "Lama"], "has no model type 'Lama'; did you mean llama"),
+        (["--model-type", "zzzz"], "has no model type 'zzzz'; --all lists those that there are"),
+        (["--model-type", "llama", "--markdown"], "give it with --all"),
+        (["--all", "--json", "--markdown"], "without --json"),
+        (["--model-type", "informer"], "informer: its default config builds no model: ValueError: The `prediction_"),
+        (["--model-type", "mllama_text_model"], "mllama_text_model: no Auto class of Transformers builds it"),
+    ],
+)
+def test_errors_are_one_line(args, words):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def from_config(config):
+        raise ImportError("\nThing requires the timm library but it was not found in your environment.")
+
+    monkeypatch.setattr(AutoModel, "from_config", from_config)
+    assert examine("llama") == (Entry("llama", error="it needs timm, which is not installed"), None)
+
+
+def test_all(monkeypatch):
+    names = [entry.model_type for entry in ENTRIES]
+    monkeypatch.setattr("hf_fused_mlp.cli.list.MODEL_TYPES", names)
+    monkeypatch.setattr("hf_fused_mlp.cli.list.examine", lambda name: (ENTRIES[names.index(name)], None))
+    listed = json.loads(invoke("--all", "--json").stdout)["model_types"]
+    assert [entry["model_type"] for entry in listed] == names
+    assert invoke("--all", "--markdown").stdout == coverage_page(ENTRIES) + "\n"
+    assert "Of 3 model types that can be built and have MLPs, 2 fuse" in invoke("--all").stdout.replace("\n", " ")
+
+    rows = list(zip(*(column.cells for column in table(ENTRIES).columns), strict=True))
+    assert rows[:3] == [
+        ("llama", "AMLP", "2", "[green]fusable[/]", ""),
+        ("mixtral", "AMLP", "2", "[green]fusable[/]", ""),
+        ("mixtral", "BMLP", "3", "[yellow]skipped[/]", r"BMLP clamps; register \[it]"),
+    ]
+    assert rows[4] == ("bert", "", "0", "no MLPs", "")
+    assert rows[5] == ("mllama_text_model", "", "", "[red]not built[/]", "it needs timm, which is not installed")
+
+
+def test_page():
+    assert [outcome_of(entry) for entry in ENTRIES[:5]] == list(OUTCOMES)
+    assert summary(ENTRIES) == ("Of 3 model types that can be built and have MLPs, 2 fuse: 1 in whole, 1 in part.")
+    page = coverage_page(ENTRIES)
+    for line in (
+        f"Written by this command, with Transformers {transformers.__version__}, without timm:",
+        "| not built | 3 |",
+        "1. clamps",
+        "| mixtral | AMLP (2) | BMLP (3) [1] |",
+        "| none fuses: 1 | gpt_oss |",
+        "It needs timm, which is not installed: mllama_text_model",
+        "Its default config builds no model: other, another",
+    ):
+        assert line in page.splitlines()
+
+
+def test_names_are_model_types():
+    assert set(LACKING) <= set(MODEL_TYPES)
+    assert len(LIGER_MODEL_TYPES) == len(set(LIGER_MODEL_TYPES)) == 53
+
+
+@pytest.mark.slow
+def test_the_page_is_what_the_command_prints(every_model_type):
+    page, printed = PAGE.read_text(), coverage_page(every_model_type[0]) + "\n"
+    written_with, here = page.splitlines()[2], printed.splitlines()[2]
+    if f"Transformers {transformers.__version__}," not in written_with or written_with != here:
+        pytest.skip(f"the page says: {written_with!r}; here: {here!r}")
+    assert page == printed
