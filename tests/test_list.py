@@ -18,9 +18,10 @@ PAGE = Path(__file__).parent.parent / "docs/coverage.md"
 
 FUSED = Found("AMLP", 2, "fusable", None)
 SKIPPED = Found("BMLP", 3, "skipped", "BMLP clamps; register [it]")
+EXPERTS = [Found("BMoE", count, "skipped", f"experts ([{count}, 6]) are skipped") for count in (4, 5)]
 ENTRIES = [
     Entry("llama", "AModel", (FUSED,)),
-    Entry("mixtral", "BModel", (FUSED, SKIPPED)),
+    Entry("mixtral", "BModel", (FUSED, SKIPPED, *EXPERTS)),
     Entry("gpt_oss", "CModel", (SKIPPED,)),
     Entry("bert", "DModel"),
     Entry("mllama_text_model", error="it needs timm, which is not installed"),
@@ -42,7 +43,9 @@ def invoke(*args):
         ("falcon_h1", [("FalconH1MLP", 32, "skipped")]),
         ("gpt2", [("GPT2MLP", 12, "skipped")]),
         ("deepseek_v3", [("DeepseekV3MLP", 61, "fusable"), ("DeepseekV3MoE", 58, "skipped")]),
-        ("bert", []),
+        ("bert", [("BertIntermediate", 12, "fusable")]),
+        ("vits", [("VitsFeedForward", 6, "skipped")]),
+        ("resnet", []),
     ],
 )
 def test_one_model_type(model_type, mlps):
@@ -72,12 +75,17 @@ SMALL = {
 }
 
 
+def words(reason):
+    """A reason without sizes."""
+    return reason and reason.partition("[")[0]
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "nemotron", "falcon_h1", "gpt2", "qwen2_moe", "bert"])
 def test_the_answer_is_what_fusing_a_loaded_model_does(model_type):
     entry, _ = examine(model_type)
     model = AutoModel.from_config(CONFIG_MAPPING[model_type](**SMALL)).eval()
-    before = [(class_name, state, reason) for class_name, state, reason in fusion_report(model).grouped()]
-    assert before == [(mlp.class_name, mlp.state, mlp.reason) for mlp in entry.mlps]
+    found = [(class_name, state, words(reason)) for class_name, state, reason in fusion_report(model).grouped()]
+    assert found == [(mlp.class_name, mlp.state, words(mlp.reason)) for mlp in entry.mlps]
     fused = fusion_report(fuse_model(model)).select("fused")
     assert {mlp.class_name for mlp in fused} == {mlp.class_name for mlp in entry.select("fusable")}
 
@@ -132,8 +140,8 @@ def test_all(monkeypatch):
         ("mixtral", "AMLP", "2", "[green]fusable[/]", ""),
         ("mixtral", "BMLP", "3", "[yellow]skipped[/]", r"BMLP clamps; register \[it]"),
     ]
-    assert rows[4] == ("bert", "", "0", "no MLPs", "")
-    assert rows[5] == ("mllama_text_model", "", "", "[red]not built[/]", "it needs timm, which is not installed")
+    assert rows[6] == ("bert", "", "0", "no MLPs", "")
+    assert rows[7] == ("mllama_text_model", "", "", "[red]not built[/]", "it needs timm, which is not installed")
 
 
 def test_page():
@@ -144,7 +152,8 @@ def test_page():
         f"Written by this command, with Transformers {transformers.__version__}, without timm:",
         "| not built | 3 |",
         "1. clamps",
-        "| mixtral | AMLP (2) | BMLP (3) [1] |",
+        "2. experts are skipped",
+        "| mixtral | AMLP (2) | BMLP (3) [1], BMoE (9) [2] |",
         "| none fuses: 1 | gpt_oss |",
         "It needs timm, which is not installed: mllama_text_model",
         "Its default config builds no model: other, another",

@@ -1,6 +1,7 @@
 """The page docs/coverage.md: how many model types fuse, which, and how that compares with Liger's list."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import transformers
@@ -36,17 +37,15 @@ PAGE = """\
 
 For each model type the model of its default config is built, with all layers and without weights, and asked what
 `fuse_model` asks of a loaded one. Parts that a default config leaves out, and other activations that a checkpoint may
-choose, are not seen here; `fusion_report` says how it is with yours. An MLP is what is one module: where up and down
-are two, as in BERT, there is none. `hf-fused-mlp list --model-type llama` says the same of one type, and what can be
-done about an MLP that is skipped.
+choose, are not seen here; `fusion_report` says how it is with yours. What counts as an MLP is one module: of BERT's
+family up and activation, the half that is a module; of BART's none, where up and down belong to the layer itself.
+`hf-fused-mlp list --model-type llama` says the same of one type, and what can be done about an MLP that is skipped.
 
 ## Model types with MLPs
 
 In round brackets, how many there are; in square brackets, why a class is skipped:
 
 {reasons}
-
-Many of these classes are the routed experts of a mixture; others clamp, normalise, scale or convolve.
 
 | model type | fused | skipped |
 |---|---|---|
@@ -98,8 +97,11 @@ def coverage_page(entries: list[Entry]) -> str:
         rows=_table(
             (
                 entry.model_type,
-                ", ".join(map(_cell, entry.select("fusable"))),
-                ", ".join(f"{_cell(mlp)} [{reasons.index(_reason(mlp)) + 1}]" for mlp in entry.select("skipped")),
+                _classes((mlp.class_name, "", mlp.count) for mlp in entry.select("fusable")),
+                _classes(
+                    (mlp.class_name, f" [{reasons.index(_reason(mlp)) + 1}]", mlp.count)
+                    for mlp in entry.select("skipped")
+                ),
             )
             for entry in with_mlps
         ),
@@ -139,8 +141,9 @@ def _environment(entries: list[Entry]) -> str:
 
 
 def _reason(mlp: Found) -> str:
-    """Why an MLP is skipped, in words that are the same for other classes, and without the remedy."""
-    return mlp.reason.partition(";")[0].removeprefix(mlp.class_name).lstrip(", ")
+    """Why an MLP is skipped, in words that are the same for other classes and sizes, and without the remedy."""
+    reason = re.sub(r" \([^)]*\)", "", mlp.reason.partition(";")[0])
+    return reason.removeprefix(mlp.class_name).lstrip(", ")
 
 
 def _problem(entry: Entry) -> str:
@@ -148,8 +151,12 @@ def _problem(entry: Entry) -> str:
     return (entry.error or "").partition(":")[0]
 
 
-def _cell(mlp: Found) -> str:
-    return f"{mlp.class_name} ({mlp.count})"
+def _classes(found: Iterable[tuple[str, str, int]]) -> str:
+    """Class names, each with a mark and how many modules there are of both."""
+    counts = Counter()
+    for class_name, mark, count in found:
+        counts[class_name, mark] += count
+    return ", ".join(f"{class_name} ({count}){mark}" for (class_name, mark), count in counts.items())
 
 
 def _names(entries: Iterable[Entry]) -> str:

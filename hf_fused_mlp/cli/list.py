@@ -63,6 +63,7 @@ def table(entries: list[Entry]) -> Table:
     """A line for each class, state and reason."""
     out = Table("model type", "class", "MLPs", "state", "remark")
     out.columns[2].justify = "right"
+    out.columns[4].overflow = "fold"
     for entry in entries:
         for class_name, count, state, remark in lines(entry):
             state = f"[{COLORS[state]}]{state}[/]" if state in COLORS else state
