@@ -40,26 +40,6 @@ def plan_cache(tmp_path, monkeypatch):
     cache.forget()
 
 
-@pytest.fixture(scope="session")
-def every_model_type():
-    """What `list --all` finds; the classes of all modules met; and a module of each class and spec that is recognised.
-
-    A minute or two, so the tests share it.
-    """
-    from hf_fused_mlp.cli.model_types import MODEL_TYPES, examine
-    from hf_fused_mlp.recognition import recognise
-
-    entries, classes, mlps = [], set(), {}
-    for model_type in MODEL_TYPES:
-        entry, model = examine(model_type)
-        entries.append(entry)
-        for module in () if model is None else model.modules():
-            classes.add(type(module))
-            if spec := recognise(module):
-                mlps.setdefault((type(module), spec), module)
-    return entries, classes, mlps
-
-
 @contextmanager
 def interpreter(monkeypatch):
     """Swaps every jit function of the kernels, and of Triton's own library, for its interpreted form.

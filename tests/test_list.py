@@ -1,10 +1,14 @@
-"""`hf-fused-mlp list`, and docs/coverage.md, which it writes."""
+"""`hf-fused-mlp list`, docs/coverage.md, which it writes, and all of Transformers, which both are about."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from models import assert_fused_computes_the_same
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel
 from typer.testing import CliRunner
 
@@ -13,7 +17,10 @@ from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.coverage import LIGER_MODEL_TYPES, OUTCOMES, coverage_page, outcome_of, summary
 from hf_fused_mlp.cli.list import table
 from hf_fused_mlp.cli.model_types import LACKING, MODEL_TYPES, Entry, Found, examine
+from hf_fused_mlp.recognition import recognise
+from hf_fused_mlp.types import MLPKind
 
+H, I = 12, 20
 PAGE = Path(__file__).parent.parent / "docs/coverage.md"
 
 FUSED = Found("AMLP", 2, "fusable", None)
@@ -166,6 +173,20 @@ def test_names_are_model_types():
     assert len(LIGER_MODEL_TYPES) == len(set(LIGER_MODEL_TYPES)) == 53
 
 
+@pytest.fixture(scope="module")
+def every_model_type():
+    """What `list --all` finds; the names of all classes met; and a module of each class and spec recognised."""
+    entries, class_names, mlps = [], set(), {}
+    for model_type in MODEL_TYPES:
+        entry, model = examine(model_type)
+        entries.append(entry)
+        for module in () if model is None else model.modules():
+            class_names.add(type(module).__name__)
+            if spec := recognise(module):
+                mlps.setdefault((type(module), spec), module)
+    return entries, class_names, mlps
+
+
 @pytest.mark.slow
 def test_the_page_is_what_the_command_prints(every_model_type):
     page, printed = PAGE.read_text(), coverage_page(every_model_type[0]) + "\n"
@@ -173,3 +194,32 @@ def test_the_page_is_what_the_command_prints(every_model_type):
     if f"Transformers {transformers.__version__}," not in written_with or written_with != here:
         pytest.skip(f"the page says: {written_with!r}; here: {here!r}")
     assert page == printed
+
+
+# in whose forward something stands that is not in the equation
+REFUSED = ["FalconH1MLP", "DeepseekV4MLP", "Glm5NextTextMLP", "BitNetMLP", "Gemma3nTextMLP", "Step3p7MLP", "BeamMLP"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_is_recognised_computes_the_same(every_model_type):
+    """Each distinct MLP of all of Transformers against what its class does, on small projections."""
+    entries, class_names, mlps = every_model_type
+    assert class_names.intersection(REFUSED), "they were met"
+    for (cls, spec), module in mlps.items():
+        assert cls.__name__ not in REFUSED
+        assert_fused_computes_the_same(with_small_projections(module, spec))
+    newest = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+    assert sum(bool(entry.select("fusable")) for entry in entries) >= (460 if newest else 400)
+    assert len(mlps) >= 350
+
+
+def with_small_projections(module, spec):
+    """A copy on the CPU with other sizes."""
+    small = copy.copy(module)
+    small._modules = dict(module._modules)
+    for name in spec.projections:
+        bias = getattr(module._modules[name], "bias", None) is not None
+        up = H, I * (2 if spec.kind is MLPKind.PACKED else 1)
+        small._modules[name] = nn.Linear(*((I, H) if name == spec.down else up), bias=bias)
+    return small
