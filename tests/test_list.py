@@ -191,7 +191,7 @@ def every_model_type():
 def test_the_page_is_what_the_command_prints(every_model_type):
     page, printed = PAGE.read_text(), coverage_page(every_model_type[0]) + "\n"
     written_with, here = page.splitlines()[2], printed.splitlines()[2]
-    if f"Transformers {transformers.__version__}," not in written_with or written_with != here:
+    if written_with != here:
         pytest.skip(f"the page says: {written_with!r}; here: {here!r}")
     assert page == printed
 
