@@ -125,8 +125,7 @@ def _why_not_all(module: FusedMLP) -> str | None:
 
 
 def _unknown_reason(module: nn.Module) -> str:
-    experts = next((f"{name} {list(p.shape)}" for name, p in module.named_parameters() if p.dim() == 3), None)
-    if experts:
+    if experts := _routed_experts(module):
         return f"routed experts, whose weights are one tensor ({experts}), are not covered and run as they are"
     cls = type(module)
     known = next((base.__name__ for base in cls.__mro__[1:] if row_of(base)), None)
@@ -135,6 +134,15 @@ def _unknown_reason(module: nn.Module) -> str:
         f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "
         f"far as it can be read; if it computes one anyway, call register_mlp({cls.__name__}, MLPSpec(...)) first"
     )
+
+
+def _routed_experts(module: nn.Module) -> str | None:
+    """The first tensor in `module` that is a stack of matrices; a convolution's weight and a vector are none."""
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(path, recurse=False):
+            if parameter.dim() == 3 and 1 not in parameter.shape[1:] and not isinstance(owner, nn.Conv1d):
+                return f"{name} {list(parameter.shape)}"
+    return None
 
 
 def _without_excluded(report: FusionReport, patterns: tuple[str, ...]) -> FusionReport:

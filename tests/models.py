@@ -1,12 +1,15 @@
 """Small real models: one for every row of the registry, built from Transformers' own classes with random weights."""
 
+import copy
 import importlib
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_fused_mlp import modules
+from hf_fused_mlp import fuse_model, modules, ops
+from hf_fused_mlp.recognition import recognise
 from hf_fused_mlp.registry import MLP_SPECS
 
 SIZES = {
@@ -61,3 +64,14 @@ def token_ids(*shape):
 def as_on_gpu(monkeypatch):
     """Lets fused modules on a CPU call the operators, unless something but the device speaks against it."""
     monkeypatch.setattr(modules, "no_kernels", lambda device: None)
+
+
+def assert_fused_computes_the_same(module):
+    """`module` in evaluation mode, against the operator on what its fused form hands it."""
+    module = module.eval()
+    x = torch.randn(2, 3, module.get_submodule(recognise(module).up).in_features)
+    with torch.no_grad():
+        expected = module(x)
+        fused = fuse_model(nn.ModuleList([copy.deepcopy(module)]), strict=True)[0]
+        assert isinstance(fused, modules.FusedMLP)
+        torch.testing.assert_close(ops.mlp(x, *fused.operands()), expected, atol=1e-5, rtol=1e-5)

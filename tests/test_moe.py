@@ -43,3 +43,9 @@ def test_shared_and_routed_experts(model_type, monkeypatch):
     assert len(routed) == (1 if model_type == "deepseek_v3" else 2)
     assert all(mlp.reason.startswith("routed experts, whose weights are one tensor") for mlp in routed)
     torch.testing.assert_close(model(token_ids(1, 5)).logits, expected)
+
+
+@pytest.mark.parametrize("weights", [torch.nn.Conv1d(4, 8, 3), torch.nn.ParameterList([torch.zeros(1, 1, 8)])])
+def test_convolutions_and_vectors_are_no_experts(weights):
+    (status,) = fusion_report(torch.nn.ModuleDict({"mlp": torch.nn.ModuleList([weights])})).mlps
+    assert "does something in its forward" in status.reason

@@ -1,20 +1,18 @@
 """Reading forwards: what is an MLP is known whatever its names, and what only looks like one is not."""
 
-import copy
 import functools
-import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import as_on_gpu
+from models import as_on_gpu, assert_fused_computes_the_same
 from torch import nn
 
-from hf_fused_mlp import fuse_model, fusion_report, ops
+from hf_fused_mlp import fuse_model, fusion_report
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.recognition import recognise
 from hf_fused_mlp.registry import RESERVED
-from hf_fused_mlp.types import MLPKind, MLPSpec
+from hf_fused_mlp.types import MLPSpec
 
 H, I = 12, 20
 
@@ -93,17 +91,6 @@ KNOWN = {
     Packed: MLPSpec("packed", up="both", down="back", activation="bend"),
     PackedUpFirst: MLPSpec("packed", up="both", down="back", activation="bend", up_first=True),
 }
-
-
-def assert_fused_computes_the_same(module):
-    """`module` in evaluation mode, against the operator on what its fused form hands it."""
-    module = module.eval()
-    x = torch.randn(2, 3, module.get_submodule(recognise(module).up).in_features)
-    with torch.no_grad():
-        expected = module(x)
-        fused = fuse_model(nn.ModuleList([copy.deepcopy(module)]), strict=True)[0]
-        assert isinstance(fused, FusedMLP)
-        torch.testing.assert_close(ops.mlp(x, *fused.operands()), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cls", KNOWN, ids=lambda cls: cls.__name__)
@@ -436,61 +423,3 @@ def test_a_forward_without_source_is_unknown():
         "class Typed(Gated):\n    def forward(self, x):\n        return self.back(self.bend(self.wide(x)))", namespace
     )
     assert recognise(namespace["Typed"]()) is None
-
-
-# in whose forward something stands that is not in the equation
-REFUSED = ["FalconH1MLP", "DeepseekV4MLP", "Glm5NextTextMLP", "BitNetMLP", "Gemma3nTextMLP", "Step3p7MLP", "BeamMLP"]
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_every_model_type(monkeypatch):
-    """All of Transformers on meta: each distinct MLP found computes what its class does, on small projections."""
-    import transformers
-    from transformers import CONFIG_MAPPING, AutoModel
-
-    monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)
-    checked, types, names = {}, set(), set()
-    for model_type in CONFIG_MAPPING:
-        try:
-            with torch.device("meta"):
-                model = AutoModel.from_config(shallow(CONFIG_MAPPING[model_type]()))
-        except Exception:
-            continue
-        for module in model.modules():
-            names.add(type(module).__name__)
-            spec = recognise(module)
-            if spec is None:
-                continue
-            assert type(module).__name__ not in REFUSED
-            if (type(module), spec) not in checked:
-                assert_fused_computes_the_same(with_small_projections(module, spec))
-            checked[type(module), spec] = True
-            if all(type(module._modules[name]) is nn.Linear for name in spec.projections):
-                types.add(model_type)
-    assert names.intersection(REFUSED), "they were met"
-    newest = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-    assert len(types) >= (375 if newest else 320)
-    assert len(checked) >= 250
-
-
-def shallow(config):
-    """`config` and those inside it with two layers at most."""
-    layers = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth")
-    for name, value in list(vars(config).items()):
-        if hasattr(value, "to_dict"):
-            shallow(value)
-        elif name in layers and isinstance(value, int) and value > 2:
-            setattr(config, name, 2)
-    return config
-
-
-def with_small_projections(module, spec):
-    """A copy on the CPU with other sizes."""
-    small = copy.copy(module)
-    small._modules = dict(module._modules)
-    for name in spec.projections:
-        bias = getattr(module._modules[name], "bias", None) is not None
-        up = H, I * (2 if spec.kind is MLPKind.PACKED else 1)
-        small._modules[name] = nn.Linear(*((I, H) if name == spec.down else up), bias=bias)
-    return small

@@ -1,8 +1,9 @@
-"""The command line: `hf-fused-mlp run`, `tune` and `bench`."""
+"""The command line: `hf-fused-mlp run`, `list`, `tune` and `bench`."""
 
 import typer
 
 from hf_fused_mlp.cli.bench import bench
+from hf_fused_mlp.cli.list import list_mlps
 from hf_fused_mlp.cli.run import run
 from hf_fused_mlp.cli.tune import tune
 
@@ -13,5 +14,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command("list")(list_mlps)
 app.command()(tune)
 app.command()(bench)

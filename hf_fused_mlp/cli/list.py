@@ -1,0 +1,80 @@
+"""`hf-fused-mlp list`: which MLPs of a model type would be fused, and why not the others. No weights are needed."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import Annotated
+
+import transformers
+import typer
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.cli.coverage import coverage_page, summary
+from hf_fused_mlp.cli.model_types import MODEL_TYPES, Entry, examine
+
+COLORS = {"fusable": "green", "skipped": "yellow", "not built": "red"}
+
+
+def list_mlps(
+    model_type: Annotated[
+        str | None, typer.Option(help="As in a config.json, such as llama.", show_default=False)
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All of the installed Transformers, in a minute or two.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="With --all: print docs/coverage.md instead.")
+    ] = False,
+) -> None:
+    """List the MLPs of a model type's default model, whether they would be fused, and why not."""
+    if every == (model_type is not None):
+        fail("give either --model-type, such as --model-type llama, or --all")
+    if as_markdown and (as_json or not every):
+        fail("--markdown is a page about all model types; give it with --all, and without --json")
+    if not every and model_type not in MODEL_TYPES:
+        near = ", ".join(get_close_matches(model_type.lower(), MODEL_TYPES))
+        hint = f"did you mean {near}?" if near else "--all lists those that there are"
+        fail(f"Transformers {transformers.__version__} has no model type {model_type!r}; {hint}")
+
+    names = MODEL_TYPES if every else [model_type]
+    entries = [examine(name)[0] for name in track(names, "building models", console=console, disable=not every)]
+    if not every and entries[0].error:
+        fail(f"{model_type}: {entries[0].error}")
+    if as_json:
+        listed = [asdict(entry) for entry in entries]
+        print(json.dumps({"transformers": transformers.__version__, "model_types": listed}, indent=1))
+    elif as_markdown:
+        print(coverage_page(entries))
+    elif every:
+        output.print(table(entries))
+        output.print(summary(entries), highlight=False)
+    elif entries[0].mlps:
+        output.print(table(entries))
+    else:
+        output.print(f"{model_type}: {entries[0].model_class} has no MLP module", highlight=False)
+
+
+def table(entries: list[Entry]) -> Table:
+    """A line for each class, state and reason."""
+    out = Table("model type", "class", "MLPs", "state", "remark")
+    out.columns[2].justify = "right"
+    out.columns[4].overflow = "fold"
+    for entry in entries:
+        for class_name, count, state, remark in lines(entry):
+            state = f"[{COLORS[state]}]{state}[/]" if state in COLORS else state
+            out.add_row(entry.model_type, class_name, count, state, escape(remark))
+    return out
+
+
+def lines(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
+    if entry.error:
+        yield "", "", "not built", entry.error
+    elif not entry.mlps:
+        yield "", "0", "no MLPs", ""
+    for mlp in entry.mlps:
+        yield mlp.class_name, str(mlp.count), mlp.state, mlp.reason or ""
