@@ -53,6 +53,20 @@ def invoke(*args):
         ("bert", [("BertIntermediate", 12, "fusable")]),
         ("vits", [("VitsFeedForward", 6, "skipped")]),
         ("resnet", []),
+        # towers of two kinds, and what joins them
+        (
+            "llava",
+            [("CLIPMLP", 24, "fusable"), ("LlavaMultiModalProjector", 1, "fusable"), ("LlamaMLP", 32, "fusable")],
+        ),
+        ("paligemma", [("SiglipMLP", 27, "fusable"), ("GemmaMLP", 18, "fusable")]),
+        ("mistral3", [("PixtralMLP", 24, "fusable"), ("MistralMLP", 40, "fusable")]),
+        ("qwen2_vl", [("VisionMlp", 32, "fusable"), ("Sequential", 1, "fusable"), ("Qwen2MLP", 80, "fusable")]),
+        (
+            "idefics3",
+            [("Idefics3VisionMLP", 12, "fusable"), ("Idefics3SimpleMLP", 1, "skipped"), ("LlamaMLP", 32, "fusable")],
+        ),
+        ("t5", [("T5DenseActDense", 12, "fusable")]),
+        ("vit", [("ViTMLP", 12, "fusable")]),
     ],
 )
 def test_one_model_type(model_type, mlps):
