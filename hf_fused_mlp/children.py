@@ -128,6 +128,7 @@ def _only_aligns(linear: nn.Module) -> bool:
         class_path(type(hook)) == "accelerate.hooks.AlignDevicesHook"
         and not hook.offload
         and not hook.no_grad
+        and hook.execution_device is not None
         and weight is not None
         and torch.device(hook.execution_device) == weight.device
     )

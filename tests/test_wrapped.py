@@ -6,7 +6,13 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module, remove_hook_from_submodules
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+    remove_hook_from_submodules,
+)
 from models import as_on_gpu, tiny_model, token_ids
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
@@ -384,3 +390,13 @@ def test_a_hook_around_the_module(order, monkeypatch):
     torch.testing.assert_close(model(ids).logits, plain(ids).logits)
     assert len(calls) == 2
     assert len(seen) == hooked
+
+
+@torch.no_grad()
+def test_a_hook_that_names_no_device(monkeypatch):
+    as_on_gpu(monkeypatch)
+    model, x = fused_model(), torch.randn(3, 64)
+    expected = first_mlp(model)(x)
+    add_hook_to_module(first_mlp(model).up_proj, AlignDevicesHook())
+    assert "up_proj has hooks" in fusion_report(model).mlps[0].reason
+    torch.testing.assert_close(first_mlp(model)(x), expected)
