@@ -10,7 +10,8 @@ demo: .venv/installed  ## load a real model fused, and compare its answer with t
 	$(BIN)/hf-fused-mlp run
 
 test: .venv/installed  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and slow"
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu

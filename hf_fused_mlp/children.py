@@ -4,7 +4,6 @@ The class alone does not tell. Quantizers keep `nn.Linear` and change what is in
 put something around it.
 """
 
-from functools import cache
 from types import FunctionType, NoneType
 
 import torch
@@ -21,7 +20,6 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-@cache
 def _is_linear(cls: type[nn.Module]) -> bool:
     """Whether a class, by itself, multiplies with its weight and adds its bias."""
     return cls is nn.Linear or class_path(cls) == "transformers.models.falcon.modeling_falcon.FalconLinear"
