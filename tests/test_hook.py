@@ -134,7 +134,7 @@ def test_failed_load_leaves_nothing_behind(directory, tmp_path):
 
 
 def test_threads_do_not_see_each_other():
-    """Loads at the same time, with and without the flag; not Transformers' own, since those leave its classes changed."""
+    """Loads at once, with and without the flag; not real ones, which leave each other's changes in Transformers."""
     models, barrier = [tiny_model() for _ in range(6)], threading.Barrier(6, timeout=60)
 
     @hook._with_flag
