@@ -3,8 +3,9 @@
 import torch
 from numerics import assert_accurate, oracle_of, random_mlp
 
+from hf_fused_mlp import ops
 from hf_fused_mlp.kernels import run_plan
-from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.reference import act_mul_ref, mlp_ref
 from hf_fused_mlp.types import TORCH, Plan, TileConfig
 
 H, I = 200, 328
@@ -26,3 +27,14 @@ for M, config in PLANS:
         assert torch.equal(out, again), (M, config)
         assert_accurate(out, mlp_ref(x, *operands, "gelu"), oracle_of(x, operands, "gelu"))
         print(f"{config.kernel}, {M} tokens, {'gated' if gated else 'plain'}: right", flush=True)
+
+halves = torch.randn(2, 5, 1100, device="cuda", dtype=torch.bfloat16)
+
+
+def gradients(act_mul, dtype=torch.bfloat16):
+    gate, up = pair = [half.to(dtype).requires_grad_() for half in halves.unbind()]
+    return torch.stack(torch.autograd.grad(act_mul(gate, up, "gelu").sum(), pair))
+
+
+assert_accurate(gradients(ops.act_mul), gradients(act_mul_ref), gradients(act_mul_ref, torch.float64))
+print("gradients of act_mul: right", flush=True)

@@ -39,6 +39,7 @@ HEADER = {
     "kernels": {},
     "copy_tbps": 3.0,
     "peers": {},
+    "timed": "forward",
 }
 
 
@@ -228,6 +229,31 @@ def test_measure(monkeypatch, M, copies):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("path", [LLAMA, NEOX])
+def test_measure_training(monkeypatch, path):
+    timed = {}
+
+    def time(steps):
+        timed.update(steps)
+        return dict.fromkeys(steps, Timing(2.0, 1.0, 3.0))
+
+    eager = real_mlp(path)
+    monkeypatch.setattr(bench, "build", lambda shape, dtype: eager)
+    monkeypatch.setattr(bench, "round_robin", time)
+    monkeypatch.setattr(bench, "peak_mb", lambda step: 1.25)
+    rows = bench.measure_training(Shape("tiny", "", 64, 176, ""), 300, torch.float32, list(IMPLEMENTATIONS))
+    trained = ["fused", "eager", "compile"] + (["liger"] if path == LLAMA else [])
+    assert [entry["impl"] for entry in rows] == list(timed) == trained
+    assert {entry["peak_mb"] for entry in rows} == {1.2}
+    gradients = []
+    for step in timed.values():
+        step()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in eager.parameters()]))
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, gradients[0], atol=1e-4, rtol=1e-4)
+
+
 def test_a_later_run_replaces_whole_problems(tmp_path, monkeypatch):
     """What an interrupted run measured is in the file, and rows of other problems stay."""
 
@@ -266,7 +292,7 @@ def test_a_later_run_replaces_whole_problems(tmp_path, monkeypatch):
     [
         (HEADER | {"device": "A100", "torch": "1"}, False, "device A100, here a GPU; torch 1, here 2. Remove it"),
         (HEADER | {"peers": {"liger-kernel": "0.7"}}, False, "liger-kernel 0.7, here 0.8"),
-        (HEADER, True, "without --candidates; name another file"),
+        (HEADER, True, "timed forward, here candidates"),
         (None, False, "not what `bench --json` writes"),
     ],
 )

@@ -39,6 +39,9 @@ def bench(
         ),
     ] = None,
     candidates: Annotated[bool, typer.Option("--candidates", help="Time every tile configuration instead.")] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Time forward and backward, and what they keep.")
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -60,6 +63,8 @@ def bench(
     shape_names = chosen("shape", shapes, SHAPES)
     impl_names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
     tokens = token_counts(m)
+    if candidates and training:
+        fail("--candidates and --training are two measurements; leave one out")
     if dtype not in ("bfloat16", "float16"):
         fail(f"dtype {dtype!r}: expected bfloat16 or float16")
     if plot is not None:
@@ -75,10 +80,15 @@ def bench(
         rows = [row for row in kept if row["shape"] in shape_names and row["m"] in tokens]
         rows = [row for row in rows if row.get("impl", impl_names[0]) in impl_names]
     elif torch.cuda.is_available():
-        header, kept, rows = environment(impl_names), [], []
+        timed = "candidates" if candidates else "training" if training else "forward"
+        header, kept, rows = environment(impl_names) | {"timed": timed}, [], []
         if json_file is not None:
-            header, kept = results.resume(json_file, header, candidates)
-        time_one = measure_candidates if candidates else partial(measure, names=impl_names)
+            header, kept = results.resume(json_file, header)
+        time_one = {
+            "candidates": measure_candidates,
+            "training": partial(measure_training, names=impl_names),
+            "forward": partial(measure, names=impl_names),
+        }[timed]
         problems = [(SHAPES[name], count) for name in shape_names for count in tokens]
         for shape, count in track(problems, "measuring", console=console):
             measured = time_one(shape, count, getattr(torch, dtype))
@@ -151,6 +161,41 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[
     return [row(shape, m, dtype, fused.mlp_spec.kind, name, timing) for name, timing in timings.items()]
 
 
+def measure_training(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[Row]:
+    """The rows of forward and backward, gradients of the tokens and of all weights; `peak_mb` is what they allocate.
+
+    The gradients of the implementations that can train are not compared here: the tests do that for ours.
+    """
+    torch.compiler.reset()
+    eager = build(shape, dtype).train()
+    fused = fused_form(eager)
+    x = torch.randn(m, shape.hidden, device=next(eager.parameters()).device, dtype=dtype, requires_grad=True)
+    names = [name for name in names if IMPLEMENTATIONS[name].trains]
+    calls = judged(names, eager, fused, x, f"{shape.name}, M = {m}")
+    grad, leaves = torch.randn_like(x), [x, *eager.parameters()]
+
+    def step(call: Callable[[], Tensor]) -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        call().backward(grad)
+
+    steps = {name: partial(step, call) for name, call in calls.items()}
+    timings = round_robin(steps)
+    return [
+        row(shape, m, dtype, fused.mlp_spec.kind, name, timing) | {"peak_mb": round(peak_mb(steps[name]), 1)}
+        for name, timing in timings.items()
+    ]
+
+
+def peak_mb(call: Callable[[], object]) -> float:
+    """Megabytes that a call has allocated at its peak, beyond what it finds."""
+    call()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
 def fused_form(eager: nn.Module) -> nn.Module:
     """`eager` fused, sharing its parameters, which are packed for both."""
     return fuse_model(copy.deepcopy(eager, {id(p): p for p in eager.parameters()}), strict=True)
@@ -168,7 +213,7 @@ def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, prob
         try:
             call = implementation.prepare(eager, fused, x)
             answer = call()
-            if x.is_cuda and len(x) <= GRAPHS_UP_TO:
+            if x.is_cuda and len(x) <= GRAPHS_UP_TO and not x.requires_grad:
                 with torch.cuda.graph(torch.cuda.CUDAGraph()):
                     call()
         except Unavailable as reason:

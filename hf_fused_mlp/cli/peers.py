@@ -33,12 +33,16 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One row: `ours` must be right, `eager` is what it is judged by, a `peer` is judged too, a `floor` is no MLP."""
+    """One row: `ours` must be right, `eager` is what it is judged by, a `peer` is judged too, a `floor` is no MLP.
+
+    One that `trains` gives gradients to the parameters of the eager module.
+    """
 
     name: str
     prepare: Callable[[nn.Module, nn.Module, Tensor], Callable[[], Tensor]]
     role: Literal["ours", "eager", "peer", "floor"] = "peer"
     package: str | None = None
+    trains: bool = False
 
 
 def fused_mlp(eager, fused, x):
@@ -147,11 +151,11 @@ def two_gemms(eager, fused, x):
 IMPLEMENTATIONS = {
     row.name: row
     for row in (
-        Implementation("fused", fused_mlp, "ours"),
-        Implementation("eager", eager_mlp, "eager"),
-        Implementation("compile", compiled_mlp),
+        Implementation("fused", fused_mlp, "ours", trains=True),
+        Implementation("eager", eager_mlp, "eager", trains=True),
+        Implementation("compile", compiled_mlp, trains=True),
         Implementation("compile-max-autotune", partial(compiled_mlp, mode="max-autotune-no-cudagraphs")),
-        Implementation("liger", liger_elementwise, package="liger-kernel"),
+        Implementation("liger", liger_elementwise, package="liger-kernel", trains=True),
         Implementation("liger-mlp", liger_mlp, package="liger-kernel"),
         Implementation("quack", quack, package="quack-kernels"),
         Implementation("packed-gemm", packed_gemm),

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 Header = dict[str, Any]
 Problem = tuple[str, str | None, int]
 
-SAME = ("device", "torch", "triton", "transformers", "kernels")
+SAME = ("timed", "device", "torch", "triton", "transformers", "kernels")
 
 
 def problem_of(row: Row) -> Problem:
@@ -37,7 +37,7 @@ def read(file: Path) -> tuple[Header, list[Row]]:
         fail(f"{file}: not what `bench --json` writes ({error!r}); name another file")
 
 
-def resume(file: Path, header: Header, candidates: bool) -> tuple[Header, list[Row]]:
+def resume(file: Path, header: Header) -> tuple[Header, list[Row]]:
     """The header of a run that adds to `file`, and the rows there; what it cannot be added to ends the command."""
     if not file.exists():
         return header, []
@@ -46,9 +46,7 @@ def resume(file: Path, header: Header, candidates: bool) -> tuple[Header, list[R
     pairs = {name: (earlier.get(name), header[name]) for name in SAME}
     pairs |= {name: (earlier_packages[name], packages[name]) for name in packages.keys() & earlier_packages.keys()}
     if differing := [f"{name} {there}, here {here}" for name, (there, here) in pairs.items() if there != here]:
-        fail(f"{file} was measured on another system: {'; '.join(differing)}. Remove it or name another file")
-    if any(("launch" in row) != candidates for row in rows):
-        fail(f"{file} was written {'without' if candidates else 'with'} --candidates; name another file")
+        fail(f"{file} was measured otherwise: {'; '.join(differing)}. Remove it or name another file")
     return header | {"peers": earlier_packages | packages}, rows
 
 
