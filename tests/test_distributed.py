@@ -137,3 +137,24 @@ def fsdp(where, before):
             torch.testing.assert_close(model.eval()(ids).logits, plain.eval()(ids).logits)
     for (name, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
         torch.testing.assert_close(whole_of(q), whole_of(p), msg=name)
+
+
+@pytest.mark.gpu
+@GPUS
+@pytest.mark.parametrize("order", ["fused at load", "fused afterwards"])
+@torch.no_grad()
+def test_layers_on_two_gpus(order, tmp_path):
+    """Kernels run on the GPU that a layer is on, whichever is the current one."""
+    tiny_model().save_pretrained(tmp_path)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}
+    places |= {"model.norm": 1, "lm_head": 1}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, use_fused_mlp=order == "fused at load")
+    fuse_model(fused, strict=True)
+    assert all(mlp.reason is None for mlp in fusion_report(fused).select("fused"))
+    assert [layer.mlp.up_proj.weight.device.index for layer in fused.model.layers] == [0, 1]
+    ids = token_ids(2, 7).to(0)
+    for current in (0, 1):
+        with torch.cuda.device(current):
+            torch.testing.assert_close(fused(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+            assert torch.equal(fused.generate(ids, max_new_tokens=8), plain.generate(ids, max_new_tokens=8))

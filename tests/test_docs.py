@@ -37,6 +37,9 @@ def test_performance_tables_are_the_json():
         times.append(markdown_table([row for row in rows if row["m"] in (1, 16, 256, 1024, 4096)]))
     page = (ROOT / "docs/performance.md").read_text()
     assert re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", page, re.DOTALL) == ratios + times
+    _, rows = read(BENCHMARKS / "h100-training.json")
+    for over in ("eager", "peers"):
+        assert speedup_table(rows, over) in page
 
 
 @pytest.mark.parametrize("gpu", GPUS)
