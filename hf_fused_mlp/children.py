@@ -27,18 +27,20 @@ def _is_linear(cls: type[nn.Module]) -> bool:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a projection's weights may be read in place of calling it."""
-    if not _is_linear(type(linear)):
+    cls, own = type(linear), linear.__dict__
+    if cls is not nn.Linear and not _is_linear(cls):
         return False
-    weight = linear._parameters.get("weight")
+    parameters = own["_parameters"]
+    weight = parameters.get("weight")
     return (
         type(weight) is nn.Parameter
         and weight.dtype in _PLAIN_DTYPES
         and weight.layout is torch.strided
-        and type(linear._parameters.get("bias")) in (nn.Parameter, NoneType)
+        and type(parameters.get("bias")) in (nn.Parameter, NoneType)
         and not weight.is_meta
-        and not linear._modules
-        and not linear._buffers
-        and len(linear._parameters) == 2
+        and len(parameters) == 2
+        and not own["_modules"]
+        and not own["_buffers"]
         and not is_hooked(linear)
     )
 
@@ -86,22 +88,23 @@ def local_tensors(linear: nn.Linear) -> dict[str, torch.Tensor | None]:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module does anything but run the forward that its class came with."""
-    attributes, cls = module.__dict__, type(module)
-    return bool(
-        has_own_forward(module)
-        or (not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward))
-        or ("_hf_hook" in attributes and not _only_aligns(module))
-        or _has_hooks(module)
-    )
+    own, cls = module.__dict__, type(module)
+    # what is usual is asked first, and without a call
+    if ("forward" in own or "_hf_hook" in own) and (
+        has_own_forward(module) or ("_hf_hook" in own and not _only_aligns(module))
+    ):
+        return True
+    return (cls.forward is not _FORWARDS.get(cls) and _is_patched(cls)) or _has_hooks(module)
+
+
+def _is_patched(cls: type[nn.Module]) -> bool:
+    return not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    attributes = module.__dict__
+    own = module.__dict__
     return bool(
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 

@@ -76,21 +76,20 @@ def problem_key(
 
 def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
-    tokens = x.reshape(-1, x.shape[-1])
-    if tokens.stride(-1) != 1:
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
-    operands = (gate, up, down, gate_bias, up_bias, down_bias)
+    operands = gate, up, down, gate_bias, up_bias, down_bias
     for operand in operands:
         if operand is not None and not operand.is_contiguous():
             return mlp_ref(x, *operands, activation)
-    shape = (*x.shape[:-1], (up if down is None else down).shape[0])
     if tokens.shape[0] == 0:
-        return x.new_empty(shape)
+        return x.new_empty((*x.shape[:-1], (up if down is None else down).shape[0]))
 
     bias = not (gate_bias is None and up_bias is None and down_bias is None)
     plan = plan_for(tokens.shape[0], gate, up, down, bias, activation)
     try:
-        if x.device.index == torch.cuda.current_device():
+        if x.get_device() == torch._C._cuda_getDevice():
             out = run_plan(plan, tokens, *operands, activation)
         else:  # kernels launch on the current device
             with torch.cuda.device(x.device):
@@ -100,7 +99,7 @@ def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         logger.warning("%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
         remembered.update({attributes: UNFUSED for attributes, known in list(remembered.items()) if known is plan})
         out = mlp_ref(tokens, *operands, activation)
-    return out.view(shape)
+    return out if tokens is x else out.view(*x.shape[:-1], out.shape[1])
 
 
 def act_mul_cuda(gate, up, activation):

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from hf_fused_mlp import ops
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
 from hf_fused_mlp.children import local_tensors
-from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, fits, reads_first
+from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first
 from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack
 
@@ -44,10 +44,12 @@ class FusedMLP:
         x = args[0] if args else kwargs.get(self.input_name)
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) and _is_ordinary(x):
             bypassed, called = self.reasons(x.device)
-            if bypassed is None and called is None and self._accepts(x, self.mlp_spec.projections):
-                return ops.mlp(x, *self.operands())
-            if bypassed is None and can_call(self, self.mlp_spec) and (h := self._first_half(x)) is not None:
-                return self._modules[self.mlp_spec.down](h)
+            if bypassed is None:
+                # None where the kernels do not take these tensors: PyTorch answers for them, errors included
+                if called is None and not _autocasts() and (out := ops.mlp_if_fits(x, *self.operands())) is not None:
+                    return out
+                if can_call(self, self.mlp_spec) and (h := self._first_half(x)) is not None:
+                    return self._modules[self.mlp_spec.down](h)
         return super().forward(*args, **kwargs)
 
     def reasons(self, device: torch.device | None = None) -> tuple[str | None, str | None]:
@@ -81,9 +83,11 @@ class FusedMLP:
     def _first_half(self, x: Tensor) -> Tensor | None:
         """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
         spec, activation = self.mlp_spec, self._activation()
-        if not torch.is_grad_enabled() and reads_first(self, spec) and self._accepts(x, spec.first):
-            gate, up, _, gate_bias, up_bias, *_ = self._tensors()
-            return ops.mlp(x, gate, up, None, gate_bias, up_bias, None, activation)
+        if not torch.is_grad_enabled() and not _autocasts() and reads_first(self, spec):
+            gate, up, _, gate_bias, up_bias, _ = self._tensors()
+            h = ops.mlp_if_fits(x, gate, up, None, gate_bias, up_bias, None, activation)
+            if h is not None:
+                return h
         if spec.kind is MLPKind.PLAIN:
             return None
         gate, up = self._halves(x)
@@ -94,24 +98,6 @@ class FusedMLP:
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the projections for gate and up give when they are called."""
         raise NotImplementedError
-
-    def _accepts(self, x: Tensor, names: tuple[str, ...]) -> bool:
-        """Whether the kernels take `x` and these projections; else PyTorch answers for them, errors included."""
-        return (
-            x.dim() > 0
-            and x.shape[-1] == self._parameters_of(self.mlp_spec.up)["weight"].shape[1]
-            and self._shares(names, x.dtype, x.device)
-            and not torch.is_autocast_enabled("cuda")
-        )
-
-    def _shares(self, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether their weights and biases are of that dtype and device, and their shapes still fit together."""
-        projections = [self._parameters_of(name) for name in names]
-        for parameters in projections:
-            for tensor in parameters.values():
-                if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
-                    return False
-        return fits(self.mlp_spec, *(parameters["weight"].shape for parameters in projections))
 
     def _parameters_of(self, name: str | None) -> dict[str, Tensor | None]:
         return _NONE if name is None else local_tensors(self._modules[name])
@@ -196,6 +182,10 @@ def no_kernels(device: torch.device) -> str | None:
     if not torch.compiler.is_compiling() and GPU.of(device).capability < (8, 0):
         return f"no kernels for {GPU.of(device).name}; they need CUDA compute capability 8.0 or later"
     return None
+
+
+def _autocasts() -> bool:
+    return torch.is_autocast_enabled("cuda")
 
 
 def _is_ordinary(x: Tensor) -> bool:

@@ -3,6 +3,8 @@
 Being operators, they are one node to `torch.compile` and `torch.export`, with shapes known without running them.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -47,8 +49,29 @@ def mlp(
         ValueError: shapes, dtypes or devices that do not go together.
         KeyError: unknown activation.
     """
-    call = _mlp_cuda if _runs_now(x) else torch.ops.hf_fused_mlp.mlp
-    return call(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
+    operands = gate, up, down, gate_bias, up_bias, down_bias
+    if (out := mlp_if_fits(x, *operands, activation)) is None:
+        _check(x, *operands, activation)
+    return out
+
+
+def mlp_if_fits(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor | None:
+    """`mlp`, or None where that would raise."""
+    operands = gate, up, down, gate_bias, up_bias, down_bias
+    if not _fits(x, *operands, activation):
+        return None
+    if _runs_now(x):
+        return _on_gpu().mlp_cuda(x, *operands, activation)
+    return torch.ops.hf_fused_mlp.mlp(x, *operands, activation)
 
 
 def _runs_now(x: Tensor) -> bool:
@@ -72,35 +95,51 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
-    """The operator's own guard: a kernel given tensors that do not fit would read whatever lies behind them."""
+def _fits(x, gate, up, down, gate_bias, up_bias, down_bias, activation) -> bool:
+    """Whether tensors go together: a kernel given others would read whatever lies behind them.
+
+    It is asked at every call, so it is written to be quick.
+    """
+    dtype, device, shape, dim = x.dtype, x.device, up.shape, x.dim()
+    if len(shape) != 2 or dim == 0 or x.shape[-1] != shape[1] or up.dtype != dtype or up.device != device:
+        return False
+    if gate is not None:
+        if gate.shape != shape or gate.dtype != dtype or gate.device != device:
+            return False
+    elif gate_bias is not None:
+        return False
+    if down is not None:
+        if down.dim() != 2 or down.shape[1] != shape[0] or down.dtype != dtype or down.device != device:
+            return False
+    elif down_bias is not None:
+        return False
+    if gate_bias is None and up_bias is None and down_bias is None:
+        return activation in ACTIVATIONS
+    for bias, weight in ((gate_bias, up), (up_bias, up), (down_bias, down)):
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != dtype or bias.device != device):
+            return False
+    return activation in ACTIVATIONS
+
+
+def _check(*operands):
+    """The operator's own guard, for whoever calls it without `mlp`."""
+    if _fits(*operands):
+        return
+    *tensors, activation = operands
     if activation not in ACTIVATIONS:
         raise KeyError(f"hf_fused_mlp.mlp: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
-    dtype, device, shape = x.dtype, x.device, up.shape
-    fits = (
-        x.dim() > 0
-        and len(shape) == 2
-        and x.shape[-1] == shape[1]
-        and (down_bias is None if down is None else down.dim() == 2 and down.shape[1] == shape[0])
-        and (gate is not None or gate_bias is None)
+    found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors if t is not None)
+    raise ValueError(
+        "hf_fused_mlp.mlp: expected x [..., H], gate and up [I, H], down [O, I], biases [I] or [O], "
+        f"all of one dtype and device; got {found}"
     )
-    for tensor, expected in (
-        (up, shape),
-        (down, down is not None and down.shape),
-        (gate, shape),
-        (gate_bias, shape[:1]),
-        (up_bias, shape[:1]),
-        (down_bias, down is not None and down.shape[:1]),
-    ):
-        if tensor is not None:
-            fits = fits and tensor.shape == expected and tensor.dtype == dtype and tensor.device == device
-    if not fits:
-        tensors = (x, gate, up, down, gate_bias, up_bias, down_bias)
-        found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors if t is not None)
-        raise ValueError(
-            "hf_fused_mlp.mlp: expected x [..., H], gate and up [I, H], down [O, I], biases [I] or [O], "
-            f"all of one dtype and device; got {found}"
-        )
+
+
+@cache
+def _on_gpu():
+    from hf_fused_mlp import dispatch  # imports Triton, so not before it is needed
+
+    return dispatch
 
 
 def _mlp_cpu(*operands):
@@ -109,10 +148,8 @@ def _mlp_cpu(*operands):
 
 
 def _mlp_cuda(*operands):
-    from hf_fused_mlp.dispatch import mlp_cuda  # imports Triton, so not before it is needed
-
     _check(*operands)
-    return mlp_cuda(*operands)
+    return _on_gpu().mlp_cuda(*operands)
 
 
 def _mlp_fake(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
@@ -173,10 +210,8 @@ def _act_mul_cpu(gate, up, activation):
 def _act_mul_cuda(gate, up, activation):
     if not has_kernel(gate):
         return _act_mul_cpu(gate, up, activation)
-    from hf_fused_mlp.dispatch import act_mul_cuda
-
     _check_alike(activation, gate, up)
-    return act_mul_cuda(gate, up, activation)
+    return _on_gpu().act_mul_cuda(gate, up, activation)
 
 
 def has_kernel(tensor: Tensor) -> bool:
@@ -215,10 +250,8 @@ def _act_mul_backward_cpu(grad, gate, up, activation):
 def _act_mul_backward_cuda(grad, gate, up, activation):
     if not has_kernel(gate):
         return _act_mul_backward_cpu(grad, gate, up, activation)
-    from hf_fused_mlp.dispatch import act_mul_backward_cuda
-
     _check_alike(activation, grad, gate, up)
-    return act_mul_backward_cuda(grad, gate, up, activation)
+    return _on_gpu().act_mul_backward_cuda(grad, gate, up, activation)
 
 
 def _act_mul_backward_fake(grad, gate, up, activation):

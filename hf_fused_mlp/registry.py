@@ -141,10 +141,9 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | 
             "exclude=[...]"
         )
     children = module._modules
-    modules = (*spec.projections, *spec.dropouts) + (() if spec.activation is None else (spec.activation,))
-    missing = [name for name in modules if name not in children]
-    if missing:
-        return f"it has no submodule {missing[0]!r}, which its spec names; correct the spec given to register_mlp"
+    for name in spec.children:
+        if name not in children:
+            return f"it has no submodule {name!r}, which its spec names; correct the spec given to register_mlp"
     if spec.sequence and tuple(children) != spec.sequence:
         return f"its children are {', '.join(children)}, no longer {', '.join(spec.sequence)}; undo the change"
     for name in spec.dropouts:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
@@ -61,15 +61,21 @@ class MLPSpec:
             given = f"activation={self.activation!r}, function={self.function!r}"
             raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
 
-    @property
+    # these are asked for at every call, so they are made once: a cached property keeps its value beside the fields
+    @cached_property
     def first(self) -> tuple[str, ...]:
         """The names of the `nn.Linear` children before the activation, gate first where there is one."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
-    @property
+    @cached_property
     def projections(self) -> tuple[str, ...]:
         """The names of all `nn.Linear` children, in the order of the equation."""
         return self.first if self.down is None else (*self.first, self.down)
+
+    @cached_property
+    def children(self) -> tuple[str, ...]:
+        """The names of all children that the forward calls."""
+        return (*self.projections, *self.dropouts) + (() if self.activation is None else (self.activation,))
 
 
 @dataclass(frozen=True)

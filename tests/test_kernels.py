@@ -119,9 +119,9 @@ def test_gemm_halves_the_last_tiles(gated, bias, group_m, device, monkeypatch):
     wholes = []
     launch = _common.launch
 
-    def spy(kernel, key, grid, args, **options):
-        wholes.append(args[10] if args[3] is not None else None)
-        launch(kernel, key, grid, args, **options)
+    def spy(kernel, key, grid, tensors, values, descriptors, **options):
+        wholes.append(values[3] if descriptors[3] is not None else None)
+        launch(kernel, key, grid, tensors, values, descriptors, **options)
 
     monkeypatch.setattr(gemm, "launch", spy)
     sms = GPU.of(device).num_sms
@@ -173,18 +173,13 @@ def test_launch_keeps_binaries(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: calls.append("compiled") or Binary()
 
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: "stream", raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream of {index}", raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
     kernel, aligned, shifted = Kernel(), torch.zeros(64), torch.zeros(65)[1:]
     for key, tensor in (("a", aligned), ("a", aligned), ("b", aligned), ("a", shifted), ("a", aligned)):
-        _common.launch(kernel, key, (1, 2, 3), (tensor, 7), tensors=(tensor, None))
-    run = (1, 2, 3, "stream", "function", "metadata", None, None, None, aligned, 7)
-    assert [call if call == "compiled" else call[:9] for call in calls] == [
-        "compiled",
-        run[:9],
-        "compiled",
-        "compiled",
-        run[:9],
-    ]
+        _common.launch(kernel, key, (1, 2, 3), (tensor, None), (7,), ("descriptor",))
+    run = (1, 2, 3, "stream of 3", "function", "metadata", None, None, None, "descriptor", aligned.data_ptr(), None, 7)
+    assert calls == ["compiled", run, "compiled", "compiled", run]
 
 
 def test_plans_fit_the_problem():
@@ -209,10 +204,10 @@ def test_launch_keys_tell_binaries_apart(monkeypatch):
 
     backend, binders, compiled = make_backend(GPUTarget("cuda", 90, 32)), {}, {}
 
-    def record(kernel, key, grid, args, tensors, overlap=False, **options):
+    def record(kernel, key, grid, tensors, values, descriptors=(), overlap=False, **options):
         if kernel not in binders:
             binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
-        _, specialization, _ = binders[kernel](*args, debug=False, **options)
+        _, specialization, _ = binders[kernel](*descriptors, *tensors, *values, debug=False, **options)
         specialization = f"{specialization} {sorted(options.items())}"
         assert compiled.setdefault((kernel, key, overlap), specialization) == specialization
 

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _binaries: dict[Hashable, object] = {}
 _thread = threading.local()
@@ -19,35 +20,55 @@ def bind_context(device: torch.device) -> None:
         _thread.bound = True
 
 
+def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> TensorDescriptor:
+    """A `TensorDescriptor` without the checks of its constructor, which take the host longer than to launch a kernel.
+
+    What they check, a family's `supports` has checked.
+    """
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape, made.padding = base, shape, strides, block_shape, "zero"
+    return made
+
+
 def launch(
-    kernel, key: Hashable, grid: tuple[int, int, int], args: tuple, tensors: tuple, overlap: bool = False, **options
+    kernel,
+    key: Hashable,
+    grid: tuple[int, int, int],
+    tensors: tuple[torch.Tensor | None, ...],
+    values: tuple,
+    descriptors: tuple = (),
+    overlap: bool = False,
+    **options,
 ) -> None:
-    """``kernel[grid](*args, **options)``, with the binary that an earlier launch of the same `key` compiled.
+    """``kernel[grid](*descriptors, *tensors, *values, **options)``, with the binary that an earlier `key` compiled.
 
     Triton looks at every argument of every launch to find the binary, which takes the host longer than to launch it.
     Triton's launch hooks, which some profilers set, see the first launch of a key only.
 
     Args:
-        key: all that Triton tells binaries apart by: dtype, device, integers, constants, options, what is None.
-            (For AMD it would have to say which tensors exceed 2 GB.)
-        grid: of the current device, which must be the tensors'.
-        args: the kernel's arguments, constants included.
-        tensors: those of `args`, bare or in a descriptor, whose alignment matters.
+        key: all that Triton tells binaries apart by: dtype, device, integers, constants, options, what is None. It is
+            hashed at every launch, so of builtin types. (For AMD it would have to say which tensors exceed 2 GB.)
+        grid: of the current device, which must be that of the tensors.
+        tensors: whose alignment matters; one at least is not None, or there are descriptors.
+        values: the kernel's other arguments, constants included.
         overlap: begin while the launch before is finishing; the kernel must wait before it reads what that one wrote.
     """
     if overlap:
         options["launch_pdl"] = True
-    addresses = 0
-    for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-    if addresses % 16:  # a kept binary reads 16 bytes at a time
-        kernel[grid](*args, **options)
-    elif binary := _binaries.get((kernel, key, overlap)):
-        stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
-        binary.run(*grid, stream, binary.function, binary.packed_metadata, None, None, None, *args)
-    elif binary := kernel[grid](*args, **options):  # the interpreter has none
-        _binaries[kernel, key, overlap] = binary
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    together = 0
+    for address in addresses:
+        together |= address or 0
+    if together % 16:  # a kept binary reads 16 bytes at a time
+        kernel[grid](*descriptors, *tensors, *values, **options)
+        return
+    key = id(kernel), key, overlap  # its own hash is Python, and slow
+    if binary := _binaries.get(key):
+        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+        metadata = binary.packed_metadata
+        binary.run(*grid, stream, binary.function, metadata, None, None, None, *descriptors, *addresses, *values)
+    elif binary := kernel[grid](*descriptors, *tensors, *values, **options):  # the interpreter has none
+        _binaries[key] = binary
 
 
 @triton.jit

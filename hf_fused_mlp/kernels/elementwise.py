@@ -120,10 +120,10 @@ def act_mul(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None
     overlap = GPU.of(gate.device).can_overlap
     launch(
         _forward_kernel,
-        (gate.dtype, gate.device, I, strides, activation),
+        (gate.dtype, gate.get_device(), I, strides, activation),
         (M, -(-I // BLOCK), 1),
-        (gate, up, out, I, *strides, activation, BLOCK, overlap),
-        tensors=(gate, up, out),
+        (gate, up, out),
+        (I, *strides, activation, BLOCK, overlap),
         num_warps=4,
     )
     return out
@@ -136,10 +136,10 @@ def act_mul_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) ->
     strides = grad.stride(0), gate.stride(0), up.stride(0)
     launch(
         _backward_kernel,
-        (gate.dtype, gate.device, I, strides, activation),
+        (gate.dtype, gate.get_device(), I, strides, activation),
         (M, -(-I // BLOCK), 1),
-        (grad, gate, up, gate_grad, up_grad, I, *strides, activation, BLOCK),
-        tensors=(grad, gate, up, gate_grad, up_grad),
+        (grad, gate, up, gate_grad, up_grad),
+        (I, *strides, activation, BLOCK),
         num_warps=4,
     )
     return gate_grad, up_grad

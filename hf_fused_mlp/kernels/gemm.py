@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_mlp.kernels._common import activate, add_bias, bind_context, grouped_tile, launch
+from hf_fused_mlp.kernels._common import activate, add_bias, bind_context, descriptor, grouped_tile, launch
 from hf_fused_mlp.types import GPU, LinearKey, TileConfig
 
 
@@ -157,24 +157,26 @@ def gemm(
         """Of the weights and of the output, for tiles of so many columns."""
         stored = columns if planes == 2 else columns // 2
         return (
-            TensorDescriptor(block, [planes, N, K], [N * K, K, 1], [planes, columns, block_k]),
-            TensorDescriptor(out, [M, N], [N, 1], [block_m, stored]),
+            descriptor(block, [planes, N, K], [N * K, K, 1], [planes, columns, block_k]),
+            descriptor(out, [M, N], [N, 1], [block_m, stored]),
         )
 
     gpu = GPU.of(x.device)
     tiles = -(-M // block_m) * -(-N // block_n)
     rest = tiles % gpu.num_sms
     halved = tiles > gpu.num_sms and 0 < 2 * rest <= gpu.num_sms
-    x_desc = TensorDescriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k])
+    x_descriptor = descriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k])
     half_descriptors = descriptors(block_n // 2) if halved else (None, None)
     whole = tiles - rest if halved else tiles
     constants = activation, planes == 2, *tile, config.group_m, gpu.num_sms, gpu.is_nvidia, gpu.can_overlap
+    absent = bias is None, gate is None, gate_bias is None
     launch(
         _gemm_kernel,
-        (x.dtype, x.device, N, K, bias is None, gate is None, gate_bias is None, activation, halved, config),
+        (x.dtype, x.get_device(), N, K, absent, halved, constants, config.num_warps, config.num_stages),
         (min(gpu.num_sms, tiles), 1, 1),
-        (x_desc, *descriptors(block_n), *half_descriptors, bias, gate_bias, M, N, K, whole, *constants),
-        tensors=(x, weight, bias, gate, gate_bias),
+        (bias, gate_bias),
+        (M, N, K, whole, *constants),
+        descriptors=(x_descriptor, *descriptors(block_n), *half_descriptors),
         overlap=overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -103,14 +103,14 @@ def gemv(
         x = x.contiguous()
     stride_xm = x.stride(0) if M > 1 else K  # of one row, the stride may be anything
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    block_m = next_power_of_two(M)
-    constants = K, activation, block_m, config.block_k, GPU.of(x.device).can_overlap
+    constants = K, activation, next_power_of_two(M), config.block_k, GPU.of(x.device).can_overlap
+    absent = bias is None, gate is None, gate_bias is None
     launch(
         _gemv_kernel,
-        (x.dtype, x.device, N, stride_xm, bias is None, gate is None, gate_bias is None, constants, config.num_warps),
+        (x.dtype, x.get_device(), N, stride_xm, absent, constants, config.num_warps),
         (N, 1, 1),
-        (x, weight, bias, gate, gate_bias, out, M, N, stride_xm, *constants),
-        tensors=(x, weight, bias, gate, gate_bias),
+        (x, weight, bias, gate, gate_bias, out),
+        (M, N, stride_xm, *constants),
         overlap=overlap,
         num_warps=config.num_warps,
     )

@@ -152,13 +152,14 @@ def skinny(
     if split_k > 1:
         sums = torch.empty((split_k, M, N), dtype=torch.float32, device=x.device)
         sums_bias, sums_activation = None, "identity"
-    tile = config.block_m, config.block_n, config.block_k, split_k, can_overlap
+    constants = sums_activation, config.block_m, config.block_n, config.block_k, split_k, can_overlap
+    absent = sums_bias is None, gate is None, gate_bias is None
     launch(
         _skinny_kernel,
-        (x.dtype, x.device, N, K, stride_xm, sums_bias is None, gate is None, gate_bias is None, activation, config),
+        (x.dtype, x.get_device(), N, K, stride_xm, absent, constants, config.num_warps, config.num_stages),
         (-(-N // config.block_n), -(-M // config.block_m), split_k),
-        (x, weight, sums_bias, gate, gate_bias, sums, M, N, K, stride_xm, sums_activation, *tile),
-        tensors=(x, weight, sums_bias, gate, gate_bias),
+        (x, weight, sums_bias, gate, gate_bias, sums),
+        (M, N, K, stride_xm, *constants),
         overlap=overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -166,10 +167,10 @@ def skinny(
     if split_k > 1:
         launch(
             _sum_kernel,
-            (x.dtype, x.device, N, bias is None, activation, split_k),
+            (x.dtype, x.get_device(), N, bias is None, activation, split_k),
             (-(-M * N // SUM_BLOCK), 1, 1),
-            (sums, bias, out, M, N, activation, split_k, SUM_BLOCK, can_overlap),
-            tensors=(sums, bias),
+            (sums, bias, out),
+            (M, N, activation, split_k, SUM_BLOCK, can_overlap),
             overlap=can_overlap,
             num_warps=4,
         )
