@@ -5,15 +5,16 @@ Imports Triton, so nothing imports this before the first call on a GPU.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from hf_fused_mlp.kernels import run_plan
-from hf_fused_mlp.kernels.elementwise import act_mul, act_mul_backward
+from hf_fused_mlp.kernels import has_rows, prepare
+from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.tuning.cache import remembered, shipped_plan, user_plan
+from hf_fused_mlp.tuning.cache import remembered, shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.types import GPU, UNFUSED, Plan, ProblemKey, next_power_of_two
 from hf_fused_mlp.weights import is_packed
@@ -24,34 +25,10 @@ logger = logging.getLogger("hf_fused_mlp")
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]
 
 
-def plan_for(m: int, gate: Tensor | None, up: Tensor, down: Tensor | None, bias: bool, activation: str) -> Plan:
-    """The plan for `m` tokens (at least 1) and these contiguous weights of one dtype and device.
-
-    It is asked at every call, so what is remembered goes by attributes that are cheap to read. They tell apart
-    everything that `problem_key` does: the logarithm of its `m`, and its `one_block` from the addresses.
-    """
-    first = up if gate is None else gate
-    start, last = first.data_ptr(), up if down is None else down
-    attributes = (
-        (m - 1).bit_length(),
-        up.shape,
-        down is not None and down.shape,
-        gate is None,
-        activation,
-        up.dtype,
-        bias,
-        (start | last.data_ptr()) % 16 == 0 and (gate is None or up.data_ptr() - start == gate.nbytes),
-        up.get_device(),
-    )
-    plan = remembered.get(attributes)
-    if plan is None:
-        plan = remembered[attributes] = find_plan(problem_key(m, gate, up, down, activation, bias))
-    return plan
-
-
 def find_plan(key: ProblemKey) -> Plan:
-    """The plan of the first source that knows `key`."""
-    return next(filter(None, (source(key) for source in SOURCES)))
+    """The plan of the first source that knows `key`; PyTorch's own operations if it turned out not to run here."""
+    plan = next(filter(None, (source(key) for source in SOURCES)))
+    return UNFUSED if plan in unusable else plan
 
 
 def problem_key(
@@ -76,43 +53,89 @@ def problem_key(
 
 def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
     operands = gate, up, down, gate_bias, up_bias, down_bias
-    for operand in operands:
-        if operand is not None and not operand.is_contiguous():
-            return mlp_ref(x, *operands, activation)
-    if tokens.shape[0] == 0:
-        return x.new_empty((*x.shape[:-1], (up if down is None else down).shape[0]))
+    attributes = _attributes(x, *operands, activation)
+    run = remembered.get(attributes) or partial(_first_call, attributes, activation)
+    if x.get_device() == torch.cuda.current_device():
+        return run(x, *operands)
+    with torch.cuda.device_of(x):  # kernels launch on the current device
+        return run(x, *operands)
+
+
+def _attributes(x, gate, up, down, gate_bias, up_bias, down_bias, activation) -> tuple:
+    """All that the way to an answer depends on: it is kept by them, so they are cheap to read and to hash.
+
+    They tell apart what `problem_key` and `prepare` do, and more; of the addresses, what `one_block` says.
+    """
+    first, last = up if gate is None else gate, up if down is None else down
+    start = first.data_ptr()
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.get_device(),
+        up.shape,
+        down is not None and down.shape,
+        gate is None,
+        gate_bias if gate_bias is None else gate_bias.is_contiguous(),
+        up_bias if up_bias is None else up_bias.is_contiguous(),
+        down_bias if down_bias is None else down_bias.is_contiguous(),
+        activation,
+        (start | last.data_ptr()) % 16 == 0 and (gate is None or up.data_ptr() - start == gate.nbytes),
+        up.is_contiguous() and (gate is None or gate.is_contiguous()) and (down is None or down.is_contiguous()),
+    )
+
+
+def _first_call(attributes, activation, x, gate, up, down, gate_bias, up_bias, down_bias):
+    """Finds the way for calls of these attributes, which is remembered once it has led to an answer."""
+    operands = gate, up, down, gate_bias, up_bias, down_bias
+    if x.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in operands):
+        return mlp_ref(x, *operands, activation)
+    if not has_rows(x):
+        return mlp_cuda(x.contiguous(), *operands, activation)
 
     bias = not (gate_bias is None and up_bias is None and down_bias is None)
-    plan = plan_for(tokens.shape[0], gate, up, down, bias, activation)
+    plan = find_plan(problem_key(x.numel() // x.shape[-1], gate, up, down, activation, bias))
+    run = prepare(plan, x, gate, up, down, activation)
     try:
-        if x.get_device() == torch._C._cuda_getDevice():
-            out = run_plan(plan, tokens, *operands, activation)
-        else:  # kernels launch on the current device
-            with torch.cuda.device(x.device):
-                out = run_plan(plan, tokens, *operands, activation)
+        out = run(x, *operands)
     except TritonError as error:  # out of resources, for one
         # a plan that ships may have been measured with a Triton that needed less, or compiled more
         logger.warning("%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
-        remembered.update({attributes: UNFUSED for attributes, known in list(remembered.items()) if known is plan})
-        out = mlp_ref(tokens, *operands, activation)
-    return out if tokens is x else out.view(*x.shape[:-1], out.shape[1])
+        unusable.add(plan)
+        run = prepare(UNFUSED, x, gate, up, down, activation)
+        out = run(x, *operands)
+    _remember(attributes, run)
+    return out
+
+
+def _remember(attributes: tuple, run: Callable) -> Callable:
+    """Keeps `run` for later calls, though not of endlessly many kinds."""
+    if len(remembered) >= 4096:
+        remembered.clear()
+    remembered[attributes] = run
+    return run
 
 
 def act_mul_cuda(gate, up, activation):
     """`hf_fused_mlp.ops.act_mul` on a GPU, for tensors that fit together."""
-    with torch.cuda.device_of(gate):
-        return act_mul(_rows(gate), _rows(up), activation).view(gate.shape)
+    return _elementwise(act_mul, activation, gate, up).view(gate.shape)
 
 
 def act_mul_backward_cuda(grad, gate, up, activation):
     """The gradients of `hf_fused_mlp.ops.act_mul` on a GPU, for tensors that fit together."""
-    with torch.cuda.device_of(gate):
-        grads = act_mul_backward(_rows(grad), _rows(gate), _rows(up), activation)
-    return tuple(grad.view(gate.shape) for grad in grads)
+    return tuple(grad.view(gate.shape) for grad in _elementwise(act_mul_backward, activation, grad, gate, up))
+
+
+def _elementwise(make, activation, *tensors):
+    rows = [_rows(tensor) for tensor in tensors]
+    first, strides = rows[0], tuple(tensor.stride(0) for tensor in rows)
+    attributes = make, activation, first.shape, strides, first.dtype, first.get_device()
+    run = remembered.get(attributes)
+    if run is None:
+        run = _remember(attributes, make(Rows(*first.shape, strides, first.dtype, first.device), activation))
+    with torch.cuda.device_of(first):
+        return run(*rows)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -134,6 +134,26 @@ class LinearKey:
 
 
 @dataclass(frozen=True)
+class LinearCall:
+    """One launch, all but the addresses of its tensors.
+
+    `x` is `[*lead, k]`, `m` tokens whose rows are `stride_xm` elements apart, each contiguous; `weight` and `gate` are
+    `[n, k]`, contiguous. `overlap` lets it begin while the launch before, which must be one of ours, is finishing.
+    """
+
+    lead: tuple[int, ...]
+    m: int
+    n: int
+    k: int
+    stride_xm: int
+    gated: bool
+    activation: str
+    dtype: torch.dtype
+    device: torch.device
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
 class ProblemKey:
     """What a plan is chosen by.
 

@@ -54,7 +54,9 @@ def interpreter(monkeypatch):
 
     from hf_fused_mlp import kernels
     from hf_fused_mlp.kernels import _common
+    from hf_fused_mlp.tuning import cache
 
+    cache.forget()  # of what is kept of calls, kernels are a part
     changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base)
     before = [dict(vars(owner)) for owner in changed]
     for module in (tl, tl.standard, _common, *kernels.FAMILIES.values()):
@@ -62,6 +64,7 @@ def interpreter(monkeypatch):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
     yield
+    cache.forget()
     monkeypatch.undo()
     for owner, attributes in zip(changed, before, strict=True):
         for name, value in list(vars(owner).items()):

@@ -11,6 +11,14 @@ def assert_accurate(fused, eager, oracle):
     assert reason is None, reason
 
 
+def run_plan(plan, x, gate, up, down, *biases_and_activation):
+    """The MLP as `plan` has it, prepared for this one call."""
+    from hf_fused_mlp.kernels import prepare
+
+    *biases, activation = biases_and_activation
+    return prepare(plan, x, gate, up, down, activation)(x, gate, up, down, *biases)
+
+
 def random_mlp(H, I, gated, bias, dtype, device="cpu", seed=0):
     """Operands of `ops.mlp` after `x`: weights over sqrt(fan_in), gate and up packed."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,9 @@
 """Every kernel on small ragged shapes, for `make sanitize` to watch. A wrong answer is an error."""
 
 import torch
-from numerics import assert_accurate, oracle_of, random_mlp
+from numerics import assert_accurate, oracle_of, random_mlp, run_plan
 
 from hf_fused_mlp import ops
-from hf_fused_mlp.kernels import run_plan
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
 from hf_fused_mlp.types import TORCH, Plan, TileConfig
 

@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from models import MODEL_TYPES, TRANSFORMERS_ROWS, real_mlp, tiny_model, token_ids
-from numerics import assert_accurate
+from numerics import assert_accurate, run_plan
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.dispatch import run_plan
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.types import Plan, TileConfig
 

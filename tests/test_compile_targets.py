@@ -1,12 +1,15 @@
 """Every kernel family, as its launcher launches it, compiles for every GPU it may meet. No GPU needed."""
 
+from functools import partial
+
 import pytest
 import torch
 from numerics import random_mlp
 
 from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.dispatch import act_mul_backward_cuda, act_mul_cuda
 from hf_fused_mlp.kernels import linear
-from hf_fused_mlp.kernels.elementwise import act_mul, act_mul_backward
+from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.types import GPU, TileConfig
 
 triton = pytest.importorskip("triton")
@@ -65,7 +68,9 @@ def compiled(call, target, monkeypatch):
     monkeypatch.setattr(GPU, "of", lambda device: GPU("a GPU", 3, capability, 232448))
     launches = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append((self, args, kw)))
+    cache.forget()
     call()
+    cache.forget()
     monkeypatch.undo()
     return [compile_launch(*launch, target) for launch in launches]
 
@@ -98,6 +103,6 @@ def test_compiles_every_activation(family, activation, monkeypatch):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_act_mul_compiles(activation, target, monkeypatch):
     grad, gate, up = (torch.randn(3, 100, dtype=torch.bfloat16) for _ in range(3))
-    for call in (lambda: act_mul(gate, up, activation), lambda: act_mul_backward(grad, gate, up, activation)):
-        (kernel,) = compiled(call, TARGETS[target], monkeypatch)
+    for function, tensors in ((act_mul_cuda, (gate, up)), (act_mul_backward_cuda, (grad, gate, up))):
+        (kernel,) = compiled(partial(function, *tensors, activation), TARGETS[target], monkeypatch)
         assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import as_on_gpu, tiny_model
-from numerics import assert_accurate
+from numerics import assert_accurate, run_plan
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
@@ -96,7 +96,6 @@ def test_smollm2_perplexity(smollm2, where, monkeypatch):
 @torch.no_grad()
 def test_smollm2_layer_through_the_interpreted_kernels(smollm2, device):
     """The first layer's trained weights and real hidden states, in fp16, through the kernel for a few tokens."""
-    from hf_fused_mlp.dispatch import run_plan
     from hf_fused_mlp.types import Plan, TileConfig
 
     original, fused, tokenizer = smollm2

@@ -180,7 +180,7 @@ def test_overlapping_launches_give_the_bits_of_single_ones(M, gated):
     operands = gate, up, down, gate_bias, up_bias, down_bias = random_mlp(
         2048, 4096, gated, True, torch.bfloat16, "cuda"
     )
-    plan = dispatch.plan_for(M, gate, up, down, True, "silu")
+    plan = dispatch.find_plan(dispatch.problem_key(M, gate, up, down, "silu", True))
     tokens = torch.randn(100, M, 2048, device="cuda").bfloat16()
     queued = [ops.mlp(x, *operands, "silu") for x in tokens]
     for x, out in zip(tokens, queued, strict=True):

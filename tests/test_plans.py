@@ -272,10 +272,10 @@ def test_dispatch_runs_a_plan_from_the_users_file(device, monkeypatch):
     gpu = GPU.of(device)
     key = dispatch.problem_key(5, *operands[:3], "silu")
     ran = []
-    run_plan = dispatch.run_plan
-    monkeypatch.setattr(dispatch, "run_plan", lambda plan, *args: ran.append(plan) or run_plan(plan, *args))
+    prepare = dispatch.prepare
+    monkeypatch.setattr(dispatch, "prepare", lambda plan, *args: ran.append(plan) or prepare(plan, *args))
     if device.type == "cpu":
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     plan = Plan(TileConfig("skinny", 16, 64, 64, num_stages=2), TORCH)
     dispatch.mlp_cuda(x, *operands, "silu")
     cache.save([TunedPlan(key, plan, 1.0, 2.0)], gpu)
@@ -291,50 +291,90 @@ def test_a_plan_that_does_not_fit_gives_way(error, monkeypatch, caplog):
     """As it may with a plan that ships, measured with another Triton."""
     operands = random_mlp(72, 104, True, False, torch.float16)
     x = torch.randn(5, 72).to(torch.float16)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(dispatch, "SOURCES", [lambda key: TUNED.plan])
-    ran = []
+    ran, prepare = [], dispatch.prepare
 
-    def run_plan(plan, *args):
-        ran.append(plan)
-        if plan is TUNED.plan:
-            raise error
-        return mlp_ref(*args)
+    def prepare_or_fail(plan, *args):
+        def run(*operands):
+            ran.append(plan)
+            if plan is TUNED.plan:
+                raise error
+            return prepare(plan, *args)(*operands)
 
-    monkeypatch.setattr(dispatch, "run_plan", run_plan)
-    for _ in range(3):
-        assert torch.equal(dispatch.mlp_cuda(x, *operands, "silu"), mlp_ref(x, *operands, "silu"))
-    assert ran == [TUNED.plan, UNFUSED, UNFUSED]
+        return run
+
+    monkeypatch.setattr(dispatch, "prepare", prepare_or_fail)
+    for tokens in (x, x, x[:4]):
+        assert torch.equal(dispatch.mlp_cuda(tokens, *operands, "silu"), mlp_ref(tokens, *operands, "silu"))
+    assert ran == [TUNED.plan, UNFUSED, UNFUSED, UNFUSED]
     assert str(error) in the_warning(caplog)
 
 
-def test_what_is_remembered_tells_problems_apart(monkeypatch):
-    """One remembered answer a problem, and no more: the cheap attributes distinguish what the key does."""
-    monkeypatch.setattr(dispatch, "SOURCES", [lambda key: key])
+def test_what_is_remembered_tells_calls_apart(monkeypatch):
+    """One way is kept for each kind of call, and it is the way that such a call would find by itself."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(dispatch, "prepare", lambda *args: lambda *operands: prepared.append(args) or args)
+    prepared = []
     block = torch.zeros(2, 96, 64, dtype=torch.float16)
     gate, up = block
     down, shifted = torch.zeros(64, 96, dtype=torch.float16), torch.zeros(64 * 96 + 1, dtype=torch.float16)[1:]
-    problems = [
-        *((m, gate, up, down, False, "silu") for m in (1, 2, 3, 4, 5, 16, 17, 1000)),
-        (16, None, up, down, False, "silu"),
-        (16, gate, up, down, True, "silu"),
-        (16, gate, up, down, False, "relu"),
-        (16, gate, up.clone(), down, False, "silu"),
-        (16, gate, up, shifted.view(64, 96), False, "silu"),
-        (16, None, up, shifted.view(64, 96), False, "silu"),
-        (16, gate, up, down[:40], False, "silu"),
-        (16, gate.float(), up.float(), down.float(), False, "silu"),
+    bias, wide = torch.zeros(96, dtype=torch.float16), torch.zeros(4, 8, 72, dtype=torch.float16)
+    x = torch.zeros(16, 64, dtype=torch.float16)
+    calls = [
+        *((torch.zeros(m, 64, dtype=torch.float16), gate, up, down, None, None, None, "silu") for m in (1, 2, 3, 17)),
+        (x, gate, up, down, None, None, None, "silu"),
+        (x[None], gate, up, down, None, None, None, "silu"),
+        (wide[:2, :, :64], gate, up, down, None, None, None, "silu"),
+        (wide[0, :, :64], gate, up, down, None, None, None, "silu"),
+        (x, None, up, down, None, None, None, "silu"),
+        (x, gate, up, None, None, None, None, "silu"),
+        (x, gate, up, down, bias, None, None, "silu"),
+        (x, gate, up, down, None, bias, None, "silu"),
+        (x, gate, up, down, None, None, bias[:64], "silu"),
+        (x, gate, up, down, None, None, None, "relu"),
+        (x, gate, up.clone(), down, None, None, None, "silu"),
+        (x, None, up, shifted.view(64, 96), None, None, None, "silu"),
+        (x, gate, up, down[:40], None, None, None, "silu"),
+        (x.float(), gate.float(), up.float(), down.float(), None, None, None, "silu"),
     ]
-    for _ in range(2):
-        for m, gate, up, down, bias, activation in problems:
-            key = dispatch.problem_key(m, gate, up, down, activation, bias)
-            assert dispatch.plan_for(m, gate, up, down, bias, activation) == key
-    assert len(dispatch.remembered) == len(set(dispatch.remembered.values())) == len(problems) - 2
+    answers = [dispatch.mlp_cuda(*call) for call in calls]
+    assert len(dispatch.remembered) == len(calls)
+    for call, answer in zip(calls, answers, strict=True):
+        assert dispatch.mlp_cuda(*call) is answer
+        x, gate, up, down, *biases, activation = call
+        key = dispatch.problem_key(x.numel() // 64, gate, up, down, activation, bias=biases != [None] * 3)
+        assert answer == (dispatch.find_plan(key), x, gate, up, down, activation)
+
+
+def test_what_kernels_do_not_take_is_not_remembered(monkeypatch):
+    """Weights with gaps run PyTorch's operations, tokens with gaps between their values are copied."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    seen = []
+
+    def prepare(plan, x, *args):
+        seen.append(x.is_contiguous())
+        return lambda *operands: mlp_ref(*operands, args[-1])
+
+    monkeypatch.setattr(dispatch, "prepare", prepare)
+    gate, up, down, *biases = random_mlp(64, 96, True, False, torch.float32)
+    x = torch.randn(2, 5, 128)
+    for tokens in (x[..., ::2], x[..., :64].transpose(0, 1), x[:, :0, :64]):
+        out = dispatch.mlp_cuda(tokens, gate, up, down, *biases, "silu")
+        torch.testing.assert_close(out, mlp_ref(tokens, gate, up, down, *biases, "silu"))
+    assert seen == [True, True]
+    gaps = torch.cat((down, down), 1)[:, :96]
+    torch.testing.assert_close(
+        dispatch.mlp_cuda(x[..., :64], gate, up, gaps, *biases, "silu"),
+        dispatch.mlp_cuda(x[..., :64], gate, up, down, *biases, "silu"),
+    )
+    assert seen == [True, True, False]
 
 
 def test_a_look_up_takes_no_time():
-    """About a microsecond where nothing else runs; the bound is for a machine that is busy."""
-    gate, up, down, *_ = random_mlp(64, 96, True, False, torch.float16)
-    look_up = lambda: dispatch.plan_for(17, gate, up, down, False, "silu")  # noqa: E731
-    look_up()
+    """About two microseconds where nothing else runs; the bound is for a machine that is busy."""
+    operands = random_mlp(64, 96, True, False, torch.float16)
+    x = torch.randn(17, 64).half()
+    dispatch.remembered[dispatch._attributes(x, *operands, "silu")] = "the way"
+    look_up = lambda: dispatch.remembered[dispatch._attributes(x, *operands, "silu")]  # noqa: E731
     assert min(timeit.repeat(look_up, number=1000, repeat=20)) / 1000 < 10e-6

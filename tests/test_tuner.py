@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from numerics import random_mlp
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from hf_fused_mlp import dispatch
@@ -24,21 +25,20 @@ def problem(**changes):
     return ProblemKey(**fields | changes)
 
 
-def right(*args):
-    """A launcher that computes as PyTorch does; of its arguments the last two say how."""
-    return linear_ref(*args[:-2])
+def launches(change=lambda answer: answer):
+    """What makes a launch that computes as PyTorch does, and then changes the answer."""
+    return lambda call, config: lambda *operands: change(linear_ref(*operands, call.activation))
 
 
 def failing(error):
-    def launcher(*args):
+    def change(answer):
         raise error
 
-    return launcher
+    return launches(change)
 
 
-def with_gap(*args):
-    """Leaves the last row as the memory was."""
-    answer = right(*args)
+def with_gap(answer):
+    """The last row as the memory was."""
     out = torch.empty_like(answer)
     out[:-1] = answer[:-1]
     return out
@@ -71,7 +71,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(tuner, "weight_copies", lambda weight_bytes: 2 if weight_bytes > 25000 else 3)
     monkeypatch.setattr(tuner, "heuristic_plan", lambda key: Plan(GOOD[0], TORCH))
     monkeypatch.setattr(tuner, "candidates", lambda key: [TORCH, *GOOD] if key.gated else [TORCH])
-    monkeypatch.setitem(LAUNCHERS, "good", right)
+    monkeypatch.setitem(LAUNCHERS, "good", launches())
     return clock
 
 
@@ -122,9 +122,9 @@ def test_the_rule_wins_if_its_pair_is_faster(clock):
 @pytest.mark.parametrize(
     "launcher, words",
     [
-        (lambda *args: right(*args) * 1.01, "gives a wrong answer"),
-        (lambda *args: right(*args)[:, :-1], "gives a wrong answer"),
-        (with_gap, "gives a wrong answer"),
+        (launches(lambda answer: answer * 1.01), "gives a wrong answer"),
+        (launches(lambda answer: answer[:, :-1]), "gives a wrong answer"),
+        (launches(with_gap), "gives a wrong answer"),
         (failing(PTXASError("bad code")), "does not compile"),
         (failing(OutOfResources(2, 1, "shared memory")), None),
     ],
@@ -164,6 +164,5 @@ def test_tuned_plan_is_in_effect(m, gated, plan_cache, caplog):
     assert 0 < tuned.plan_us <= tuned.unfused_us
     cache.save([tuned], gpu)
     assert dispatch.find_plan(key) == tuned.plan
-    block = torch.randn(2, 1024, 512, device="cuda", dtype=torch.bfloat16)
-    down = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
-    assert dispatch.plan_for(m, block[0] if gated else None, block[1], down, True, "silu") == tuned.plan
+    gate, up, down, *_ = random_mlp(512, 1024, gated, True, torch.bfloat16, "cuda")
+    assert dispatch.find_plan(dispatch.problem_key(m, gate, up, down, "silu", True)) == tuned.plan

@@ -1,15 +1,18 @@
 """Triton helpers that the kernel families share."""
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_binaries: dict[Hashable, object] = {}
+# what a family makes of a `LinearCall`: the function of x, weight, bias, gate and gate_bias that gives `[*lead, n]`
+Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
 _thread = threading.local()
 
 
@@ -20,7 +23,7 @@ def bind_context(device: torch.device) -> None:
         _thread.bound = True
 
 
-def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> TensorDescriptor:
+def descriptor(base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> TensorDescriptor:
     """A `TensorDescriptor` without the checks of its constructor, which take the host longer than to launch a kernel.
 
     What they check, a family's `supports` has checked.
@@ -30,45 +33,41 @@ def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block_s
     return made
 
 
-def launch(
-    kernel,
-    key: Hashable,
-    grid: tuple[int, int, int],
-    tensors: tuple[torch.Tensor | None, ...],
-    values: tuple,
-    descriptors: tuple = (),
-    overlap: bool = False,
-    **options,
-) -> None:
-    """``kernel[grid](*descriptors, *tensors, *values, **options)``, with the binary that an earlier `key` compiled.
+def launcher(
+    kernel, device: torch.device, grid: tuple[int, int, int], values: tuple, overlap: bool = False, **options
+) -> Callable[..., None]:
+    """Gives ``launch(tensors, descriptors=())``: ``kernel[grid](*descriptors, *tensors, *values, **options)``.
 
     Triton looks at every argument of every launch to find the binary, which takes the host longer than to launch it.
-    Triton's launch hooks, which some profilers set, see the first launch of a key only.
+    Here the first launch finds it for all. Triton's launch hooks, which some profilers set, see that one only.
 
     Args:
-        key: all that Triton tells binaries apart by: dtype, device, integers, constants, options, what is None. It is
-            hashed at every launch, so of builtin types. (For AMD it would have to say which tensors exceed 2 GB.)
-        grid: of the current device, which must be that of the tensors.
-        tensors: whose alignment matters; one at least is not None, or there are descriptors.
-        values: the kernel's other arguments, constants included.
+        device: where the tensors are, which must be the current one.
+        values: the arguments after the tensors, constants included.
         overlap: begin while the launch before is finishing; the kernel must wait before it reads what that one wrote.
+
+    The tensors of all launches must be of one dtype and None in the same places; on AMD also on one side of 2 GB.
     """
     if overlap:
         options["launch_pdl"] = True
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    together = 0
-    for address in addresses:
-        together |= address or 0
-    if together % 16:  # a kept binary reads 16 bytes at a time
-        kernel[grid](*descriptors, *tensors, *values, **options)
-        return
-    key = id(kernel), key, overlap  # its own hash is Python, and slow
-    if binary := _binaries.get(key):
-        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
-        metadata = binary.packed_metadata
-        binary.run(*grid, stream, binary.function, metadata, None, None, None, *descriptors, *addresses, *values)
-    elif binary := kernel[grid](*descriptors, *tensors, *values, **options):  # the interpreter has none
-        _binaries[key] = binary
+    kept = None
+
+    def launch(tensors: tuple[Tensor | None, ...], descriptors: tuple = ()) -> None:
+        nonlocal kept
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        together = 0
+        for address in addresses:
+            together |= address or 0
+        if together % 16:  # the kept binary reads 16 bytes at a time
+            kernel[grid](*descriptors, *tensors, *values, **options)
+        elif kept is not None:
+            run, function, metadata = kept
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            run(*grid, stream, function, metadata, None, None, None, *descriptors, *addresses, *values)
+        elif binary := kernel[grid](*descriptors, *tensors, *values, **options):  # the interpreter has none
+            kept = binary.run, binary.function, binary.packed_metadata
+
+    return launch
 
 
 @triton.jit

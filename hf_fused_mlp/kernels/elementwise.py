@@ -6,6 +6,9 @@ two trips to memory less. Where projections have to be called, in training for o
 Launches: 1 after the GEMMs. Bytes: both products read, out written; backward three read, two written.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -13,10 +16,30 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from hf_fused_mlp.kernels._common import activate, launch
-from hf_fused_mlp.types import GPU, LinearKey, TileConfig
+from hf_fused_mlp.kernels._common import Linear, activate, launcher
+from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors `[count, length]` of one kind whose rows are so many elements apart, one stride a tensor."""
+
+    count: int
+    length: int
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """A grid with a program for each block of each row."""
+        return self.count, -(-self.length // BLOCK), 1
+
+    def empty(self) -> Tensor:
+        """A new tensor of that size, contiguous."""
+        return torch.empty((self.count, self.length), dtype=self.dtype, device=self.device)
 
 
 def supports(key: LinearKey) -> str | None:
@@ -105,59 +128,43 @@ def _backward_kernel(
     tl.store(up_grad_ptr + row * I + offs, up_grad.to(up_grad_ptr.dtype.element_ty), mask=mask)
 
 
-def act_mul(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """``act(gate) * up``, in fp32, rounded once.
+def act_mul(rows: Rows, activation: str) -> Callable[..., Tensor]:
+    """The launch of ``act(gate) * up``, in fp32, rounded once: a function of `gate` and `up`.
 
-    Args:
-        gate, up: `[M, I]` of one dtype, contiguous in the last dimension.
-        activation: a key of `ACTIVATIONS`.
-        out: where to, `[M, I]` and contiguous; may be `gate` or `up`.
+    Its third argument, unless it is to be made, is what the result is written to, which may be `gate` or `up`.
     """
-    if out is None:
-        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    M, I = gate.shape
-    strides = gate.stride(0), up.stride(0)
-    overlap = GPU.of(gate.device).can_overlap
-    launch(
-        _forward_kernel,
-        (gate.dtype, gate.get_device(), I, strides, activation),
-        (M, -(-I // BLOCK), 1),
-        (gate, up, out),
-        (I, *strides, activation, BLOCK, overlap),
-        num_warps=4,
-    )
-    return out
+    overlap = GPU.of(rows.device).can_overlap
+    grid, sizes = rows.blocks, (rows.length, *rows.strides)
+    launch = launcher(_forward_kernel, rows.device, grid, (*sizes, activation, BLOCK, overlap), num_warps=4)
+
+    def run(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+        out = rows.empty() if out is None else out
+        launch((gate, up, out))
+        return out
+
+    return run
 
 
-def act_mul_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The gradients of `act_mul` for `gate` and `up`, from that of its result; all `[M, I]`, as there."""
-    gate_grad, up_grad = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    M, I = gate.shape
-    strides = grad.stride(0), gate.stride(0), up.stride(0)
-    launch(
-        _backward_kernel,
-        (gate.dtype, gate.get_device(), I, strides, activation),
-        (M, -(-I // BLOCK), 1),
-        (grad, gate, up, gate_grad, up_grad),
-        (I, *strides, activation, BLOCK),
-        num_warps=4,
-    )
-    return gate_grad, up_grad
+def act_mul_backward(rows: Rows, activation: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The launch of the gradients of gate and up: a function of the result's gradient, `gate` and `up`."""
+    grid, sizes = rows.blocks, (rows.length, *rows.strides)
+    launch = launcher(_backward_kernel, rows.device, grid, (*sizes, activation, BLOCK), num_warps=4)
+
+    def run(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        gate_grad, up_grad = rows.empty(), rows.empty()
+        launch((grad, gate, up, gate_grad, up_grad))
+        return gate_grad, up_grad
+
+    return run
 
 
-def elementwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor,
-    gate_bias: Tensor | None,
-    activation: str,
-    config: TileConfig,
-    overlap: bool = False,
-) -> Tensor:
-    """``act(x @ gate.T) * (x @ weight.T)`` for `x` `[M, K]`, `weight` and `gate` `[N, K]`, biases `[N]`: `[M, N]`.
+def elementwise(call: LinearCall, config: TileConfig) -> Linear:
+    """``act(x @ gate.T) * (x @ weight.T)`` by PyTorch's GEMMs and one launch; nothing of `config` is read."""
+    rows = Rows(call.m, call.n, (call.n, call.n), call.dtype, call.device)
+    multiply = act_mul(rows, call.activation)
 
-    `overlap` is not read: the GEMMs before are PyTorch's.
-    """
-    gate_out = F.linear(x, gate, gate_bias)
-    return act_mul(gate_out, F.linear(x, weight, bias), activation, out=gate_out)
+    def run(x, weight, bias, gate, gate_bias):
+        gate = F.linear(x, gate, gate_bias)
+        return multiply(gate, F.linear(x, weight, bias), gate)
+
+    return run

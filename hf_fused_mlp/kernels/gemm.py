@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_mlp.kernels._common import activate, add_bias, bind_context, descriptor, grouped_tile, launch
-from hf_fused_mlp.types import GPU, LinearKey, TileConfig
+from hf_fused_mlp.kernels._common import Linear, activate, add_bias, bind_context, descriptor, grouped_tile, launcher
+from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 
 def supports(key: LinearKey) -> str | None:
@@ -131,54 +131,46 @@ def _gemm_kernel(
             )  # fmt: skip
 
 
-def gemm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    activation: str,
-    config: TileConfig,
-    overlap: bool = False,
-) -> Tensor:
-    """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`.
+def gemm(call: LinearCall, config: TileConfig) -> Linear:
+    """The launch of the equation above.
 
-    `weight` must begin where `gate` ends; `supports` says what else the descriptors need.
+    A gate must end where `weight` begins; `supports` says what else the descriptors need.
     """
-    bind_context(x.device)
-    M, N, K = x.shape[0], weight.shape[0], x.shape[1]
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    planes, block = (1, weight) if gate is None else (2, gate)
+    M, N, K, planes = call.m, call.n, call.k, 2 if call.gated else 1
     block_m, block_n, block_k = tile = config.block_m, config.block_n, config.block_k
+    gpu = GPU.of(call.device)
+    tiles = -(-M // block_m) * -(-N // block_n)
+    rest = tiles % gpu.num_sms
+    halved = tiles > gpu.num_sms and 0 < 2 * rest <= gpu.num_sms
+    whole = tiles - rest if halved else tiles
+    constants = call.activation, call.gated, *tile, config.group_m, gpu.num_sms, gpu.is_nvidia, gpu.can_overlap
+    launch = launcher(
+        _gemm_kernel,
+        call.device,
+        (min(gpu.num_sms, tiles), 1, 1),
+        (M, N, K, whole, *constants),
+        overlap=call.overlap,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
-    def descriptors(columns: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    def descriptors(block: Tensor, out: Tensor, columns: int) -> tuple[TensorDescriptor, TensorDescriptor]:
         """Of the weights and of the output, for tiles of so many columns."""
-        stored = columns if planes == 2 else columns // 2
+        stored = columns if call.gated else columns // 2
         return (
             descriptor(block, [planes, N, K], [N * K, K, 1], [planes, columns, block_k]),
             descriptor(out, [M, N], [N, 1], [block_m, stored]),
         )
 
-    gpu = GPU.of(x.device)
-    tiles = -(-M // block_m) * -(-N // block_n)
-    rest = tiles % gpu.num_sms
-    halved = tiles > gpu.num_sms and 0 < 2 * rest <= gpu.num_sms
-    x_descriptor = descriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k])
-    half_descriptors = descriptors(block_n // 2) if halved else (None, None)
-    whole = tiles - rest if halved else tiles
-    constants = activation, planes == 2, *tile, config.group_m, gpu.num_sms, gpu.is_nvidia, gpu.can_overlap
-    absent = bias is None, gate is None, gate_bias is None
-    launch(
-        _gemm_kernel,
-        (x.dtype, x.get_device(), N, K, absent, halved, constants, config.num_warps, config.num_stages),
-        (min(gpu.num_sms, tiles), 1, 1),
-        (bias, gate_bias),
-        (M, N, K, whole, *constants),
-        descriptors=(x_descriptor, *descriptors(block_n), *half_descriptors),
-        overlap=overlap,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return out
+    def run(x, weight, bias, gate, gate_bias):
+        bind_context(call.device)
+        out, stride = torch.empty((*call.lead, N), dtype=call.dtype, device=call.device), call.stride_xm
+        if stride * x.itemsize % 16 or x.data_ptr() % 16:
+            x, stride = x.clone(memory_format=torch.contiguous_format), K
+        block = weight if gate is None else gate
+        half = descriptors(block, out, block_n // 2) if halved else (None, None)
+        x_descriptor = descriptor(x, [M, K], [stride, 1], [block_m, block_k])
+        launch((bias, gate_bias), (x_descriptor, *descriptors(block, out, block_n), *half))
+        return out
+
+    return run

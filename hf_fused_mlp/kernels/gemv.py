@@ -9,11 +9,10 @@ Launches: 1. Bytes: the weights once; x from L2. Exact products, fp32 sums.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fused_mlp.kernels._common import activate, add_bias, launch
-from hf_fused_mlp.types import GPU, LinearKey, TileConfig, next_power_of_two
+from hf_fused_mlp.kernels._common import Linear, activate, add_bias, launcher
+from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig, next_power_of_two
 
 
 def supports(key: LinearKey) -> str | None:
@@ -87,31 +86,22 @@ def _gemv_kernel(
     tl.store(out_ptr + offs_m[:, None] * N + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_m)
 
 
-def gemv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    activation: str,
-    config: TileConfig,
-    overlap: bool = False,
-) -> Tensor:
-    """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`."""
-    M, N, K = x.shape[0], weight.shape[0], x.shape[1]
-    if M * x.stride(0) >= 2**31:  # offsets in x are 32-bit
-        x = x.contiguous()
-    stride_xm = x.stride(0) if M > 1 else K  # of one row, the stride may be anything
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    constants = K, activation, next_power_of_two(M), config.block_k, GPU.of(x.device).can_overlap
-    absent = bias is None, gate is None, gate_bias is None
-    launch(
+def gemv(call: LinearCall, config: TileConfig) -> Linear:
+    """The launch of the equation above."""
+    shape = *call.lead, call.n
+    constants = call.k, call.activation, next_power_of_two(call.m), config.block_k, GPU.of(call.device).can_overlap
+    launch = launcher(
         _gemv_kernel,
-        (x.dtype, x.get_device(), N, stride_xm, absent, constants, config.num_warps),
-        (N, 1, 1),
-        (x, weight, bias, gate, gate_bias, out),
-        (M, N, stride_xm, *constants),
-        overlap=overlap,
+        call.device,
+        (call.n, 1, 1),
+        (call.m, call.n, call.stride_xm, *constants),
+        overlap=call.overlap,
         num_warps=config.num_warps,
     )
-    return out
+
+    def run(x, weight, bias, gate, gate_bias):
+        out = torch.empty(shape, dtype=call.dtype, device=call.device)
+        launch((x, weight, bias, gate, gate_bias, out))
+        return out
+
+    return run

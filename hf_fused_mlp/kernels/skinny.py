@@ -10,11 +10,10 @@ Launches: 1, or 2 with `split_k`. Bytes: the weights once for every `block_m` to
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fused_mlp.kernels._common import activate, add_bias, launch
-from hf_fused_mlp.types import GPU, LinearKey, TileConfig
+from hf_fused_mlp.kernels._common import Linear, activate, add_bias, launcher
+from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 SUM_BLOCK = 512
 
@@ -127,51 +126,44 @@ def _sum_kernel(
     tl.store(out_ptr + offs[None, :], out.to(out_ptr.dtype.element_ty), mask=mask[None, :])
 
 
-def skinny(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    activation: str,
-    config: TileConfig,
-    overlap: bool = False,
-) -> Tensor:
-    """The equation above for `x` `[M, K]`, contiguous `weight` and `gate` `[N, K]`, biases `[N]`; gives `[M, N]`.
-
-    With a gate, `split_k` is not read.
-    """
-    M, N, K = x.shape[0], weight.shape[0], x.shape[1]
-    if config.block_m * x.stride(0) >= 2**31:  # a tile's offsets are 32-bit
-        x = x.contiguous()
-    stride_xm = x.stride(0) if M > 1 else K  # of one row, the stride may be anything
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    split_k = config.split_k if gate is None else 1
-    can_overlap = GPU.of(x.device).can_overlap
-    sums, sums_bias, sums_activation = out, bias, activation
-    if split_k > 1:
-        sums = torch.empty((split_k, M, N), dtype=torch.float32, device=x.device)
-        sums_bias, sums_activation = None, "identity"
-    constants = sums_activation, config.block_m, config.block_n, config.block_k, split_k, can_overlap
-    absent = sums_bias is None, gate is None, gate_bias is None
-    launch(
+def skinny(call: LinearCall, config: TileConfig) -> Linear:
+    """The launch of the equation above, and where K is split that of the sum; with a gate, `split_k` is not read."""
+    M, N, shape = call.m, call.n, (*call.lead, call.n)
+    split_k = 1 if call.gated else config.split_k
+    can_overlap = GPU.of(call.device).can_overlap
+    activation = call.activation if split_k == 1 else "identity"
+    tile = config.block_m, config.block_n, config.block_k
+    launch = launcher(
         _skinny_kernel,
-        (x.dtype, x.get_device(), N, K, stride_xm, absent, constants, config.num_warps, config.num_stages),
+        call.device,
         (-(-N // config.block_n), -(-M // config.block_m), split_k),
-        (x, weight, sums_bias, gate, gate_bias, sums),
-        (M, N, K, stride_xm, *constants),
-        overlap=overlap,
+        (M, N, call.k, call.stride_xm, activation, *tile, split_k, can_overlap),
+        overlap=call.overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if split_k > 1:
-        launch(
-            _sum_kernel,
-            (x.dtype, x.get_device(), N, bias is None, activation, split_k),
-            (-(-M * N // SUM_BLOCK), 1, 1),
-            (sums, bias, out),
-            (M, N, activation, split_k, SUM_BLOCK, can_overlap),
-            overlap=can_overlap,
-            num_warps=4,
-        )
-    return out
+
+    def run(x, weight, bias, gate, gate_bias):
+        out = torch.empty(shape, dtype=call.dtype, device=call.device)
+        launch((x, weight, bias, gate, gate_bias, out))
+        return out
+
+    if split_k == 1:
+        return run
+    add = launcher(
+        _sum_kernel,
+        call.device,
+        (-(-M * N // SUM_BLOCK), 1, 1),
+        (M, N, call.activation, split_k, SUM_BLOCK, can_overlap),
+        overlap=can_overlap,
+        num_warps=4,
+    )
+
+    def run_split(x, weight, bias, gate, gate_bias):
+        parts = torch.empty((split_k, M, N), dtype=torch.float32, device=call.device)
+        launch((x, weight, None, None, None, parts))
+        out = torch.empty(shape, dtype=call.dtype, device=call.device)
+        add((parts, bias, out))
+        return out
+
+    return run_split

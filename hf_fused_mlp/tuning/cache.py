@@ -6,7 +6,7 @@ A file is read when its GPU is first asked for, and kept for the life of the pro
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,8 +22,9 @@ logger = logging.getLogger("hf_fused_mlp")
 
 SHIPPED = Path(__file__).parent / "plans"
 
-# what dispatch looked up before; here because a new plan must empty it
-remembered: dict[Hashable, Plan] = {}
+# what dispatch found before, and the plans that did not run; here because a new plan must empty them
+remembered: dict[Hashable, Callable] = {}
+unusable: set[Plan] = set()
 
 
 def user_file(gpu: GPU) -> Path:
@@ -83,6 +84,7 @@ def forget() -> None:
     _user_plans.cache_clear()
     _shipped_plans.cache_clear()
     remembered.clear()
+    unusable.clear()
 
 
 @cache

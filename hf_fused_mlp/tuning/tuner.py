@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from hf_fused_mlp.kernels import FAMILIES, linear, run_plan
+from hf_fused_mlp.kernels import FAMILIES, LAUNCHERS, call_of, linear, prepare
 from hf_fused_mlp.reference import linear_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan
@@ -117,17 +117,21 @@ class Launch:
         return linear(x, *self.copies[copy % len(self.copies)], self.key.activation, config)
 
     def calls(self, config: TileConfig) -> Calls:
-        return [lambda copy=copy: self.run(self.x, copy, config) for copy in range(len(self.copies))]
+        weight, _, gate, _ = self.copies[0]
+        run = LAUNCHERS[config.kernel](call_of(self.x, weight, gate is not None, self.key.activation), config)
+        return [partial(run, self.x, *copy) for copy in self.copies]
 
 
 def mlp_calls(up: Launch, down: Launch, plan: Plan) -> Calls:
     """Whole MLPs, one for each copy of the weights of the launch that has more of them."""
 
+    weight, _, gate, _ = up.copies[0]
+    run = prepare(plan, up.x, gate, weight, down.copies[0][0], up.key.activation)
+
     def call(copy: int) -> Tensor:
         weight, bias, gate, gate_bias = up.copies[copy % len(up.copies)]
         down_weight, down_bias, *_ = down.copies[copy % len(down.copies)]
-        operands = gate, weight, down_weight, gate_bias, bias, down_bias
-        return run_plan(plan, up.x, *operands, up.key.activation)
+        return run(up.x, gate, weight, down_weight, gate_bias, bias, down_bias)
 
     return [partial(call, copy) for copy in range(max(len(up.copies), len(down.copies)))]
 
