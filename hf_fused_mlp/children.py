@@ -8,8 +8,12 @@ from types import FunctionType, NoneType
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 _PLAIN_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+# while torch.export traces, fake tensors stand for the parameters
+_PARAMETERS = frozenset((nn.Parameter, FakeTensor))
 
 # of the classes of children, as they were when first seen; some packages patch them for a whole process
 _FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU)}
@@ -33,10 +37,10 @@ def is_plain(linear: nn.Module) -> bool:
     parameters = own["_parameters"]
     weight = parameters.get("weight")
     return (
-        type(weight) is nn.Parameter
+        type(weight) in _PARAMETERS
         and weight.dtype in _PLAIN_DTYPES
         and weight.layout is torch.strided
-        and type(parameters.get("bias")) in (nn.Parameter, NoneType)
+        and (type(bias := parameters.get("bias")) in _PARAMETERS or bias is None)
         and not weight.is_meta
         and len(parameters) == 2
         and not own["_modules"]
@@ -143,7 +147,7 @@ def why_not_plain(linear: nn.Module) -> str:
             "merge or unload the adapter, or pass exclude=[...]"
         )
     weight = linear._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
+    if type(weight) not in _PARAMETERS:
         return (
             f"holds a {type(weight).__name__} as weight, expected nn.Parameter; load without quantization or sharding"
         )

@@ -110,9 +110,10 @@ class FusedMLP:
         return self.mlp_spec.function or find_activation(self._modules[self.mlp_spec.activation])
 
     def _tensors(self) -> Tensors:
-        spec = self.mlp_spec
-        gate, up, down = map(self._parameters_of, (spec.gate, spec.up, spec.down))
-        return *(p.get("weight") for p in (gate, up, down)), *(p.get("bias") for p in (gate, up, down))
+        spec, of = self.mlp_spec, self._parameters_of
+        gate, up, down = of(spec.gate), of(spec.up), of(spec.down)
+        weights = gate.get("weight"), up["weight"], down.get("weight")
+        return *weights, gate.get("bias"), up.get("bias"), down.get("bias")
 
     def repack(self) -> None:
         """Restores the packing that copying or moving the parameters undid."""

@@ -347,7 +347,7 @@ def test_accelerate(offload, order, tmp_path, monkeypatch):
         dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     fuse_model(model, strict=True)
     calls = []
-    monkeypatch.setattr(ops, "mlp", lambda *args, mlp=ops.mlp: calls.append(args) or mlp(*args))
+    monkeypatch.setattr(ops, "mlp_if_fits", lambda *args, mlp=ops.mlp_if_fits: calls.append(args) or mlp(*args))
     torch.testing.assert_close(model(ids).logits, plain(ids).logits)
     assert len(calls) == {"none": 2, "some layers": 1}.get(offload, 0)
     assert [mlp.state for mlp in fusion_report(model).mlps] == ["fused", "fused"]
@@ -375,7 +375,7 @@ def test_a_hook_around_the_module(order, monkeypatch):
             return args, kwargs
 
     calls = []
-    monkeypatch.setattr(ops, "mlp", lambda *args, mlp=ops.mlp: calls.append(args) or mlp(*args))
+    monkeypatch.setattr(ops, "mlp_if_fits", lambda *args, mlp=ops.mlp_if_fits: calls.append(args) or mlp(*args))
     for step, expected in (("hook", 0), ("fuse", 2)) if order == "before" else (("fuse", 2), ("hook", 2)):
         add_hook_to_module(first_mlp(model), Hook()) if step == "hook" else fuse_model(model, strict=True)
         torch.testing.assert_close(model(ids).logits, plain(ids).logits)

@@ -16,11 +16,17 @@ from torch import Tensor, nn
 
 from hf_fused_mlp.cli import results
 from hf_fused_mlp.cli.console import console, fail, note, token_counts
+from hf_fused_mlp.cli.end_to_end import MODELS, MODES, Workload
+from hf_fused_mlp.cli.end_to_end import end_to_end as end_to_end_rows
+from hf_fused_mlp.cli.end_to_end import table as end_to_end_table
+from hf_fused_mlp.cli.host import host as host_rows
+from hf_fused_mlp.cli.host import table as host_table
 from hf_fused_mlp.cli.peers import DEFAULT, IMPLEMENTATIONS, Unavailable, package_versions
 from hf_fused_mlp.cli.results import Header, Row
 from hf_fused_mlp.cli.shapes import SHAPES, Shape, build
 from hf_fused_mlp.cli.tables import candidates_table, markdown_table, speedup_table
 from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.integrations import demo
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
 from hf_fused_mlp.types import MLPKind
 from hf_fused_mlp.validation import inaccuracy
@@ -42,6 +48,18 @@ def bench(
     training: Annotated[
         bool, typer.Option("--training", help="Time forward and backward, and what they keep.")
     ] = False,
+    host: Annotated[bool, typer.Option("--host", help="Time what a call costs the host instead.")] = False,
+    end_to_end: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help=f"Time `generate` of a whole model instead: a directory, hub id or config file, {', '.join(MODELS)} "
+            f"with random weights, or {demo.NAME}.",
+        ),
+    ] = None,
+    mode: Annotated[str, typer.Option(help=f"With --end-to-end: {', '.join(MODES)}.")] = ",".join(MODES),
+    batch: Annotated[str, typer.Option(help="With --end-to-end: requests at once, comma-separated.")] = "1,8,32",
+    prompt: Annotated[str, typer.Option(help="With --end-to-end: tokens a request, comma-separated.")] = "128",
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -63,8 +81,8 @@ def bench(
     shape_names = chosen("shape", shapes, SHAPES)
     impl_names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
     tokens = token_counts(m)
-    if candidates and training:
-        fail("--candidates and --training are two measurements; leave one out")
+    if sum((candidates, training, host, end_to_end is not None)) > 1:
+        fail("--candidates, --training, --host and --end-to-end are measurements of their own; name one")
     if dtype not in ("bfloat16", "float16"):
         fail(f"dtype {dtype!r}: expected bfloat16 or float16")
     if plot is not None:
@@ -74,6 +92,16 @@ def bench(
             from hf_fused_mlp.cli.plots import draw
         except ImportError as error:
             fail(f"--plot needs matplotlib ({error}); pip install 'hf-fused-mlp[bench]'")
+
+    if (host or end_to_end is not None) and not table:
+        workloads = [
+            Workload(name, requests, length)
+            for name in chosen("mode", mode, MODES)
+            for length in token_counts(prompt)
+            for requests in token_counts(batch)
+        ]
+        measure_users_side(end_to_end, workloads, tokens, getattr(torch, dtype), json_file)
+        return
 
     if table is not None:
         header, kept = results.read(table)
@@ -104,6 +132,28 @@ def bench(
         print(*(speedup_table(rows, over) for over in ("eager", "peers")), markdown_table(rows), sep="\n\n")
     if plot is not None:
         draw(plot, header, [row for row in kept if "impl" in row])
+
+
+def measure_users_side(
+    model: str | None, workloads: list[Workload], tokens: list[int], dtype: torch.dtype, json_file: Path | None
+) -> None:
+    """What the user waits for: `generate` of a whole model, or without one the host's time for one MLP."""
+    if not torch.cuda.is_available():
+        fail("bench needs a CUDA GPU, and PyTorch finds none")
+    header, kept = environment([]) | {"timed": "host" if model is None else "end-to-end"}, []
+    if json_file is not None:
+        header, kept = results.resume(json_file, header)
+    if model is None:
+        rows, show, by = host_rows(tokens, dtype, fused_form), host_table, ("kind", "m")
+    else:
+        try:
+            rows = end_to_end_rows(model, workloads, dtype)
+        except (OSError, ValueError) as error:
+            fail(str(error))
+        show, by = end_to_end_table, ("model", "mode", "batch", "prompt")
+    if json_file is not None:
+        results.write(json_file, header, results.replaced(kept, rows, by))
+    print(show(rows))
 
 
 def chosen(what: str, names: str, known: dict[str, Any]) -> list[str]:

@@ -62,6 +62,12 @@ def merged(rows: list[Row], measured: list[Row]) -> list[Row]:
     return sorted([row for row in rows if problem_of(row) not in replaced] + measured, key=place)
 
 
+def replaced(rows: list[Row], measured: list[Row], by: tuple[str, ...]) -> list[Row]:
+    """`rows` but for those of what was `measured`, which follow; `by` are the fields that say what that is."""
+    new = {tuple(row[name] for name in by) for row in measured}
+    return [row for row in rows if tuple(row[name] for name in by) not in new] + measured
+
+
 def write(file: Path, header: Header, rows: list[Row]) -> None:
     """Writes `file` in one step, so that an interrupted run leaves the last whole one."""
     lines = ",\n  ".join(json.dumps(row) for row in rows)

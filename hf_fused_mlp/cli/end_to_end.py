@@ -1,0 +1,158 @@
+"""`hf-fused-mlp bench --end-to-end MODEL`: what `generate` takes for a token, original and fused in turn."""
+
+import copy
+import random
+import statistics
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.progress import track
+from torch.autograd.profiler_util import DeviceType
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hf_fused_mlp.cli.console import console, note
+from hf_fused_mlp.cli.results import Row
+from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.integrations import demo
+
+NEW_TOKENS = 16  # after the first, which is the prefill's
+MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
+
+# whole models of published sizes, made with random weights
+_LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA_3_8B |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 16384}
+_PYTHIA_6_9B = {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32, "num_attention_heads": 32}
+_PYTHIA_6_9B |= {"vocab_size": 50432, "max_position_embeddings": 16384}
+MODELS = {"llama-3-8b": ("llama", _LLAMA_3_8B), "pythia-6.9b": ("gpt_neox", _PYTHIA_6_9B)}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of `prompt` tokens each, `batch` of them at once, in a key of `MODES`."""
+
+    mode: str
+    batch: int
+    prompt: int
+
+
+def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The demo, a key of `MODELS`, a directory or hub id, or for random weights the file of a config."""
+    if name == demo.NAME:
+        return demo.load_demo(dtype=dtype, device_map="cuda:0")
+    if name in MODELS:
+        model_type, sizes = MODELS[name]
+        config = CONFIG_MAPPING[model_type](**sizes)
+    elif name.endswith(".json"):
+        config = AutoConfig.from_pretrained(name)
+    else:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="cuda:0")
+    with torch.device("cuda:0"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def fused_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` fused, sharing parameters and buffers with it."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return fuse_model(copy.deepcopy(model, shared))
+
+
+def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 5) -> list[Row]:
+    """A row for the prefill and one for a token of the decoding of each workload and form of the model."""
+    original = load(name, dtype)
+    models = {"original": original, "fused": fused_twin(original)}
+    rows = []
+    for workload in track(workloads, "measuring", console=console):
+        torch.compiler.reset()  # each size is compiled for itself, and what the last one held is free again
+        for model in models.values():
+            vars(model).pop("_compiled_call", None)
+        torch.cuda.empty_cache()
+        try:
+            rows += measure(name, models, workload, rounds)
+        except torch.OutOfMemoryError:
+            note(f"skipped, since the GPU has no room for it: {workload}")
+    return rows
+
+
+def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, rounds: int) -> list[Row]:
+    """The rows of one workload; the forms take turns in random order, after a round that is not counted."""
+    device, vocabulary = models["original"].device, models["original"].config.vocab_size
+    prompt = torch.randint(vocabulary, (workload.batch, workload.prompt), device=device)
+    calls = {
+        impl: (
+            partial(generate, model, prompt, 1, workload),
+            partial(generate, model, prompt, 1 + NEW_TOKENS, workload),
+        )
+        for impl, model in models.items()
+    }
+    times: dict[str, list[tuple[float, float]]] = {impl: [] for impl in models}
+    order = list(models)
+    for round_ in range(1 + rounds):
+        random.shuffle(order)
+        for impl in order:
+            first, all_ = map(timed_ms, calls[impl])
+            if round_:
+                times[impl].append((first, (all_ - first) / NEW_TOKENS))
+    rows = []
+    for impl, pairs in times.items():
+        first_ms, all_ms = (sum(kernel_times_ms(call)) for call in calls[impl])
+        gpu_ms = first_ms, (all_ms - first_ms) / NEW_TOKENS
+        for phase, tokens, values, busy in zip(
+            ("prefill", "decode"), (workload.prompt, 1), zip(*pairs, strict=True), gpu_ms, strict=True
+        ):
+            cuts, median = statistics.quantiles(values, n=10), statistics.median(values)
+            rows.append(
+                {"model": name, "mode": workload.mode, "phase": phase, "batch": workload.batch}
+                | {"prompt": workload.prompt, "impl": impl, "median_ms": round(median, 3)}
+                | {"p20_ms": round(cuts[1], 3), "p80_ms": round(cuts[7], 3)}
+                | {"tokens_per_s": round(1e3 * workload.batch * tokens / median, 1)}
+                | {"gpu_busy": round(min(1.0, busy / median), 3)}
+            )
+    return rows
+
+
+def generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, workload: Workload) -> torch.Tensor:
+    """Greedy, and never done before `new_tokens`."""
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        **MODES[workload.mode],
+    )
+
+
+def timed_ms(call) -> float:
+    """Milliseconds until a call's work on the GPU is done."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def kernel_times_ms(call) -> list[float]:
+    """How long each kernel and copy of a call ran on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.time_range.elapsed_us() / 1e3 for event in profile.events() if event.device_type == DeviceType.CUDA]
+
+
+def table(rows: list[Row]) -> str:
+    """A line a workload and phase: milliseconds of both forms, and how many times faster fused is."""
+    columns = ("model", "mode", "phase", "batch", "prompt", "original, ms", "fused, ms", "fused, tokens/s", "GPU busy")
+    lines = [f"| {' | '.join(columns)} | fused over original |", "|---|---|---|" + "---:|" * 7]
+    pairs: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        pairs.setdefault(tuple(row[name] for name in columns[:5]), {})[row["impl"]] = row
+    for workload, forms in pairs.items():
+        original, fused = forms["original"], forms["fused"]
+        cells = [f"{form['median_ms']:.2f}" for form in (original, fused)]
+        cells += [f"{fused['tokens_per_s']:.0f}", f"{fused['gpu_busy']:.0%}"]
+        cells.append(f"{original['median_ms'] / fused['median_ms']:.2f}x")
+        lines.append(f"| {' | '.join(map(str, (*workload, *cells)))} |")
+    return "\n".join(lines)

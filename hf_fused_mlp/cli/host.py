@@ -1,0 +1,60 @@
+"""`hf-fused-mlp bench --host`: what a call of one MLP costs Python and the driver, whatever the GPU then does."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from hf_fused_mlp.cli.results import Row
+from hf_fused_mlp.cli.shapes import Shape, build
+
+CALLS = 100  # few enough that the GPU's queue never is full
+SMALL = (
+    Shape("gated", "llama.LlamaMLP", 576, 1536, "silu"),
+    Shape("packed", "phi3.Phi3MLP", 576, 1536, "silu"),
+    Shape("plain", "gpt_neox.GPTNeoXMLP", 576, 1536, "gelu"),
+)
+
+
+@torch.no_grad()
+def host(tokens: list[int], dtype: torch.dtype, fuse: Callable, rounds: int = 30) -> list[Row]:
+    """Microseconds of the host for a call of the original and of the fused module, sizes at which the GPU keeps up."""
+    rows = []
+    for shape in SMALL:
+        original = build(shape, dtype)
+        forms = {"original": original, "fused": fuse(original)}
+        for m in tokens:
+            x = torch.randn(1, m, shape.hidden, device=next(original.parameters()).device, dtype=dtype)
+            times: dict[str, list[float]] = {impl: [] for impl in forms}
+            for round_ in range(1 + rounds):
+                for impl in random.sample(list(forms), 2):
+                    us = host_us(forms[impl], x)
+                    if round_:
+                        times[impl].append(us)
+            rows += [
+                {"kind": shape.name, "m": m, "impl": impl, "host_us": round(statistics.median(values), 2)}
+                for impl, values in times.items()
+            ]
+    return rows
+
+
+def host_us(module: torch.nn.Module, x: torch.Tensor) -> float:
+    """Microseconds a call, until it returns."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        module(x)
+    return (time.perf_counter() - start) / CALLS * 1e6
+
+
+def table(rows: list[Row]) -> str:
+    """A line a kind and token count."""
+    lines = ["| kind | M | original, us | fused, us | fused / original |", "|---|---:|---:|---:|---:|"]
+    us = {(row["kind"], row["m"], row["impl"]): row["host_us"] for row in rows}
+    for kind, m, impl in us:
+        if impl == "original":
+            original, fused = us[kind, m, "original"], us[kind, m, "fused"]
+            lines.append(f"| {kind} | {m} | {original:.1f} | {fused:.1f} | {fused / original:.2f} |")
+    return "\n".join(lines)

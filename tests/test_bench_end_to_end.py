@@ -1,0 +1,107 @@
+"""`bench --end-to-end` and `bench --host`: what is timed, and what is written of it."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from models import tiny_model
+from typer.testing import CliRunner
+
+from hf_fused_mlp.cli import app, end_to_end, host
+from hf_fused_mlp.cli.end_to_end import NEW_TOKENS, Workload
+from hf_fused_mlp.modules import FusedMLP
+
+bench = importlib.import_module("hf_fused_mlp.cli.bench")
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    """Milliseconds by the number of new tokens and the form, in place of a clock; half of them on the GPU."""
+    generated = []
+
+    def timed_ms(call):
+        model, prompt, count, _ = call.args
+        generated.append(call().shape[1] - prompt.shape[1])
+        fused = any(isinstance(module, FusedMLP) for module in model.modules())
+        return (50.0 + 10.0 * (count - 1)) * (0.5 if fused else 1.0)
+
+    monkeypatch.setattr(end_to_end, "timed_ms", timed_ms)
+    monkeypatch.setattr(end_to_end, "kernel_times_ms", lambda call: [timed_ms(call) / 4, timed_ms(call) / 4])
+    monkeypatch.setattr(end_to_end, "load", lambda name, dtype: tiny_model(name, dtype))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench, "environment", lambda names: {"device": "a GPU"})
+    return generated
+
+
+def test_rows(no_gpu_needed):
+    rows = end_to_end.end_to_end("llama", [Workload("eager", 2, 5)], torch.float32, rounds=2)
+    common = {"model": "llama", "mode": "eager", "batch": 2, "prompt": 5}
+    prefill = {"phase": "prefill", "median_ms": 50.0, "p20_ms": 50.0, "p80_ms": 50.0}
+    decode = {"phase": "decode", "median_ms": 10.0, "p20_ms": 10.0, "p80_ms": 10.0}
+    assert rows == [
+        common | {"impl": "original"} | prefill | {"tokens_per_s": 200.0, "gpu_busy": 0.5},
+        common | {"impl": "original"} | decode | {"tokens_per_s": 200.0, "gpu_busy": 0.5},
+        common | {"impl": "fused"} | {key: value / 2 if key[-1] == "s" else value for key, value in prefill.items()}
+        | {"tokens_per_s": 400.0, "gpu_busy": 0.5},
+        common | {"impl": "fused"} | {key: value / 2 if key[-1] == "s" else value for key, value in decode.items()}
+        | {"tokens_per_s": 400.0, "gpu_busy": 0.5},
+    ]  # fmt: skip
+    assert set(no_gpu_needed) == {1, 1 + NEW_TOKENS}
+    assert end_to_end.table(rows).splitlines()[2:] == [
+        "| llama | eager | prefill | 2 | 5 | 50.00 | 25.00 | 400 | 50% | 2.00x |",
+        "| llama | eager | decode | 2 | 5 | 10.00 | 5.00 | 400 | 50% | 2.00x |",
+    ]
+
+
+def test_the_twin_shares_everything():
+    model = tiny_model()
+    twin = end_to_end.fused_twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert [type(layer.mlp).__name__ for layer in (*model.model.layers, *twin.model.layers)] == (
+        ["LlamaMLP"] * 2 + ["FusedLlamaMLP"] * 2
+    )
+
+
+def test_command(no_gpu_needed, tmp_path):
+    file = tmp_path / "run.json"
+    args = ["bench", "--json", str(file), "--batch", "1,2", "--prompt", "3,4", "--end-to-end"]
+    result = CliRunner().invoke(app, [*args, "llama"])
+    assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(app, [*args, "gpt_neox", "--mode", "eager", "--dtype", "float16"]).exit_code == 0
+    assert CliRunner().invoke(app, [*args, "gpt_neox", "--mode", "eager"]).exit_code == 0
+    run = json.loads(file.read_text())
+    workloads = [(row["model"], row["mode"], row["batch"], row["prompt"]) for row in run["rows"]]
+    assert len(workloads) == 4 * len(set(workloads)) == 4 * 12
+    assert run["timed"] == "end-to-end"
+    result = CliRunner().invoke(app, ["bench", "--json", str(file), "--host"])
+    assert result.exit_code == 2
+    assert "timed end-to-end, here host" in result.output
+    result = CliRunner().invoke(app, [*args, "llama", "--mode", "lazy"])
+    assert "unknown mode 'lazy'" in result.output
+    assert "name one" in CliRunner().invoke(app, [*args, "llama", "--host"]).output
+
+
+def test_host_time(no_gpu_needed, monkeypatch):
+    build = host.build
+    monkeypatch.setattr(host, "build", lambda shape, dtype: build(shape, dtype, "cpu"))
+    rows = host.host([1], torch.float32, bench.fused_form, rounds=1)
+    assert [(row["kind"], row["impl"]) for row in rows] == [
+        (kind, impl) for kind in ("gated", "packed", "plain") for impl in ("original", "fused")
+    ]
+    assert all(row["host_us"] > 0 for row in rows)
+    assert len(host.table(rows).splitlines()) == 5
+
+
+@pytest.mark.gpu
+def test_for_real(tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "load", lambda name, dtype: tiny_model(name, dtype).cuda())
+    args = ["bench", "--end-to-end", "llama", "--batch", "2", "--prompt", "9"]
+    assert CliRunner().invoke(app, [*args, "--json", str(tmp_path / "run.json")]).exit_code == 0
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert len(rows) == 8
+    assert all(row["median_ms"] > 0 and 0 < row["gpu_busy"] <= 1 for row in rows)
+    result = CliRunner().invoke(app, ["bench", "--host", "--m", "1", "--json", str(tmp_path / "host.json")])
+    assert result.exit_code == 0, result.output
+    assert "| plain | 1 |" in result.output

@@ -1,0 +1,174 @@
+"""A fused model where it is served: compiled, in CUDA graphs, batched continuously, in streams and threads."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from models import as_on_gpu, tiny_model, token_ids
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import CompileConfig, GenerationConfig
+
+from hf_fused_mlp import fuse_model
+
+DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+TYPES = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
+
+
+@pytest.fixture
+def models(where, monkeypatch, request):
+    """The original and the fused model, in fp32, by model type."""
+    if where == "cpu":
+        as_on_gpu(monkeypatch)
+    torch.compiler.reset()
+
+    def make(model_type="llama", **changes):
+        return tiny_model(model_type, **changes).to(where), fuse_model(
+            tiny_model(model_type, **changes).to(where), strict=True
+        )
+
+    return make
+
+
+def new_tokens(model, ids, count=12, **options):
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **options)
+    return out[:, ids.shape[1] :].tolist()
+
+
+@DEVICES
+@TYPES
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}],
+    ids=["beams", "static", "lookup"],
+)
+@torch.no_grad()
+def test_ways_to_generate(where, model_type, options, models):
+    original, fused = models(model_type)
+    ids = token_ids(1, 7).to(where)
+    assert new_tokens(fused, ids, **options) == new_tokens(original, ids, **options)
+
+
+@DEVICES
+@torch.no_grad()
+def test_assisted_decoding(where, models):
+    """The assistant is fused too: two fused models in one process."""
+    original, fused = models()
+    _, assistant = models(num_hidden_layers=1)
+    ids = token_ids(1, 7).to(where)
+    assert new_tokens(fused, ids, assistant_model=assistant) == new_tokens(original, ids)
+
+
+@DEVICES
+@torch.no_grad()
+def test_continuous_batching(where, models):
+    original, fused = models()
+    prompts = [token_ids(1, length)[0].tolist() for length in (3, 9, 17)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    answers = []
+    for model in (original, fused):
+        outputs = model.generate_batch(inputs=prompts, generation_config=config)
+        answers.append(sorted((tuple(out.prompt_ids), tuple(out.generated_tokens)) for out in outputs.values()))
+    assert len(answers[0]) == 3
+    assert answers[0] == answers[1]
+
+
+@DEVICES
+@TYPES
+@torch.no_grad()
+def test_token_counts_do_not_recompile(where, model_type, models):
+    """At most three compilations for 1 to 4096 tokens, none of them broken."""
+    original, fused = models(model_type, max_position_embeddings=4096)
+    counter = CompileCounterWithBackend("eager")
+    mlp = torch.compile(fused.get_submodule(mlp_name(fused)), backend=counter, fullgraph=True)
+    expected = original.get_submodule(mlp_name(original))
+    for m in (7, 1, 2, 3, 16, 100, 129, 1000, 4096):
+        x = torch.randn(1, m, 64, device=where)
+        torch.testing.assert_close(mlp(x), expected(x), atol=1e-5, rtol=1e-4)
+    assert 1 <= counter.frame_count <= 3
+    assert all("hf_fused_mlp.mlp" in graph.code for graph in counter.graphs)
+
+
+def mlp_name(model):
+    return next(name for name, _ in model.named_modules() if name.endswith(".mlp"))
+
+
+@DEVICES
+@torch.no_grad()
+def test_a_fused_model_is_exported(where, models):
+    original, fused = models()
+    ids = token_ids(1, 8).to(where)
+    program = torch.export.export(fused, (ids,), {"use_cache": False}, strict=False)
+    torch.testing.assert_close(program.module()(ids, use_cache=False).logits, original(ids).logits)
+    assert program.graph_module.code.count("hf_fused_mlp.mlp") == 2
+
+
+@pytest.mark.gpu
+@TYPES
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("where", ["cuda"])
+@torch.no_grad()
+def test_compiled_generation(where, model_type, mode, models):
+    """What a server would run; weights are neither copied into graphs nor compiled anew from call to call."""
+    original, fused = models(model_type)
+    ids = token_ids(2, 7).to(where)
+    compiled = {"cache_implementation": "static", "compile_config": CompileConfig(mode=mode, fullgraph=True)}
+    expected = new_tokens(original, ids)
+    assert new_tokens(fused, ids, **compiled) == expected
+    counts = dict(torch._dynamo.utils.counters["stats"])
+    assert new_tokens(fused, ids, **compiled) == expected
+    assert dict(torch._dynamo.utils.counters["stats"]) == counts
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_take_no_copy_of_the_weights():
+    """Under reduce-overhead the packed weights, 100 MB here, stay where they are."""
+    from models import real_mlp
+
+    path = "transformers.models.llama.modeling_llama.LlamaMLP"
+    mlp = real_mlp(path, torch.bfloat16, "cuda", hidden_size=2048, intermediate_size=8192)
+    fused = fuse_model(torch.nn.ModuleList([mlp]), strict=True)[0]
+    compiled, x = torch.compile(fused, mode="reduce-overhead", fullgraph=True), torch.randn(1, 2048, device="cuda")
+    x, expected = x.bfloat16(), fused(x.bfloat16())
+    before = torch.cuda.memory_allocated()
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert torch.equal(compiled(x), expected)
+    assert torch.cuda.memory_allocated() - before < 20e6
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_streams_and_threads():
+    """Several models at once, each in a thread and a stream of its own, give what they give alone."""
+    models = [fuse_model(tiny_model(name).cuda(), strict=True) for name in ("llama", "phi3", "gpt_neox", "llama")]
+    ids = [token_ids(1, 5 + i).cuda() for i in range(len(models))]
+    expected = [new_tokens(model, tokens, 16) for model, tokens in zip(models, ids, strict=True)]
+    answers = {}
+
+    def serve(i):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            answers[i] = [new_tokens(models[i], ids[i], 16) for _ in range(5)]
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[i] for i in range(len(models))] == [[answer] * 5 for answer in expected]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_thousand_calls_take_no_more_memory():
+    model = fuse_model(tiny_model().cuda(), strict=True)
+    for i in range(1000):
+        new_tokens(model, token_ids(1, 1 + i % 50).cuda(), 2)
+        if i == 100:
+            gc.collect()
+            before = torch.cuda.memory_allocated()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
