@@ -8,7 +8,7 @@ import torch
 from models import tiny_model
 from typer.testing import CliRunner
 
-from hf_fused_mlp.cli import app, end_to_end, host
+from hf_fused_mlp.cli import app, end_to_end, host, results
 from hf_fused_mlp.cli.end_to_end import NEW_TOKENS, Workload
 from hf_fused_mlp.modules import FusedMLP
 
@@ -31,12 +31,12 @@ def no_gpu_needed(monkeypatch):
     monkeypatch.setattr(end_to_end, "load", lambda name, dtype: tiny_model(name, dtype))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench, "environment", lambda names: {"device": "a GPU"})
+    monkeypatch.setattr(bench, "environment", lambda names: dict.fromkeys(results.SAME, "this"))
     return generated
 
 
 def test_rows(no_gpu_needed):
-    rows = end_to_end.end_to_end("llama", [Workload("eager", 2, 5)], torch.float32, rounds=2)
+    (rows,) = end_to_end.end_to_end("llama", [Workload("eager", 2, 5)], torch.float32, rounds=2)
     common = {"model": "llama", "mode": "eager", "batch": 2, "prompt": 5}
     prefill = {"phase": "prefill", "median_ms": 50.0, "p20_ms": 50.0, "p80_ms": 50.0}
     decode = {"phase": "decode", "median_ms": 10.0, "p20_ms": 10.0, "p80_ms": 10.0}
@@ -86,7 +86,7 @@ def test_command(no_gpu_needed, tmp_path):
 def test_host_time(no_gpu_needed, monkeypatch):
     build = host.build
     monkeypatch.setattr(host, "build", lambda shape, dtype: build(shape, dtype, "cpu"))
-    rows = host.host([1], torch.float32, bench.fused_form, rounds=1)
+    rows = [row for rows in host.host([1], torch.float32, bench.fused_form, rounds=1) for row in rows]
     assert [(row["kind"], row["impl"]) for row in rows] == [
         (kind, impl) for kind in ("gated", "packed", "plain") for impl in ("original", "fused")
     ]

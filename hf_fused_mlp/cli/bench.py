@@ -144,15 +144,18 @@ def measure_users_side(
     if json_file is not None:
         header, kept = results.resume(json_file, header)
     if model is None:
-        rows, show, by = host_rows(tokens, dtype, fused_form), host_table, ("kind", "m")
+        measured, show, by = host_rows(tokens, dtype, fused_form), host_table, ("kind", "m")
     else:
-        try:
-            rows = end_to_end_rows(model, workloads, dtype)
-        except (OSError, ValueError) as error:
-            fail(str(error))
-        show, by = end_to_end_table, ("model", "mode", "batch", "prompt")
-    if json_file is not None:
-        results.write(json_file, header, results.replaced(kept, rows, by))
+        measured, show = end_to_end_rows(model, workloads, dtype), end_to_end_table
+        by = "model", "mode", "batch", "prompt"
+    rows = []
+    try:
+        for some in measured:
+            rows += some
+            if json_file is not None:
+                results.write(json_file, header, results.replaced(kept, rows, by))
+    except (OSError, ValueError) as error:  # no such model, or not one that Transformers can load
+        fail(str(error))
     print(show(rows))
 
 

@@ -4,6 +4,7 @@ import copy
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,21 +59,19 @@ def fused_twin(model: PreTrainedModel) -> PreTrainedModel:
     return fuse_model(copy.deepcopy(model, shared))
 
 
-def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 5) -> list[Row]:
-    """A row for the prefill and one for a token of the decoding of each workload and form of the model."""
+def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 5) -> Iterator[list[Row]]:
+    """For each workload, a row for the prefill and one for a token of the decoding, of each form of the model."""
     original = load(name, dtype)
     models = {"original": original, "fused": fused_twin(original)}
-    rows = []
     for workload in track(workloads, "measuring", console=console):
         torch.compiler.reset()  # each size is compiled for itself, and what the last one held is free again
         for model in models.values():
             vars(model).pop("_compiled_call", None)
         torch.cuda.empty_cache()
         try:
-            rows += measure(name, models, workload, rounds)
+            yield measure(name, models, workload, rounds)
         except torch.OutOfMemoryError:
             note(f"skipped, since the GPU has no room for it: {workload}")
-    return rows
 
 
 def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, rounds: int) -> list[Row]:

@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -19,9 +19,8 @@ SMALL = (
 
 
 @torch.no_grad()
-def host(tokens: list[int], dtype: torch.dtype, fuse: Callable, rounds: int = 30) -> list[Row]:
+def host(tokens: list[int], dtype: torch.dtype, fuse: Callable, rounds: int = 30) -> Iterator[list[Row]]:
     """Microseconds of the host for a call of the original and of the fused module, sizes at which the GPU keeps up."""
-    rows = []
     for shape in SMALL:
         original = build(shape, dtype)
         forms = {"original": original, "fused": fuse(original)}
@@ -33,11 +32,10 @@ def host(tokens: list[int], dtype: torch.dtype, fuse: Callable, rounds: int = 30
                     us = host_us(forms[impl], x)
                     if round_:
                         times[impl].append(us)
-            rows += [
+            yield [
                 {"kind": shape.name, "m": m, "impl": impl, "host_us": round(statistics.median(values), 2)}
                 for impl, values in times.items()
             ]
-    return rows
 
 
 def host_us(module: torch.nn.Module, x: torch.Tensor) -> float:
