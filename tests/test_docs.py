@@ -51,15 +51,18 @@ def namespace(tmp_path, registry):
     return {"path": tmp_path, "model": model, "__name__": "page"}
 
 
+def run(code, file, namespace):
+    """Executes `code` from a file, since a forward is read from its source."""
+    file.write_text(code)
+    exec(compile(code, file, "exec"), namespace)
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_code_runs(page, namespace, tmp_path, capsys):
     for number, block in enumerate(blocks(page, "python")):
         if "from peft" in block:
             pytest.importorskip("peft")
-        # a file of its own, since a forward is read from its source
-        file = tmp_path / f"{page.stem}_{number}.py"
-        file.write_text(block)
-        exec(compile(block, file, "exec"), namespace)
+        run(block, tmp_path / f"{page.stem}_{number}.py", namespace)
     if page.name == "README.md":
         assert "2 of 2 MLPs are fused" in capsys.readouterr().out
         assert [isinstance(layer.mlp, FusedMLP) for layer in namespace["model"].model.layers] == [False, True]
@@ -184,9 +187,10 @@ def test_messages_in_the_source_are_documented(module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebook_code_runs(notebook):
+def test_notebook_code_runs(notebook, tmp_path, registry, monkeypatch):
+    monkeypatch.chdir(notebook.parent)  # where Jupyter runs it
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     namespace = {"__name__": "notebook"}
-    for cell in cells:
+    for number, cell in enumerate(cells):
         assert cell["outputs"] or cell is cells[0], "the outputs are committed"
-        exec(compile("".join(cell["source"]), notebook.name, "exec"), namespace)
+        run("".join(cell["source"]), tmp_path / f"cell_{number}.py", namespace)
