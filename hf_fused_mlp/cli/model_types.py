@@ -22,6 +22,7 @@ LACKING: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl_text": {"head_dim": 128},
+    "idefics3": {"pad_token_id": 0},  # in Transformers 5.17
     "lfm2_moe": {"layer_types": ["full_attention"] * 32},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
