@@ -4,6 +4,7 @@ The class alone does not tell. Quantizers keep `nn.Linear` and change what is in
 put something around it.
 """
 
+from collections.abc import Callable, Mapping
 from types import FunctionType, NoneType
 
 import torch
@@ -16,7 +17,9 @@ _PLAIN_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.f
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
 
 # of the classes of children, as they were when first seen; some packages patch them for a whole process
-_FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU)}
+_FORWARDS: dict[type[nn.Module], Callable] = {
+    cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU)
+}
 
 
 def class_path(cls: type) -> str:
@@ -82,7 +85,7 @@ def _is_float_shard(parameter: nn.Parameter) -> bool:
     return placed == ["S(0)"] and type(local) is torch.Tensor and local.dtype in _PLAIN_DTYPES and not local.is_meta
 
 
-def local_tensors(linear: nn.Linear) -> dict[str, torch.Tensor | None]:
+def local_tensors(linear: nn.Linear) -> Mapping[str, torch.Tensor | None]:
     """Weight and bias of a plain projection, or of a shard what this process has of them."""
     parameters = linear._parameters
     if type(parameters.get("weight")) is nn.Parameter:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from hf_fused_mlp.modules import FusedMLP, fuse_module, unfuse_module
 from hf_fused_mlp.registry import find_spec, looks_like_mlp, reject_reason, row_of
 
 logger = logging.getLogger("hf_fused_mlp")
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class FusionReport:
         return "\n".join(lines)
 
 
-def fuse_model(model: nn.Module, strict: bool = False, exclude: Iterable[str] = ()) -> nn.Module:
+def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = ()) -> M:
     """Gives every MLP that is known for one a forward of fused kernels, in place, and logs what was skipped and why.
 
     Parameter names, `state_dict`, `save_pretrained` and `generate` stay as they were. Fusing again fuses what is not
@@ -94,7 +97,7 @@ def fuse_model(model: nn.Module, strict: bool = False, exclude: Iterable[str] = 
     return model
 
 
-def unfuse_model(model: nn.Module) -> nn.Module:
+def unfuse_model(model: M) -> M:
     """Undoes `fuse_model` in place, bit for bit; every parameter owns its memory again. Returns `model`."""
     for module in model.modules():
         if isinstance(module, FusedMLP):
@@ -167,16 +170,16 @@ def _require_fusable(report: FusionReport) -> None:
 
 def _fuse_all(model: nn.Module, names: list[str]) -> None:
     """Fuses the named modules, all or none."""
-    done = []
+    done: list[Any] = []
     try:
         for name in names:
             module = model.get_submodule(name)
             if not isinstance(module, FusedMLP):  # another thread was faster
-                fuse_module(module, find_spec(module))
-                done.append(name)
+                fuse_module(module, find_spec(module))  # type: ignore[arg-type]  # fusable, so it has a spec
+                done.append(module)
     except BaseException:
-        for name in done:
-            unfuse_module(model.get_submodule(name))
+        for module in done:
+            unfuse_module(module)
         raise
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +66,8 @@ class Function:
 
 @dataclass(frozen=True)
 class Product:
-    left: object
-    right: object
+    left: Any
+    right: Any
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,10 @@ def recognise(module: nn.Module) -> MLPSpec | None:
     if not usual or cls.__call__ is not nn.Module.__call__ or type(cls.forward) is not FunctionType:
         return None
     sequence: tuple[str, ...] = ()
-    if cls.forward is SEQUENTIAL_FORWARD and cls.__iter__ is nn.Sequential.__iter__:
+    equation: object = INPUT
+    if cls.forward is SEQUENTIAL_FORWARD and getattr(cls, "__iter__", None) is nn.Sequential.__iter__:
         sequence = tuple(module._modules)
-        equation = reduce(lambda of, name: Call(name, of), sequence, INPUT)
+        equation = reduce(lambda of, name: Call(name, of), sequence, equation)
     else:
         equation = equation_of(cls.forward)
     if equation is None:
@@ -160,7 +162,7 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     return None if hidden else module._modules.get(name)
 
 
-def _simplified(equation: object, module: nn.Module, removed: list[Call | Cast | Dropout]) -> object:
+def _simplified(equation: Any, module: nn.Module, removed: list[Call | Cast | Dropout]) -> object:
     """`equation` without the steps that do nothing to `module` in evaluation mode; they are added to `removed`."""
     match equation:
         case Product(left, right):
@@ -172,12 +174,12 @@ def _simplified(equation: object, module: nn.Module, removed: list[Call | Cast |
             inner = _simplified(of, module, removed)
             removed.append(equation)
             return inner
-        case Call(name, of) | Function(name, of) | Half(name, of):
-            return type(equation)(name, _simplified(of, module, removed))
+        case Call(_, of) | Function(_, of) | Half(_, of):
+            return replace(equation, of=_simplified(of, module, removed))
     return equation
 
 
-def _match(equation: object, module: nn.Module, dropped: tuple[str, ...]) -> MLPSpec | None:
+def _match(equation: Any, module: nn.Module, dropped: tuple[str, ...]) -> MLPSpec | None:
     match equation:
         case Call(down, Product(left, right)):
             for gate, up in ((left, right), (right, left)):
@@ -299,7 +301,7 @@ class _Reader:
                     return Function(activation, self.evaluate(argument))
         raise Unreadable
 
-    def half(self, node: ast.expr, index: int) -> Half:
+    def half(self, node: ast.expr, index: Any) -> Half:
         match self.evaluate(node):
             case Chunks(of):
                 return Half(index, of)

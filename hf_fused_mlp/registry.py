@@ -7,6 +7,7 @@ What a module computes is stated by the row of exactly its class, if there is on
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -130,9 +131,9 @@ def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | 
     """
     # the compiler of torch 2.11 misreads functions of classes; what it traces was checked when it was fused
     if not torch.compiler.is_compiling() and cls.forward is not forward:
-        forward = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
+        path = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
         return (
-            f"the forward of {cls.__name__} was replaced by {forward}; undo the patch, or, if it computes the same, "
+            f"the forward of {cls.__name__} was replaced by {path}; undo the patch, or, if it computes the same, "
             f"call register_mlp({cls.__name__}, MLPSpec(...))"
         )
     if has_own_forward(module):
@@ -195,7 +196,7 @@ def fits(spec: MLPSpec, *shapes: torch.Size) -> bool:
     return first[0] == up and all(up[0] == halves * down[1] for down in shapes[len(first) :])
 
 
-def _mismatch(linears: dict[str, nn.Linear], spec: MLPSpec) -> str | None:
+def _mismatch(linears: dict[str, Any], spec: MLPSpec) -> str | None:
     """In which dtype, device or shape the projections do not go together, or None if they do."""
     tensors = {
         f"{name}.{kind}": tensor

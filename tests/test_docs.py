@@ -1,32 +1,91 @@
-"""The documentation: its code runs, its tables are the measurements, its links lead somewhere."""
+"""The documentation: its code runs, its tables are the measurements, its links and its messages are real."""
 
+import ast
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 from models import tiny_model
 
+import hf_fused_mlp
+from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.results import read
 from hf_fused_mlp.cli.tables import markdown_table, speedup_table
 from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.registry import MLP_SPECS
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(hf_fused_mlp.__file__).parent
 BENCHMARKS = ROOT / "docs/benchmarks"
 GPUS = ("h100", "h200")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_code_runs(tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path)
-    namespace = {"path": tmp_path, "__name__": "readme"}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert "2 of 2 MLPs are fused" in capsys.readouterr().out
-    layers = namespace["model"].model.layers
-    assert [isinstance(layer.mlp, FusedMLP) for layer in layers] == [False, True]
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+WITH_COMMANDS = [page for page in PAGES if "hf-fused-mlp" in "".join(blocks(page, "console"))]
+
+
+@pytest.fixture
+def registry():
+    """What a page registers is forgotten."""
+    rows = dict(MLP_SPECS)
+    yield
+    MLP_SPECS.clear()
+    MLP_SPECS.update(rows)
+
+
+@pytest.fixture
+def namespace(tmp_path, registry):
+    """What a page's code finds: `path`, where a model lies, and that `model`."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    return {"path": tmp_path, "model": model, "__name__": "page"}
+
+
+def run(code, file, namespace):
+    """Executes `code` from a file, since a forward is read from its source."""
+    file.write_text(code)
+    exec(compile(code, file, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_code_runs(page, namespace, tmp_path, capsys):
+    for number, block in enumerate(blocks(page, "python")):
+        if "from peft" in block:
+            pytest.importorskip("peft")
+        run(block, tmp_path / f"{page.stem}_{number}.py", namespace)
+    if page.name == "README.md":
+        assert "2 of 2 MLPs are fused" in capsys.readouterr().out
+        assert [isinstance(layer.mlp, FusedMLP) for layer in namespace["model"].model.layers] == [False, True]
+
+
+def test_all_code_is_of_a_known_language():
+    """A fence that no test knows would be code that does not run."""
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
+        assert set(fences[::2]) <= {"python", "console", "text", "mermaid"}, page.name
+        assert set(fences[1::2]) <= {""}, page.name
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+def test_commands_parse(page):
+    """Every `hf-fused-mlp` command, with its options and the types of their values; none is run."""
+    commands = typer.main.get_command(app).commands
+    lines = "".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
+    lines = [line for line in lines if line.startswith("hf-fused-mlp")]
+    assert lines
+    for line in lines:
+        _, name, *arguments = shlex.split(line.partition(" > ")[0], comments=True)
+        commands[name].make_context(name, arguments)
 
 
 def test_performance_tables_are_the_json():
@@ -62,10 +121,76 @@ def test_links(page):
 
 
 @pytest.mark.slow
+def test_site_builds_without_warnings(tmp_path):
+    """`make docs`, which also follows the links between pages down to their anchors."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / "reference/index.html").read_text()
+    missing = [name for name in hf_fused_mlp.__all__ if f".{name}" not in reference]
+    assert missing == ["__version__"]
+
+
+# whose messages are all on the page; the other modules of cli are about what they say themselves
+DOCUMENTED = (
+    *("fuse", "registry", "children", "modules", "types", "ops", "dispatch", "integrations/transformers"),
+    *("integrations/demo", "tuning/cache", "tuning/tuner"),
+    *("cli/bench", "cli/console", "cli/list", "cli/results", "cli/run", "cli/tune", "cli/model_types"),
+)
+
+
+def template(node):
+    """The text of a string in code, `…` for what is filled in; empty for any other expression."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value.replace("%s", "…")
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(part) or "…" for part in node.values)
+    return ""
+
+
+def said(tree):
+    """What `raise`, `fail`, `logger.warning` and `return` say in `tree`, if it has words."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Raise(ast.Call(_, [message, *_])) | ast.Return(message):
+                pass
+            case ast.Call(ast.Name("fail"), [message]) | ast.Call(ast.Attribute(_, "warning"), [message, *_]):
+                pass
+            case _:
+                continue
+        for part in message.elts if isinstance(message, ast.Tuple) else [message]:
+            if re.search(r"[a-z]{2,} ", template(part)):
+                yield template(part)
+
+
+def documented():
+    """The messages of the page: what is between backticks in a first column."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    return re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+
+
+def test_documented_messages_are_in_the_source():
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    templates = [text for tree in trees for node in ast.walk(tree) if (text := template(node))]
+    messages = documented()
+    assert len(messages) == len(set(messages)) > 50
+    assert [message for message in messages if not any(message in text for text in templates)] == []
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_messages_in_the_source_are_documented(module):
+    messages = documented()
+    texts = set(said(ast.parse((PACKAGE / f"{module}.py").read_text())))
+    assert [text for text in texts if not any(message in text for message in messages)] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebook_code_runs(notebook):
+def test_notebook_code_runs(notebook, tmp_path, registry, monkeypatch):
+    monkeypatch.chdir(notebook.parent)  # where Jupyter runs it
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     namespace = {"__name__": "notebook"}
-    for cell in cells:
+    for number, cell in enumerate(cells):
         assert cell["outputs"] or cell is cells[0], "the outputs are committed"
-        exec(compile("".join(cell["source"]), notebook.name, "exec"), namespace)
+        run("".join(cell["source"]), tmp_path / f"cell_{number}.py", namespace)

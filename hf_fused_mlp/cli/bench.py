@@ -112,14 +112,14 @@ def bench(
         header, kept, rows = environment(impl_names) | {"timed": timed}, [], []
         if json_file is not None:
             header, kept = results.resume(json_file, header)
-        time_one = {
+        measures: dict[str, Callable[[Shape, int, torch.dtype], list[Row]]] = {
             "candidates": measure_candidates,
             "training": partial(measure_training, names=impl_names),
             "forward": partial(measure, names=impl_names),
-        }[timed]
+        }
         problems = [(SHAPES[name], count) for name in shape_names for count in tokens]
         for shape, count in track(problems, "measuring", console=console):
-            measured = time_one(shape, count, getattr(torch, dtype))
+            measured = measures[timed](shape, count, getattr(torch, dtype))
             rows += measured
             kept = results.merged(kept, measured)
             if json_file is not None:
@@ -249,7 +249,7 @@ def peak_mb(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def fused_form(eager: nn.Module) -> nn.Module:
+def fused_form(eager: nn.Module) -> Any:
     """`eager` fused, sharing its parameters, which are packed for both."""
     return fuse_model(copy.deepcopy(eager, {id(p): p for p in eager.parameters()}), strict=True)
 
@@ -269,8 +269,8 @@ def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, prob
             if x.is_cuda and len(x) <= GRAPHS_UP_TO and not x.requires_grad:
                 with torch.cuda.graph(torch.cuda.CUDAGraph()):
                     call()
-        except Unavailable as reason:
-            note(f"{name}: {reason}")
+        except Unavailable as error:
+            note(f"{name}: {error}")
             continue
         except Exception as error:
             if implementation.role != "peer":
@@ -293,7 +293,7 @@ def measure_candidates(shape: Shape, m: int, dtype: torch.dtype) -> list[Row]:
     from hf_fused_mlp.dispatch import problem_key  # these two import Triton
     from hf_fused_mlp.tuning.tuner import time_candidates
 
-    mlp = fuse_model(build(shape, dtype), strict=True)
+    mlp: Any = fuse_model(build(shape, dtype), strict=True)
     gate, up, down, *biases, activation = mlp.operands()
     key = problem_key(m, gate, up, down, activation, bias=any(bias is not None for bias in biases))
     rows = []

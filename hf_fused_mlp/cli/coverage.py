@@ -142,7 +142,7 @@ def _environment(entries: list[Entry]) -> str:
 
 def _reason(mlp: Found) -> str:
     """Why an MLP is skipped, in words that are the same for other classes and sizes, and without the remedy."""
-    reason = re.sub(r" \([^)]*\)", "", mlp.reason.partition(";")[0])
+    reason = re.sub(r" \([^)]*\)", "", (mlp.reason or "").partition(";")[0])
     return reason.removeprefix(mlp.class_name).lstrip(", ")
 
 
@@ -153,7 +153,7 @@ def _problem(entry: Entry) -> str:
 
 def _classes(found: Iterable[tuple[str, str, int]]) -> str:
     """Class names, each with a mark and how many modules there are of both."""
-    counts = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for class_name, mark, count in found:
         counts[class_name, mark] += count
     return ", ".join(f"{class_name} ({count}){mark}" for (class_name, mark), count in counts.items())

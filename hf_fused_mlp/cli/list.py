@@ -36,12 +36,12 @@ def list_mlps(
         fail("give either --model-type, such as --model-type llama, or --all")
     if as_markdown and (as_json or not every):
         fail("--markdown is a page about all model types; give it with --all, and without --json")
-    if not every and model_type not in MODEL_TYPES:
+    if model_type is not None and model_type not in MODEL_TYPES:
         near = ", ".join(get_close_matches(model_type.lower(), MODEL_TYPES))
         hint = f"did you mean {near}?" if near else "--all lists those that there are"
         fail(f"Transformers {transformers.__version__} has no model type {model_type!r}; {hint}")
 
-    names = MODEL_TYPES if every else [model_type]
+    names = MODEL_TYPES if model_type is None else [model_type]
     entries = [examine(name)[0] for name in track(names, "building models", console=console, disable=not every)]
     if not every and entries[0].error:
         fail(f"{model_type}: {entries[0].error}")

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +18,11 @@ from hf_fused_mlp.fuse import fusion_report
 MODEL_TYPES = sorted(CONFIG_MAPPING.keys(), key=str.lower)
 
 # without which the default config builds no model; no MLP depends on it
-LACKING = {
+LACKING: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl_text": {"head_dim": 128},
+    "idefics3": {"pad_token_id": 0},  # in Transformers 5.17
     "lfm2_moe": {"layer_types": ["full_attention"] * 32},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
@@ -74,7 +76,7 @@ def examine(model_type: str) -> tuple[Entry, nn.Module | None]:
     return Entry(model_type, type(model).__name__, mlps), model
 
 
-def auto_class_of(config: PretrainedConfig) -> type | None:
+def auto_class_of(config: PretrainedConfig) -> Any | None:
     """`AutoModel` if it builds models of this config, or else the first Auto class that does."""
     for auto_class in (AutoModel, *vars(modeling_auto).values()):
         mapping = getattr(auto_class, "_model_mapping", None) if isinstance(auto_class, type) else None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ def packed_gemm(eager, fused, x):
     return lambda: F.linear(activate(F.linear(x, weight, bias), activation), down, down_bias)
 
 
-def _packed(gate: Tensor | None, up: Tensor | None) -> Tensor | None:
+def _packed(gate: Tensor | None, up: Any) -> Any:
     return up if gate is None else torch.cat((gate, up))
 
 
@@ -177,7 +177,8 @@ def _requires(packages: str) -> Iterator[None]:
 def package_versions(names: list[str]) -> dict[str, str]:
     """The versions of the packages that the implementations of these names come from, where installed."""
     versions = {}
-    for package in sorted({IMPLEMENTATIONS[name].package for name in names} - {None}):
+    packages = {package for name in names if (package := IMPLEMENTATIONS[name].package)}
+    for package in sorted(packages):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -14,7 +15,7 @@ from hf_fused_mlp.cli.results import Header, Row, by_problem
 
 COLUMNS = 3
 # Okabe and Ito's colours, which the colour-blind tell apart; the markers tell them apart too
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "fused": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
     "eager": {"color": "#000000", "marker": "x"},
     "compile": {"color": "#E69F00", "marker": "s"},
@@ -25,9 +26,9 @@ STYLES = {
     "packed-gemm": {"color": "#7A5C00", "marker": "d"},
     "two-gemms": {"color": "#777777", "linestyle": "--"},
 }
-REFERENCE = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
+REFERENCE: dict[str, Any] = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
 # by shape and dtype, and there by implementation, the points
-Panels = dict[tuple[str, str], dict[str, list[tuple[int, float]]]]
+Panels = dict[tuple[str, str | None], dict[str, list[tuple[int, float]]]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ PLOTS = (
 
 def draw(folder: Path, header: Header, rows: list[Row]) -> list[Path]:
     """Writes each plot that `rows` have measurements for into `folder`, and returns their files."""
-    settings = {"svg.hashsalt": "hf-fused-mlp", "font.family": "DejaVu Sans", "font.size": 9}
+    settings: dict[Any, Any] = {"svg.hashsalt": "hf-fused-mlp", "font.family": "DejaVu Sans", "font.size": 9}
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     with matplotlib.rc_context(settings):
@@ -116,7 +117,7 @@ def _figure(plot: Plot, header: Header, panels: Panels) -> Figure:
             name, height = plot.reference
             artists[name] = axis.axhline(height(header), **REFERENCE)
         for name, points in series.items():
-            style = {"linewidth": 1.2, "markersize": 3.5} | STYLES[name]
+            style: dict[str, Any] = {"linewidth": 1.2, "markersize": 3.5} | STYLES[name]
             (artists[name],) = axis.plot(*zip(*sorted(points), strict=True), **style)
         axis.set_title(f"{shape}, {dtype}", fontsize=9)
         axis.set_ylabel(plot.label if index % COLUMNS == 0 else "")

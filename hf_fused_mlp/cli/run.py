@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -120,7 +120,7 @@ def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, l
     with progress() as bars:
         bar = bars.add_task(f"generating, {label}", total=max_new_tokens)
         start = time.perf_counter()
-        tokens = network.generate(
+        tokens = network.generate(  # type: ignore[operator]  # models that generate mix it in
             **inputs,
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -135,7 +135,7 @@ def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, l
 class Ticker(BaseStreamer):
     """Advances a progress bar by each generated token; the first put is the prompt."""
 
-    def __init__(self, bars: Progress, bar: int):
+    def __init__(self, bars: Progress, bar: TaskID):
         self.bars, self.bar, self.seen_prompt = bars, bar, False
 
     def put(self, value):

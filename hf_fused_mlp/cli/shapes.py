@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,8 @@ SHAPES = {
 def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
     """The Transformers module of `shape`, with random weights."""
     model_type, class_name = shape.mlp_class.split(".")
-    config = CONFIG_MAPPING[model_type](
+    config_class: Any = CONFIG_MAPPING[model_type]
+    config = config_class(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         hidden_act=shape.activation,

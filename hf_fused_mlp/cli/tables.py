@@ -11,7 +11,7 @@ def speedup_table(rows: list[Row], over: str) -> str:
     """
     tokens = sorted({row["m"] for row in rows})
     lines = [f"| fused over {over}, M = | {' | '.join(map(str, tokens))} |", f"|---|{'---:|' * len(tokens)}"]
-    ratios: dict[tuple[str, str], dict[int, str]] = {}
+    ratios: dict[tuple[str, str | None], dict[int, str]] = {}
     for (shape, dtype, m), entries in by_problem(rows).items():
         us = {name: entry["median_us"] for name, entry in entries.items()}
         other = _best_peer(us) if over == "peers" else us.get(over)

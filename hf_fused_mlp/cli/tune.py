@@ -134,7 +134,7 @@ def mlp_of(module: nn.Module) -> MLP | None:
         or any(type(getattr(module, name)) is not nn.Linear for name in spec.projections)
     ):
         return None
-    activation = spec.function or find_activation(getattr(module, spec.activation))
+    activation = spec.function or find_activation(getattr(module, str(spec.activation)))
     if activation is None:
         return None
     up, down = getattr(module, spec.up), getattr(module, spec.down)

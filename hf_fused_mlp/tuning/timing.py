@@ -6,7 +6,7 @@ model would read from memory are not left in the L2 cache between calls.
 
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -29,7 +29,7 @@ class Timing:
     p80_us: float
 
 
-def round_robin(calls: dict[K, Callable[[], object]], rounds: int = 10, repeats: int = 4) -> dict[K, Timing]:
+def round_robin(calls: Mapping[K, Callable[[], object]], rounds: int = 10, repeats: int = 4) -> dict[K, Timing]:
     """Times each call with events, `repeats` times in a row in each of `rounds` turns, the L2 flushed before each.
 
     Before a turn the GPU is put to sleep, so that its whole queue is written when it begins: the host's time, which
@@ -45,7 +45,7 @@ def round_robin(calls: dict[K, Callable[[], object]], rounds: int = 10, repeats:
     return _in_turn({name: partial(measure, call) for name, call in calls.items()}, rounds)
 
 
-def round_robin_graphs(calls: dict[K, list[Callable[[], object]]], rounds: int = 20) -> dict[K, Timing]:
+def round_robin_graphs(calls: Mapping[K, Sequence[Callable[[], object]]], rounds: int = 20) -> dict[K, Timing]:
     """Times calls inside CUDA graphs: what launches cost on the GPU, and nothing of Python's time.
 
     Each entry lists one call for every copy of the weights; together the copies should exceed the L2. A graph runs all
@@ -53,10 +53,10 @@ def round_robin_graphs(calls: dict[K, list[Callable[[], object]]], rounds: int =
     that of one call.
     """
 
-    def capture(copies: list[Callable[[], object]]) -> Callable[[], list[float]]:
+    def capture(copies: Sequence[Callable[[], object]]) -> Callable[[], list[float]]:
         for call in copies:
             call()
-        in_graph = copies * -(-GRAPH_CALLS // len(copies))
+        in_graph = list(copies) * -(-GRAPH_CALLS // len(copies))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in in_graph:
@@ -86,7 +86,8 @@ def _elapsed_us(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
 
 
 def _in_turn(measures: dict[K, Callable[[], list[float]]], rounds: int) -> dict[K, Timing]:
-    names, times = list(measures), {name: [] for name in measures}
+    names = list(measures)
+    times: dict[K, list[float]] = {name: [] for name in names}
     for name in names:
         measures[name]()
     for _ in range(rounds):

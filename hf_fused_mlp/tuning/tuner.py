@@ -166,9 +166,9 @@ def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
     configs = runnable(launch, configs)
     m, (weight, bias, gate, gate_bias) = launch.key.m, launch.copies[0]
     rows = torch.linspace(0, m - 1, min(m, CHECKED_ROWS), device=launch.x.device).long()
-    exact = [None if t is None else t.double() for t in (launch.x[rows], weight, bias, gate, gate_bias)]
-    oracle = linear_ref(*exact, launch.key.activation)
-    del exact
+    bias, gate, gate_bias = (None if tensor is None else tensor.double() for tensor in (bias, gate, gate_bias))
+    oracle = linear_ref(launch.x[rows].double(), weight.double(), bias, gate, gate_bias, launch.key.activation)
+    del bias, gate, gate_bias
     eager = launch.run(launch.x, 0, TORCH)[rows]
 
     passed = []

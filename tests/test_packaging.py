@@ -1,0 +1,63 @@
+"""The wheel: what is in it, and that it works where it alone is installed beside its dependencies."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hf_fused_mlp"
+NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site")
+
+SMOKE = """
+import hf_fused_mlp
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+model = hf_fused_mlp.fuse_model(LlamaForCausalLM(config).eval(), strict=True)
+model.generate(max_new_tokens=2, do_sample=False)
+print(hf_fused_mlp.__file__)
+print(hf_fused_mlp.fusion_report(model))
+"""
+
+
+def run(*command, **kw):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **kw)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, since setuptools puts into a wheel what an earlier build has left beside the sources."""
+    source, built = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
+    result = run(sys.executable, "-m", "pip", "wheel", "--no-deps", source, "-w", built)
+    if "No matching distribution found for setuptools" in result.stderr:
+        pytest.skip("to build a wheel, pip needs an index that has setuptools")
+    assert result.returncode == 0, result.stderr
+    (file,) = built.iterdir()
+    return file
+
+
+@pytest.mark.slow
+def test_what_is_in_the_wheel(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {*PACKAGE.rglob("*.py"), *PACKAGE.rglob("tuning/plans/*.json"), PACKAGE / "py.typed"}
+    assert names == {path.relative_to(ROOT).as_posix() for path in expected}
+
+
+@pytest.mark.slow
+def test_the_wheel_alone(wheel, tmp_path):
+    target = tmp_path / "installed"
+    result = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel)
+    assert result.returncode == 0, result.stderr
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    result = run(sys.executable, "-c", SMOKE, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(target / "hf_fused_mlp"))
+    assert "1 of 1 MLPs are fused" in result.stdout
+    result = run(target / "bin/hf-fused-mlp", "--help", cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "bench" in result.stdout
