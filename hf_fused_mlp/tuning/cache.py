@@ -50,7 +50,7 @@ def file_name(what: str) -> str:
 
 def user_plan(key: ProblemKey) -> Plan | None:
     """The plan that was measured on this machine, with the versions of PyTorch and Triton that run now."""
-    tuned = _user_plans(key.gpu).get(key)
+    tuned = _user_tuned(key)
     return tuned and tuned.plan
 
 
@@ -59,10 +59,13 @@ def shipped_plan(key: ProblemKey) -> Plan | None:
 
     Plans ship for bf16; what is fastest for it is for fp16 too, which moves and multiplies as much.
     """
-    if key.dtype == torch.float16:
-        key = replace(key, dtype=torch.bfloat16)
-    tuned = _shipped_plans(key.gpu).get(key)
+    tuned = _shipped_tuned(key)
     return tuned and tuned.plan
+
+
+def tuned_plan(key: ProblemKey) -> TunedPlan | None:
+    """The plan that runs `key`, with its times; None where a rule chooses it."""
+    return _user_tuned(key) or _shipped_tuned(key)
 
 
 def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path:
@@ -83,6 +86,16 @@ def forget() -> None:
     _user_plans.cache_clear()
     _shipped_plans.cache_clear()
     remembered.clear()
+
+
+def _user_tuned(key: ProblemKey) -> TunedPlan | None:
+    return _user_plans(key.gpu).get(key)
+
+
+def _shipped_tuned(key: ProblemKey) -> TunedPlan | None:
+    if key.dtype == torch.float16:
+        key = replace(key, dtype=torch.bfloat16)
+    return _shipped_plans(key.gpu).get(key)
 
 
 @cache
