@@ -55,7 +55,7 @@ def audit(
         report = replace(report, model=model or demo.NAME)
         if html is not None:
             html.write_text(page(report), encoding="utf-8")
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
         fail(str(error))
     if as_json:
         print(json.dumps(report.to_dict(), indent=1))

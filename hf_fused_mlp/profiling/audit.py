@@ -49,6 +49,7 @@ def audit(
         TypeError: `model` is not a causal language model of Transformers that takes a key-value cache.
         ValueError: a number that is not positive, more tokens than the model has positions for, a compiled model, or
             one that is neither on the CPU nor on a CUDA GPU.
+        RuntimeError: the profiler sees no kernels on the GPU.
     """
     request = make_request(model, batch, prompt_tokens, new_tokens)
     if rounds < 1:

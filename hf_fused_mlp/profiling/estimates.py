@@ -22,8 +22,7 @@ def bound_of(gpu_busy_share: float | None, flops_per_byte: float, ridge: float) 
 
 def amdahl(share: float, gain: float) -> float:
     """How many times shorter the whole becomes when a part of it, `share`, becomes `gain` times shorter."""
-    remaining = 1 - share + share / gain
-    return 1 / remaining if remaining else float("inf")
+    return 1 / (1 - share + share / gain)
 
 
 def dollars_per_1m_tokens(price_per_hour: float | None, us: float, tokens: int) -> float | None:

@@ -31,7 +31,13 @@ def form_figures(report: AuditReport) -> list[Figure]:
         Figure(f"different {kernels} in it", "kernels_per_mlp"),
     )
     forms = [form for phase in report.phases for form in (phase.original, phase.fused)]
-    return [figure for figure in figures if any(getattr(form, figure.field) is not None for form in forms)]
+    # on a CPU the host's time is the wall-clock time
+    same = () if report.on_gpu else ("mlp_host_share",)
+    return [
+        figure
+        for figure in figures
+        if figure.field not in same and any(getattr(form, figure.field) is not None for form in forms)
+    ]
 
 
 PHASE_FIGURES = (

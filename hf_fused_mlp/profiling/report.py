@@ -19,11 +19,11 @@ class Kernel:
 class Form:
     """One phase of the original or of the fused model. A step is one forward: of the prompts, or of a token each.
 
-    Wall-clock times are medians, least and most over rounds without the profiler; shares and kernels are the profiler's.
-    The first two shares are None on a CPU, the figures of an MLP's call where no MLP was called.
+    Wall-clock times are over rounds without the profiler, shares and kernels are what it saw. The first two shares are
+    None on a CPU; so are the counts of an MLP's call where no MLP was called.
 
     Args:
-        wall_us, wall_min_us, wall_max_us: time of a step.
+        wall_us, wall_min_us, wall_max_us: time of a step; the first is the median.
         gpu_busy_share: part of the wall-clock time in which any kernel runs.
         mlp_gpu_share: of that part, what kernels launched by MLPs take.
         mlp_wall_share: the MLPs' kernels as a part of the wall-clock time; on a CPU the MLPs' time.

@@ -61,8 +61,14 @@ class Breakdown:
     top_kernels: tuple[Kernel, ...]
 
 
-def record(step: Callable[[], object], steps: int, mlps: dict[str, nn.Module], on_gpu: bool, file: Path | None):
-    """The `Breakdown` of `steps` calls of `step`, after one that only warms up; `file` keeps the Chrome trace."""
+def record(
+    step: Callable[[], object], steps: int, mlps: dict[str, nn.Module], on_gpu: bool, file: Path | None = None
+) -> Breakdown:
+    """What `steps` calls of `step` consist of, after one that only warms up; `file` keeps the Chrome trace.
+
+    Raises:
+        RuntimeError: the profiler saw no kernel on the GPU.
+    """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with _ranges(mlps), profile(activities=activities) as profiler:
         step()
@@ -73,7 +79,12 @@ def record(step: Callable[[], object], steps: int, mlps: dict[str, nn.Module], o
         path = file or Path(directory, "trace.json")
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(), strict=False)["traceEvents"]
-    return breakdown([event for event in events if event.get("ph") == "X"], on_gpu)
+    result = breakdown([event for event in events if event.get("ph") == "X"], on_gpu)
+    if not result.top_kernels:
+        raise RuntimeError(
+            "the profiler saw no kernels; end other profilers of this GPU, and let this user read its counters (CUPTI)"
+        )
+    return result
 
 
 @contextmanager
