@@ -4,10 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 
-.PHONY: demo test test-gpu sanitize bench style clean
+.PHONY: demo audit test test-gpu sanitize bench style clean
 
 demo: .venv/installed  ## load a real model fused, and compare its answer with the original's
 	$(BIN)/hf-fused-mlp run
+
+audit: .venv/installed  ## where the time of a real model goes, as a page
+	$(BIN)/hf-fused-mlp audit --html audit.html
 
 test: .venv/installed  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 8 --dist loadfile

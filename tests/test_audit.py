@@ -1,150 +1,27 @@
-"""`audit` and `hf-fused-mlp audit`: the arithmetic on made-up traces, the rest on small models."""
+"""`audit` and `hf-fused-mlp audit` on small models."""
 
 import json
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from models import as_on_gpu, tiny_model
-from test_cli import invoke
+from pages import check_page
+from typer.testing import CliRunner
 
 import hf_fused_mlp
-from hf_fused_mlp import fuse_model, fusion_report
+from hf_fused_mlp import audit, fuse_model, fusion_report
+from hf_fused_mlp.cli import app
 from hf_fused_mlp.modules import FusedMLP
-from hf_fused_mlp.profiling import prediction
-from hf_fused_mlp.profiling.advice import advise
-from hf_fused_mlp.profiling.audit import audit
-from hf_fused_mlp.profiling.estimates import amdahl, bound_of, dollars_per_1m_tokens
-from hf_fused_mlp.profiling.figures import shown
-from hf_fused_mlp.profiling.page import BAR_WIDTH, page
-from hf_fused_mlp.profiling.prediction import predict
-from hf_fused_mlp.profiling.report import Kernel
-from hf_fused_mlp.profiling.trace import MLP, STEP, Breakdown, breakdown, covered
-from hf_fused_mlp.tuning import cache
-from hf_fused_mlp.tuning.plan_files import TunedPlan
-from hf_fused_mlp.types import GPU, UNFUSED, ProblemKey
+from hf_fused_mlp.profiling.page import page
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 SIZES = {"prompt_tokens": 24, "new_tokens": 3, "rounds": 2}
 
 
 @pytest.fixture(scope="module")
 def report():
     return audit(tiny_model(), gpu_price=3.0, **SIZES)
-
-
-def event(cat, name, start, end, **args):
-    return {"cat": cat, "name": name, "ts": start, "dur": end - start, "tid": 1, "args": args}
-
-
-def launched(name, at, start, end, correlation, cat="kernel"):
-    """A kernel, and the launch on the host that began at `at`."""
-    return [
-        event("cuda_runtime", "cudaLaunchKernel", at, at + 1, correlation=correlation),
-        event(cat, name, start, end, correlation=correlation),
-    ]
-
-
-@pytest.mark.parametrize(
-    "busy, flops_per_byte, expected",
-    [
-        (0.69, 500, "host-bound"),
-        (0.7, 500, "compute-bound"),
-        (0.7, 1, "memory-bound"),
-        (None, 300, "compute-bound"),
-        (None, 299, "memory-bound"),
-    ],
-)
-def test_bound(busy, flops_per_byte, expected):
-    assert bound_of(busy, flops_per_byte, ridge=300) == expected
-
-
-def test_gain_and_cost():
-    assert amdahl(0.5, 2) == pytest.approx(4 / 3)
-    assert amdahl(0.5, float("inf")) == 2
-    assert amdahl(0, 5) == 1
-    # a token a millisecond is 3.6 million an hour
-    assert dollars_per_1m_tokens(3.6, 1000, tokens=1) == pytest.approx(1)
-    assert dollars_per_1m_tokens(3.6, 1000, tokens=4) == pytest.approx(0.25)
-    assert dollars_per_1m_tokens(None, 1000, tokens=1) is None
-
-
-@pytest.mark.parametrize(
-    "intervals, expected",
-    [([], 0), ([(0, 2), (5, 6)], 3), ([(5, 6), (0, 2), (1, 3)], 4), ([(0, 10), (2, 3)], 10), ([(0, 1), (1, 2)], 2)],
-)
-def test_covered(intervals, expected):
-    assert covered(intervals) == expected
-
-
-def test_breakdown_on_a_gpu():
-    """Kernels run later than their launches, and belong to the MLP that launched them."""
-    events = [
-        event("user_annotation", STEP, 100, 200),
-        event("user_annotation", STEP, 200, 300),
-        event("user_annotation", MLP + "a", 110, 130),
-        event("user_annotation", MLP + "b", 150, 160),
-        event("user_annotation", MLP + "a", 210, 230),
-        # the warm-up before the steps, and what the GPU's timeline says of the ranges
-        event("user_annotation", MLP + "a", 10, 30),
-        event("gpu_user_annotation", MLP + "a", 0, 1000),
-        event("cpu_op", "aten::linear", 112, 114),
-        *launched("warm", at=15, start=20, end=90, correlation=1),
-        # two that overlap, one of another MLP, one of none, a fill
-        *launched("up", at=112, start=140, end=160, correlation=2),
-        *launched("down", at=114, start=150, end=170, correlation=3),
-        *launched("up", at=155, start=180, end=185, correlation=4),
-        *launched("attention", at=170, start=190, end=195, correlation=5),
-        *launched("Memset", at=212, start=240, end=243, correlation=6, cat="gpu_memset"),
-        event("kernel", "from before", 101, 105, correlation=99),
-    ]
-    step = breakdown(events, on_gpu=True)
-    assert (step.host_us, step.mlp_host_us) == (100, 25)
-    assert (step.busy_us, step.mlp_us) == ((30 + 5 + 5 + 3) / 2, (30 + 5 + 3) / 2)
-    assert step.us_by_mlp == {"a": 33 / 2, "b": 5 / 2}
-    assert step.launches_per_mlp == 4 / 3
-    assert step.mlp_kernels == (Kernel("up", 2 / 3, 25 / 3), Kernel("down", 1 / 3, 20 / 3), Kernel("Memset", 1 / 3, 1))
-    assert Kernel("attention", 0.5, 2.5) in step.top_kernels
-    assert not {"warm", "from before"} & {kernel.name for kernel in step.top_kernels}
-
-
-def test_breakdown_of_nested_mlps_and_of_a_graph():
-    events = [
-        event("user_annotation", STEP, 0, 100),
-        event("user_annotation", MLP + "moe", 10, 60),
-        event("user_annotation", MLP + "moe.shared", 20, 40),
-        *launched("gate", at=12, start=110, end=112, correlation=1),
-        *launched("shared", at=25, start=112, end=116, correlation=2),
-        *launched("experts", at=45, start=116, end=124, correlation=3),
-        event("cuda_runtime", "cudaGraphLaunch", 70, 71, correlation=4),
-        *(event("kernel", name, start, start + 1, correlation=4) for name, start in (("x", 130), ("y", 131))),
-    ]
-    step = breakdown(events, on_gpu=True)
-    assert step.us_by_mlp == {"moe": 10, "moe.shared": 4}
-    assert (step.mlp_host_us, step.mlp_us, step.busy_us) == (50, 14, 16)
-    events += [event("user_annotation", MLP + "graphed", 69, 75)]
-    assert breakdown(events, on_gpu=True).launches_per_mlp == 4 / 3
-
-
-def test_breakdown_on_a_cpu():
-    """Operators that other operators call are not counted again."""
-    events = [
-        event("user_annotation", STEP, 0, 100),
-        event("user_annotation", MLP + "a", 10, 50),
-        event("cpu_op", "aten::linear", 11, 30),
-        event("cpu_op", "aten::addmm", 12, 29),
-        event("cpu_op", "aten::silu", 30, 40),
-        event("cpu_op", "aten::mean", 60, 70),
-        event("cpu_op", "aten::mean", 61, 70) | {"tid": 2},
-    ]
-    step = breakdown(events, on_gpu=False)
-    assert (step.mlp_host_us, step.launches_per_mlp) == (40, 2)
-    assert [kernel.name for kernel in step.mlp_kernels] == ["aten::linear", "aten::silu"]
-    assert step.top_kernels[-1] == Kernel("aten::mean", 1, 10)
 
 
 def test_the_report_holds_together(report):
@@ -252,162 +129,8 @@ def test_models_that_cannot_be_audited():
         audit(compiled)
 
 
-def a_step(**us_by_mlp):
-    total = sum(us_by_mlp.values())
-    return Breakdown(1000.0, 1.0, 400.0, total, us_by_mlp, 5.0, (), ())
-
-
-def test_prediction(monkeypatch):
-    mlps = fuse_model(torch.nn.ModuleDict({name: tiny_model().model.layers[0].mlp for name in "ab"}))
-    mlps = dict(mlps.items())
-    as_on_gpu(monkeypatch)
-    gains = {"a": 2.0, "b": 1.0}
-    monkeypatch.setattr(prediction, "_gain_alone", lambda module, m: gains[next(n for n in mlps if mlps[n] is module)])
-    step = a_step(a=100.0, b=100.0)
-    # 50 of 500 microseconds are saved
-    assert predict(mlps, 16, "memory-bound", step, 500.0).gain == pytest.approx(500 / 450)
-    assert predict(mlps, 16, "host-bound", step, 500.0).gain == 1
-    gains["b"] = None
-    unknown = predict(mlps, 16, "memory-bound", step, 500.0)
-    assert unknown.gain is None
-    assert "b and 16 tokens" in unknown.basis
-
-
-def test_prediction_asks_the_plans(plan_cache):
-    mlp = fuse_model(tiny_model()).model.layers[0].mlp
-    with pytest.MonkeyPatch.context() as patch:
-        as_on_gpu(patch)
-        assert prediction._gain_alone(mlp, 3) is None
-        gpu = GPU.of(torch.device("cpu"))
-        key = ProblemKey(4, 64, 176, 64, True, "silu", torch.float32, False, True, gpu)
-        cache.save([TunedPlan(key, UNFUSED, plan_us=2.0, unfused_us=3.0)], gpu)
-        assert prediction._gain_alone(mlp, 3) == 1.5
-        assert prediction._gain_alone(mlp, 5) is None
-
-
-@pytest.mark.parametrize(
-    "value, unit, text",
-    [
-        (None, "us", "-"),
-        ("host-bound", "", "host-bound"),
-        (0.3742, "percent", "37.42 %"),
-        (12350.0, "us", "12.35 ms"),
-        (999.9, "us", "999.9 us"),
-        (2500000.0, "us", "2.5 s"),
-        (12350.0, "", "12,350"),
-        (1.25, "gain", "1.25x"),
-        (0.0318, "dollars", "$0.0318"),
-    ],
-)
-def test_shown(value, unit, text):
-    assert shown(value, unit) == text
-
-
-class Page(HTMLParser):
-    """The numbers of a page, by their path in the JSON; the JSON; and the bars' widths."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.numbers, self.bars, self.loads, self.json, self.inside = [], [], [], "", None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.loads += [attributes[name] for name in ("src", "href") if name in attributes]
-        if tag == "data":
-            self.numbers.append([attributes["data-path"], attributes["value"], ""])
-        if tag == "rect" and attributes["class"] == "part":
-            self.bars.append((attributes["data-form"], float(attributes["width"])))
-        self.inside = "json" if attributes.get("id") == "report" else tag
-
-    def handle_data(self, data):
-        if self.inside == "data":
-            self.numbers[-1][2] += data
-        if self.inside == "json":
-            self.json += data
-
-    def handle_endtag(self, tag):
-        self.inside = None
-
-
-UNITS = {"": 1, "x": 1, " %": 0.01, " us": 1, " ms": 1e3, " s": 1e6}
-
-
-def check_page(text, document):
-    """Every number shown is, in its unit, that of the JSON; and there are all that people look for."""
-    read = Page(text)
-    assert json.loads(read.json) == document
-    assert read.loads == []
-    for path, value, words in read.numbers:
-        expected = document
-        for key in path.split("."):
-            expected = expected[int(key) if key.isdigit() else key]
-        assert value == str(expected)
-        if isinstance(expected, str):
-            assert words == expected
-        else:
-            number = words.strip("$x %mus").replace(",", "")
-            unit = words[len(words.rstrip("x %mus")) :]
-            assert float(number) * UNITS[unit] == pytest.approx(expected, rel=1e-9)
-    paths = {path for path, *_ in read.numbers}
-    for i, phase in enumerate(document["phases"]):
-        assert {f"phases.{i}.measured_gain", f"phases.{i}.predicted.gain", f"phases.{i}.bound"} <= paths
-        for form in ("original", "fused"):
-            numbers = {key for key, value in phase[form].items() if isinstance(value, (int, float))}
-            assert {f"phases.{i}.{form}.{key}" for key in numbers - {"mlp_host_share"}} <= paths
-            widths = [width for owner, width in read.bars if owner == f"phases.{i}.{form}"]
-            longest = max(phase[name]["wall_us"] for name in ("original", "fused"))
-            assert sum(widths) == pytest.approx(BAR_WIDTH * phase[form]["wall_us"] / longest, abs=0.1)
-            assert widths[0] == pytest.approx(sum(widths) * phase[form]["mlp_wall_share"], abs=0.1)
-
-
-def test_the_page_is_the_json(report):
-    check_page(page(report), report.to_dict())
-
-
-def on_a_gpu(report):
-    """The report as if a GPU had been half idle."""
-    phases = []
-    for phase in report.phases:
-        forms = {
-            form: replace(getattr(phase, form), gpu_busy_share=0.5, mlp_gpu_share=0.25, mlp_wall_share=0.125)
-            for form in ("original", "fused")
-        }
-        phases.append(replace(phase, bound="host-bound", **forms))
-    return replace(report, on_gpu=True, phases=tuple(phases))
-
-
-def test_the_page_of_a_gpu(report):
-    gpu = on_a_gpu(report)
-    text = page(gpu)
-    check_page(text, gpu.to_dict())
-    assert "the GPU waits" in text
-    assert "the GPU waits" not in page(report)
-    assert "gain up to 2.00x" in advise(gpu)[-1] + advise(gpu)[-2]
-
-
-def test_names_are_no_markup(report):
-    hostile = replace(report, model="</script><script>alert(1)</script>", advice=("<b>&amp;",))
-    check_page(page(hostile), hostile.to_dict())
-    assert "<script>" not in page(hostile)
-    assert "<b>" not in page(hostile)
-
-
-def test_the_page_is_valid_html(report):
-    html5lib = pytest.importorskip("html5lib")
-    html5lib.HTMLParser(strict=True).parse(page(on_a_gpu(report)))
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-def test_the_page_in_a_browser(report, tmp_path):
-    file = tmp_path / "audit.html"
-    file.write_text(page(report), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [BROWSER, *options, "--enable-logging=stderr", "--dump-dom", file.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    check_page(result.stdout, report.to_dict())
-    assert "CONSOLE" not in result.stderr
+def invoke(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")
