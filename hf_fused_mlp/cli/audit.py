@@ -77,7 +77,7 @@ def print_report(report: AuditReport) -> None:
 
 
 def form_table(report: AuditReport, phase: dict) -> Table:
-    """A line a figure, a column a form; then the kernels of one call of an MLP."""
+    """A line a figure and a column a form."""
     table = Table(phase["name"], "original", "fused", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -87,6 +87,7 @@ def form_table(report: AuditReport, phase: dict) -> Table:
 
 
 def phase_table(phase: dict) -> Table:
+    """A line a figure, and what the prediction rests on."""
     table = Table(show_header=False)
     for figure in PHASE_FIGURES:
         outer, _, inner = figure.field.partition(".")

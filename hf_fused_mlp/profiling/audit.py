@@ -89,7 +89,9 @@ def _audit(
         phases.append(_phase(name, tokens, mlps, best.flops_per_byte, steps[name]["original"], **of_form))
     return AuditReport(
         model=type(model).__name__,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
         dtype=str(model.dtype).removeprefix("torch."),
         attention=getattr(model.config, "_attn_implementation", None),
         batch=request.ids.shape[0],
@@ -103,10 +105,6 @@ def _audit(
         mlps=tuple(MLPGroup(name, n, *rest) for (name, *rest), n in fusion_report(model).grouped().items()),
         phases=tuple(phases),
     )
-
-
-def _cpu_name() -> str:
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _phase(

@@ -61,10 +61,9 @@ def time_forms(request: Request, forms: Forms, rounds: int) -> dict[str, dict[st
 
 
 def _now(request: Request) -> float:
-    """Seconds, once all GPUs have done what they were given."""
-    if request.ids.is_cuda:
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
+    """Seconds, once the GPUs have done what they were given."""
+    for gpu in request.gpus:
+        torch.cuda.synchronize(gpu)
     return time.perf_counter()
 
 

@@ -16,11 +16,15 @@ State = tuple[Tensor, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """`ids` `[batch, prompt_tokens]`, and how many tokens to generate after them; `forward` is the model's."""
+    """`ids` `[batch, prompt_tokens]`, and how many tokens to generate after them.
+
+    `forward` is the model's, and `gpus` are those that it is on.
+    """
 
     forward: Callable
     ids: Tensor
     new_tokens: int
+    gpus: tuple[torch.device, ...]
 
     def prefill(self) -> State:
         return self.step(self.ids, None)
@@ -57,7 +61,8 @@ def make_request(model: nn.Module, batch: int, prompt_tokens: int | None, new_to
     ids = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=seeded).to(device)
     # as generate does, which asks for the logits of the last token alone
     last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
-    return Request(partial(model, use_cache=True, **last), ids, new_tokens)
+    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    return Request(partial(model, use_cache=True, **last), ids, new_tokens, tuple(gpus))
 
 
 def _auditable_device(model: nn.Module) -> torch.device:
