@@ -61,7 +61,7 @@ def audit(
         folder.mkdir(parents=True, exist_ok=True)
 
     device = request.ids.device
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    on_device = torch.cuda.device(device) if request.ids.is_cuda else nullcontext()
     with as_it_came(model), torch.no_grad(), on_device:
         report = _audit(model, request, rounds, gpu_price, folder)
     return replace(report, advice=advise(report))
@@ -71,7 +71,7 @@ def _audit(
     model: nn.Module, request: Request, rounds: int, gpu_price: float | None, folder: Path | None
 ) -> AuditReport:
     """The report without its advice; leaves the model fused."""
-    device = request.ids.device
+    device, on_gpu = request.ids.device, request.ids.is_cuda
     mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in fusion_report(model).mlps}
     set_fused(mlps, ())
     fusable = {mlp.name for mlp in fusion_report(model).select("fusable")}
@@ -83,15 +83,12 @@ def _audit(
     for name in walls:
         tokens = request.ids.numel() if name == "prefill" else request.ids.shape[0]
         of_form = {
-            form: _form(walls[name][form], step, tokens, device.type == "cuda", gpu_price)
-            for form, step in steps[name].items()
+            form: _form(walls[name][form], step, tokens, on_gpu, gpu_price) for form, step in steps[name].items()
         }
         phases.append(_phase(name, tokens, mlps, best.flops_per_byte, steps[name]["original"], **of_form))
     return AuditReport(
         model=type(model).__name__,
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         dtype=str(model.dtype).removeprefix("torch."),
         attention=getattr(model.config, "_attn_implementation", None),
         batch=request.ids.shape[0],
@@ -100,7 +97,7 @@ def _audit(
         rounds=rounds,
         price_per_hour=gpu_price,
         versions={name: metadata.version(name) for name in ("torch", "transformers")} | {"hf-fused-mlp": __version__},
-        on_gpu=device.type == "cuda",
+        on_gpu=on_gpu,
         roofline=best,
         mlps=tuple(MLPGroup(name, n, *rest) for (name, *rest), n in fusion_report(model).grouped().items()),
         phases=tuple(phases),
