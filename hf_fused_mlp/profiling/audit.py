@@ -27,7 +27,7 @@ def audit(
     batch: int = 1,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
-    rounds: int = 5,
+    rounds: int | None = None,
     gpu_price: float | None = None,
     trace: Path | str | None = None,
 ) -> AuditReport:
@@ -41,7 +41,7 @@ def audit(
         batch: prompts at once.
         prompt_tokens: in each prompt; unless given, 512 on a GPU and 128 on a CPU.
         new_tokens: generated after each; unless given, 32 on a GPU and 16 on a CPU.
-        rounds: how often each form is timed.
+        rounds: how often each form is timed; unless given, 5 times on a GPU and 3 on a CPU.
         gpu_price: dollars an hour for what the model runs on.
         trace: a directory for Chrome traces, `prefill-original.json` and so on.
 
@@ -51,9 +51,7 @@ def audit(
             one that is neither on the CPU nor on a CUDA GPU.
         RuntimeError: the profiler sees no kernels on the GPU.
     """
-    request = make_request(model, batch, prompt_tokens, new_tokens)
-    if rounds < 1:
-        raise ValueError(f"rounds {rounds}: expected at least 1")
+    request = make_request(model, batch, prompt_tokens, new_tokens, rounds)
     if gpu_price is not None and not gpu_price > 0:
         raise ValueError(f"gpu_price {gpu_price}: expected dollars an hour, more than 0")
     folder = None if trace is None else Path(trace)
@@ -63,20 +61,18 @@ def audit(
     device = request.ids.device
     on_device = torch.cuda.device(device) if request.ids.is_cuda else nullcontext()
     with as_it_came(model), torch.no_grad(), on_device:
-        report = _audit(model, request, rounds, gpu_price, folder)
+        report = _audit(model, request, gpu_price, folder)
     return replace(report, advice=advise(report))
 
 
-def _audit(
-    model: nn.Module, request: Request, rounds: int, gpu_price: float | None, folder: Path | None
-) -> AuditReport:
+def _audit(model: nn.Module, request: Request, gpu_price: float | None, folder: Path | None) -> AuditReport:
     """The report without its advice; leaves the model fused."""
     device, on_gpu = request.ids.device, request.ids.is_cuda
     mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in fusion_report(model).mlps}
     set_fused(mlps, ())
     fusable = {mlp.name for mlp in fusion_report(model).select("fusable")}
     forms: Forms = {"original": partial(set_fused, mlps, ()), "fused": partial(set_fused, mlps, fusable)}
-    walls = time_forms(request, forms, rounds)
+    walls = time_forms(request, forms)
     steps = profile_forms(request, forms, mlps, folder)
     best = roofline(device, model.dtype)
     phases = []
@@ -94,7 +90,7 @@ def _audit(
         batch=request.ids.shape[0],
         prompt_tokens=request.ids.shape[1],
         new_tokens=request.new_tokens,
-        rounds=rounds,
+        rounds=request.rounds,
         price_per_hour=gpu_price,
         versions={name: metadata.version(name) for name in ("torch", "transformers")} | {"hf-fused-mlp": __version__},
         on_gpu=on_gpu,

@@ -41,11 +41,11 @@ def set_fused(modules: dict[str, nn.Module], names: Collection[str]) -> None:
             unfuse_module(module)
 
 
-def time_forms(request: Request, forms: Forms, rounds: int) -> dict[str, dict[str, list[float]]]:
+def time_forms(request: Request, forms: Forms) -> dict[str, dict[str, list[float]]]:
     """By phase and form, the microseconds of one step in each round."""
     walls = {phase: {form: [] for form in forms} for phase in PROFILED_STEPS}
     # the first round compiles kernels, so its times do not count; forms take turns at being first
-    for round_ in range(1 + rounds):
+    for round_ in range(1 + request.rounds):
         for form in sorted(forms, reverse=round_ % 2 == 0):
             forms[form]()
             start = _now(request)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# by the kind of device
 PROMPT_TOKENS = {"cuda": 512, "cpu": 128}
 NEW_TOKENS = {"cuda": 32, "cpu": 16}
+ROUNDS = {"cuda": 5, "cpu": 3}
 State = tuple[Tensor, Any]
 
 
 @dataclass(frozen=True)
 class Request:
-    """`ids` `[batch, prompt_tokens]`, and how many tokens to generate after them.
+    """`ids` `[batch, prompt_tokens]`, how many tokens to generate after them, and how often to time that.
 
     `forward` is the model's, and `gpus` are those that it is on.
     """
@@ -24,6 +26,7 @@ class Request:
     forward: Callable
     ids: Tensor
     new_tokens: int
+    rounds: int
     gpus: tuple[torch.device, ...]
 
     def prefill(self) -> State:
@@ -35,7 +38,9 @@ class Request:
         return output.logits[:, -1:].argmax(-1), output.past_key_values
 
 
-def make_request(model: nn.Module, batch: int, prompt_tokens: int | None, new_tokens: int | None) -> Request:
+def make_request(
+    model: nn.Module, batch: int, prompt_tokens: int | None, new_tokens: int | None, rounds: int | None
+) -> Request:
     """Random prompts, the same at every call; sizes that are None are the device's.
 
     Raises:
@@ -45,11 +50,13 @@ def make_request(model: nn.Module, batch: int, prompt_tokens: int | None, new_to
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     new_tokens = NEW_TOKENS[device.type] if new_tokens is None else new_tokens
+    rounds = ROUNDS[device.type] if rounds is None else rounds
     # a token more, since the profiler warms up
     room = longest - new_tokens - 1
     if prompt_tokens is None:
         prompt_tokens = int(max(1, min(PROMPT_TOKENS[device.type], room)))
-    for name, value in {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items():
+    numbers = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
+    for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} {value}: expected at least 1")
     if prompt_tokens > room:
@@ -62,7 +69,7 @@ def make_request(model: nn.Module, batch: int, prompt_tokens: int | None, new_to
     # as generate does, which asks for the logits of the last token alone
     last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
     gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    return Request(partial(model, use_cache=True, **last), ids, new_tokens, tuple(gpus))
+    return Request(partial(model, use_cache=True, **last), ids, new_tokens, rounds, tuple(gpus))
 
 
 def _auditable_device(model: nn.Module) -> torch.device:
