@@ -29,7 +29,7 @@ def audit(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="How often each form is timed; 5 on a GPU, 3 on a CPU.", show_default=False),
+        typer.Option(min=1, help="How often each is timed; 5 on a GPU, 3 on a CPU.", show_default=False),
     ] = None,
     gpu_price: Annotated[float | None, typer.Option(help="Dollars an hour, for the cost of tokens.")] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
