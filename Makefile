@@ -7,10 +7,13 @@ TORCH := 2.13.0
 # other requirements to install, such as transformers==5.17.0
 WITH :=
 
-.PHONY: demo test test-floor test-gpu sanitize bench docs types style clean
+.PHONY: demo audit test test-floor test-gpu sanitize bench docs types style clean
 
 demo: $(VENV)/installed  ## load a real model fused, and compare its answer with the original's
 	$(BIN)/hf-fused-mlp run
+
+audit: $(VENV)/installed  ## where the time of a real model goes, as a page
+	$(BIN)/hf-fused-mlp audit --html audit.html
 
 test: $(VENV)/installed  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 8 --dist loadfile

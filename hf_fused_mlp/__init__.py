@@ -5,7 +5,10 @@ import hf_fused_mlp
 model = AutoModelForCausalLM.from_pretrained(path, use_fused_mlp=True)  # at load
 hf_fused_mlp.fuse_model(model)  # or on a live model
 hf_fused_mlp.unfuse_model(model)  # and back, bit for bit
+hf_fused_mlp.audit(model)  # where its time goes, and what fusing does about it
 """
+
+from typing import Any
 
 from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations.transformers import install, uninstall
@@ -18,6 +21,7 @@ __all__ = [
     "MLPKind",
     "MLPSpec",
     "__version__",
+    "audit",
     "fuse_model",
     "fusion_report",
     "install",
@@ -27,3 +31,12 @@ __all__ = [
 ]
 
 install()
+
+
+def __getattr__(name: str) -> Any:
+    # the profiler and the page's templates are loaded when they are first asked for
+    if name == "audit":
+        from hf_fused_mlp.profiling.audit import audit
+
+        return audit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

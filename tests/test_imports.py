@@ -29,6 +29,17 @@ MAY_IMPORT = {
     "modules": {"torch", "types", "activations", "children", "weights", "registry", "ops"},
     "fuse": {"torch", "registry", "modules"},
     "integrations": {"torch", "transformers", "fuse"},
+    "profiling": {
+        "torch",
+        "jinja2",
+        "markupsafe",
+        "version",
+        "registry",
+        "modules",
+        "dispatch",
+        "tuning",
+        "fuse",
+    },
     "cli": {
         "liger_kernel",
         "quack",
@@ -45,8 +56,9 @@ MAY_IMPORT = {
         "tuning",
         "validation",
         "integrations",
+        "profiling",
     },
-    "__init__": {"types", "version", "registry", "fuse", "integrations"},
+    "__init__": {"types", "version", "registry", "fuse", "integrations", "profiling"},
     "__main__": {"cli"},
 }
 

@@ -1,7 +1,8 @@
-"""The command line: `hf-fused-mlp run`, `list`, `tune` and `bench`."""
+"""The command line: `hf-fused-mlp run`, `audit`, `list`, `tune` and `bench`."""
 
 import typer
 
+from hf_fused_mlp.cli.audit import audit
 from hf_fused_mlp.cli.bench import bench
 from hf_fused_mlp.cli.list import list_mlps
 from hf_fused_mlp.cli.run import run
@@ -14,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(audit)
 app.command("list")(list_mlps)
 app.command()(tune)
 app.command()(bench)

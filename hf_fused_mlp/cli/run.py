@@ -11,15 +11,15 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from hf_fused_mlp.cli.console import console, fail, output, require_directory
+from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
 from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations import demo
 
 ROUNDS = 3
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,8 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Load a model with use_fused_mlp=True, and generate an answer with it and with the original."""
-    if dtype not in DTYPES:
-        fail(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    if model is not None:
-        require_directory(model)
-    try:
-        network, tokenizer = load(model, dtype, device_map or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    except (OSError, ValueError, ImportError) as error:
-        fail(str(error))
-
+    network = load_model(model, dtype, device_map, use_fused_mlp=True)
+    tokenizer = load_tokenizer(model)
     report = fusion_report(network)
     if not as_json:
         output.print(report_table(report))
@@ -70,17 +63,6 @@ def run(
         print(json.dumps(result, indent=1))
     else:
         print_answers(result)
-
-
-def load(name: str | None, dtype: str, device_map: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The fused model and its tokenizer. Transformers shows its own progress bars meanwhile."""
-    if name is None:
-        if dtype == "auto":
-            dtype = "float32" if device_map == "cpu" else "bfloat16"
-        network = demo.load_demo(use_fused_mlp=True, dtype=dtype, device_map=device_map)
-        return network, demo.load_demo_tokenizer()
-    network = AutoModelForCausalLM.from_pretrained(name, use_fused_mlp=True, dtype=dtype, device_map=device_map)
-    return network, AutoTokenizer.from_pretrained(name)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):

@@ -51,7 +51,7 @@ def file_name(what: str) -> str:
 
 def user_plan(key: ProblemKey) -> Plan | None:
     """The plan that was measured on this machine, with the versions of PyTorch and Triton that run now."""
-    tuned = _user_plans(key.gpu).get(key)
+    tuned = _user_tuned(key)
     return tuned.plan if tuned else None
 
 
@@ -60,10 +60,13 @@ def shipped_plan(key: ProblemKey) -> Plan | None:
 
     Plans ship for bf16; what is fastest for it is for fp16 too, which moves and multiplies as much.
     """
-    if key.dtype == torch.float16:
-        key = replace(key, dtype=torch.bfloat16)
-    tuned = _shipped_plans(key.gpu).get(key)
+    tuned = _shipped_tuned(key)
     return tuned.plan if tuned else None
+
+
+def tuned_plan(key: ProblemKey) -> TunedPlan | None:
+    """The plan that runs `key`, with its times; None where a rule chooses it."""
+    return _user_tuned(key) or _shipped_tuned(key)
 
 
 def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path:
@@ -85,6 +88,16 @@ def forget() -> None:
     _shipped_plans.cache_clear()
     remembered.clear()
     unusable.clear()
+
+
+def _user_tuned(key: ProblemKey) -> TunedPlan | None:
+    return _user_plans(key.gpu).get(key)
+
+
+def _shipped_tuned(key: ProblemKey) -> TunedPlan | None:
+    if key.dtype == torch.float16:
+        key = replace(key, dtype=torch.bfloat16)
+    return _shipped_plans(key.gpu).get(key)
 
 
 @cache

@@ -1,0 +1,45 @@
+"""Loading what a command's MODEL argument names; what cannot be loaded ends the command."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_fused_mlp.cli.console import fail, require_directory
+from hf_fused_mlp.integrations import demo
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(name: str | None, dtype: str, device_map: str | None, **kwargs: Any) -> PreTrainedModel:
+    """The model of a directory or hub id, or the demo's; on the first GPU or the CPU unless `device_map` says.
+
+    Transformers shows its own progress bars meanwhile. `kwargs` go to `from_pretrained`.
+    """
+    if dtype not in DTYPES:
+        fail(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if name is not None:
+        require_directory(name)
+    device_map = device_map or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    with _errors_end_the_command():
+        if name is not None:
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **kwargs)
+        if dtype == "auto":
+            dtype = "float32" if device_map == "cpu" else "bfloat16"
+        return demo.load_demo(dtype=dtype, device_map=device_map, **kwargs)
+
+
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the same."""
+    with _errors_end_the_command():
+        return demo.load_demo_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _errors_end_the_command() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        fail(str(error))

@@ -1,0 +1,49 @@
+"""What an audit's figures say should be done."""
+
+from collections.abc import Iterator
+
+from hf_fused_mlp.profiling.report import AuditReport, Phase
+
+WORTH_SAYING = 1.02  # gains nearer to one are within the noise of timing
+
+
+def advise(report: AuditReport) -> tuple[str, ...]:
+    """Short sentences, the most useful first."""
+    return (*_about_model(report), *(sentence for phase in report.phases for sentence in _about_phase(report, phase)))
+
+
+def _about_model(report: AuditReport) -> Iterator[str]:
+    if not report.mlps:
+        yield "No MLP was found; register_mlp teaches a class that is not known."
+    elif not report.on_gpu:
+        yield "On a CPU the original forward runs: fusing changes nothing here. Audit on the GPU that will serve."
+    for group in report.mlps:
+        if group.state != "fused":
+            yield f"{group.count} x {group.class_name} cannot be fused: {group.reason}"
+        elif group.reason and report.on_gpu:
+            yield f"{group.count} x {group.class_name} run their kernels in part or not at all: {group.reason}"
+    if report.attention == "eager":
+        yield "Attention is the eager implementation; load with attn_implementation='sdpa' or a flash kernel."
+    if report.on_gpu and report.dtype == "float32":
+        yield "Weights are float32; in bfloat16 they are half the bytes, and products run on the tensor cores."
+
+
+def _about_phase(report: AuditReport, phase: Phase) -> Iterator[str]:
+    name = phase.name.capitalize()
+    share = phase.original.mlp_host_share if phase.bound == "host-bound" else phase.original.mlp_wall_share
+    limit = f"MLPs take {share:.0%} of its time, so fusing them cannot gain more than {phase.gain_limit:.2f}x"
+    if phase.bound == "host-bound":
+        busy = phase.original.gpu_busy_share
+        yield (
+            f"{name} is host-bound: the GPU works {busy:.0%} of the time. A static cache with "
+            f"torch.compile(mode='reduce-overhead'), or CUDA graphs, would gain up to {1 / busy:.2f}x."
+        )
+        yield f"{name}, while it is host-bound: {limit}."
+    else:
+        yield f"{name} is {phase.bound}: {limit}."
+    if phase.bound == "memory-bound" and phase.name == "decode":
+        yield "A larger batch reads each weight once for more tokens; weights of fewer bits are read sooner."
+    if report.on_gpu and phase.predicted.gain is None:
+        yield f"{name}: {phase.predicted.basis}, and until then a rule of thumb chooses the tiles."
+    if report.on_gpu and phase.measured_gain < 1 / WORTH_SAYING:
+        yield f"{name} is slower fused ({phase.measured_gain:.2f}x); tune it, or leave the model as it is for this."

@@ -1,0 +1,145 @@
+"""`audit`: what a model's time goes into, and what fusing its MLPs does about it."""
+
+import statistics
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_fused_mlp.fuse import fusion_report
+from hf_fused_mlp.profiling.advice import advise
+from hf_fused_mlp.profiling.estimates import amdahl, bound_of, dollars_per_1m_tokens, roofline
+from hf_fused_mlp.profiling.measure import Forms, as_it_came, profile_forms, set_fused, time_forms
+from hf_fused_mlp.profiling.prediction import predict
+from hf_fused_mlp.profiling.report import AuditReport, Form, MLPGroup, Phase
+from hf_fused_mlp.profiling.request import Request, make_request
+from hf_fused_mlp.profiling.trace import Breakdown
+from hf_fused_mlp.version import __version__
+
+
+def audit(
+    model: nn.Module,
+    *,
+    batch: int = 1,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    rounds: int | None = None,
+    gpu_price: float | None = None,
+    trace: Path | str | None = None,
+) -> AuditReport:
+    """Finds where the time of prefill and decode goes, and what fusing the MLPs does about it.
+
+    The model may come fused or not, and is left as it came. Prompts are random tokens. A loop of forwards with the
+    default cache stands for `generate`, in which the host does a little more.
+
+    Args:
+        model: a causal language model of Transformers, on the CPU or on CUDA GPUs.
+        batch: prompts at once.
+        prompt_tokens: in each prompt; unless given, 512 on a GPU and 128 on a CPU.
+        new_tokens: generated after each; unless given, 32 on a GPU and 16 on a CPU.
+        rounds: how often each form is timed; unless given, 5 times on a GPU and 3 on a CPU.
+        gpu_price: dollars an hour for what the model runs on.
+        trace: a directory for Chrome traces, `prefill-original.json` and so on.
+
+    Raises:
+        TypeError: `model` is not a causal language model of Transformers that takes a key-value cache.
+        ValueError: a number that is not positive, more tokens than the model has positions for, a compiled model, or
+            one that is neither on the CPU nor on a CUDA GPU.
+        RuntimeError: the profiler sees no kernels on the GPU.
+    """
+    request = make_request(model, batch, prompt_tokens, new_tokens, rounds)
+    if gpu_price is not None and not gpu_price > 0:
+        raise ValueError(f"gpu_price {gpu_price}: expected dollars an hour, more than 0")
+    folder = None if trace is None else Path(trace)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    device = request.ids.device
+    on_device = torch.cuda.device(device) if request.ids.is_cuda else nullcontext()
+    with as_it_came(model), torch.no_grad(), on_device:
+        report = _audit(model, request, gpu_price, folder)
+    return replace(report, advice=advise(report))
+
+
+def _audit(model: nn.Module, request: Request, gpu_price: float | None, folder: Path | None) -> AuditReport:
+    """The report without its advice; leaves the model fused."""
+    device, on_gpu = request.ids.device, request.ids.is_cuda
+    mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in fusion_report(model).mlps}
+    set_fused(mlps, ())
+    fusable = {mlp.name for mlp in fusion_report(model).select("fusable")}
+    forms: Forms = {"original": partial(set_fused, mlps, ()), "fused": partial(set_fused, mlps, fusable)}
+    walls = time_forms(request, forms)
+    steps = profile_forms(request, forms, mlps, folder)
+    best = roofline(device, model.dtype)
+    phases = []
+    for name in walls:
+        tokens = request.ids.numel() if name == "prefill" else request.ids.shape[0]
+        of_form = {
+            form: _form(walls[name][form], step, tokens, on_gpu, gpu_price) for form, step in steps[name].items()
+        }
+        phases.append(_phase(name, tokens, mlps, best.flops_per_byte, steps[name]["original"], **of_form))
+    return AuditReport(
+        model=type(model).__name__,
+        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=getattr(model.config, "_attn_implementation", None),
+        batch=request.ids.shape[0],
+        prompt_tokens=request.ids.shape[1],
+        new_tokens=request.new_tokens,
+        rounds=request.rounds,
+        price_per_hour=gpu_price,
+        versions={name: metadata.version(name) for name in ("torch", "transformers")} | {"hf-fused-mlp": __version__},
+        on_gpu=on_gpu,
+        roofline=best,
+        mlps=tuple(MLPGroup(name, n, *rest) for (name, *rest), n in fusion_report(model).grouped().items()),
+        phases=tuple(phases),
+    )
+
+
+def _phase(
+    name: str, tokens: int, mlps: dict[str, nn.Module], ridge: float, step: Breakdown, original: Form, fused: Form
+) -> Phase:
+    """`step` is the original's; `mlps` are fused."""
+    weights = [weight for module in mlps.values() for weight in module.parameters()]
+    weight_bytes = sum(weight.nbytes for weight in weights)
+    flops_per_byte = 2 * tokens * sum(weight.numel() for weight in weights) / weight_bytes if weight_bytes else 0.0
+    bound = bound_of(original.gpu_busy_share, flops_per_byte, ridge)
+    share = original.mlp_host_share if bound == "host-bound" else original.mlp_wall_share
+    return Phase(
+        name=name,
+        tokens=tokens,
+        bound=bound,
+        flops_per_byte=flops_per_byte,
+        predicted=predict(mlps, tokens, bound, step, original.wall_us),
+        measured_gain=original.wall_us / fused.wall_us,
+        gain_limit=amdahl(share, float("inf")),
+        original=original,
+        fused=fused,
+    )
+
+
+def _form(walls: list[float], step: Breakdown, tokens: int, on_gpu: bool, price: float | None) -> Form:
+    wall = statistics.median(walls)
+    # kernels take as long under the profiler as without it, the host does not: the wall clock is that without it
+    busy = min(1.0, step.busy_us / wall) if on_gpu else None
+    of_busy = step.mlp_us / step.busy_us if on_gpu and step.busy_us else None
+    host = step.mlp_host_us / step.host_us
+    return Form(
+        wall_us=wall,
+        wall_min_us=min(walls),
+        wall_max_us=max(walls),
+        tokens_per_s=tokens / wall * 1e6,
+        dollars_per_1m_tokens=dollars_per_1m_tokens(price, wall, tokens),
+        gpu_busy_share=busy,
+        mlp_gpu_share=of_busy,
+        mlp_wall_share=busy * (of_busy or 0.0) if on_gpu else host,
+        mlp_host_share=host,
+        launches_per_mlp=step.launches_per_mlp,
+        kernels_per_mlp=len(step.mlp_kernels) if step.mlp_kernels else None,
+        mlp_kernels=step.mlp_kernels,
+        top_kernels=step.top_kernels,
+    )

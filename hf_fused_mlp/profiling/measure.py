@@ -1,0 +1,87 @@
+"""Both forms of a model at work: timed in turn by the wall clock, then each once under the profiler."""
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_fused_mlp.modules import FusedMLP, fuse_module, unfuse_module
+from hf_fused_mlp.profiling.request import Request
+from hf_fused_mlp.profiling.trace import Breakdown, record
+from hf_fused_mlp.registry import find_spec
+
+PROFILED_STEPS = {"prefill": 1, "decode": 8}  # at most
+Forms = dict[str, Callable[[], None]]
+
+
+@contextmanager
+def as_it_came(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the same modules are fused, and the same in training mode, as before."""
+    modules = dict(model.named_modules())
+    fused = {name for name, module in modules.items() if isinstance(module, FusedMLP)}
+    training = {module: module.training for module in modules.values()}
+    model.eval()
+    try:
+        yield
+    finally:
+        set_fused(modules, fused)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def set_fused(modules: dict[str, nn.Module], names: Collection[str]) -> None:
+    """Fuses those named and unfuses the others; unlike `fuse_model`, says nothing about it."""
+    for name, module in modules.items():
+        if name in names and not isinstance(module, FusedMLP):
+            fuse_module(module, find_spec(module))
+        elif name not in names and isinstance(module, FusedMLP):
+            unfuse_module(module)
+
+
+def time_forms(request: Request, forms: Forms) -> dict[str, dict[str, list[float]]]:
+    """By phase and form, the microseconds of one step in each round."""
+    walls = {phase: {form: [] for form in forms} for phase in PROFILED_STEPS}
+    # the first round compiles kernels, so its times do not count; forms take turns at being first
+    for round_ in range(1 + request.rounds):
+        for form in sorted(forms, reverse=round_ % 2 == 0):
+            forms[form]()
+            start = _now(request)
+            state = request.prefill()
+            middle = _now(request)
+            for _ in range(request.new_tokens):
+                state = request.step(*state)
+            end = _now(request)
+            if round_:
+                walls["prefill"][form].append((middle - start) * 1e6)
+                walls["decode"][form].append((end - middle) * 1e6 / request.new_tokens)
+    return walls
+
+
+def _now(request: Request) -> float:
+    """Seconds, once the GPUs have done what they were given."""
+    for gpu in request.gpus:
+        torch.cuda.synchronize(gpu)
+    return time.perf_counter()
+
+
+def profile_forms(
+    request: Request, forms: Forms, mlps: dict[str, nn.Module], folder: Path | None
+) -> dict[str, dict[str, Breakdown]]:
+    """By phase and form, what a step consists of."""
+    steps = {phase: {} for phase in PROFILED_STEPS}
+    for form, change in forms.items():
+        change()
+        state = request.prefill()
+
+        def decode():
+            nonlocal state
+            state = request.step(*state)
+
+        for phase, step in (("prefill", request.prefill), ("decode", decode)):
+            file = folder and folder / f"{phase}-{form}.json"
+            count = min(PROFILED_STEPS[phase], request.new_tokens)
+            steps[phase][form] = record(step, count, mlps, request.ids.is_cuda, file)
+    return steps

@@ -1,0 +1,92 @@
+"""The work that an audit times: one greedy request, prefill and decode."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# by the kind of device
+PROMPT_TOKENS = {"cuda": 512, "cpu": 128}
+NEW_TOKENS = {"cuda": 32, "cpu": 16}
+ROUNDS = {"cuda": 5, "cpu": 3}
+State = tuple[Tensor, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """`ids` `[batch, prompt_tokens]`, how many tokens to generate after them, and how often to time that.
+
+    `forward` is the model's, and `gpus` are those that it is on.
+    """
+
+    forward: Callable
+    ids: Tensor
+    new_tokens: int
+    rounds: int
+    gpus: tuple[torch.device, ...]
+
+    def prefill(self) -> State:
+        return self.step(self.ids, None)
+
+    def step(self, ids: Tensor, cache: Any) -> State:
+        """One forward: the next token of each prompt, `[batch, 1]`, and the cache."""
+        output = self.forward(input_ids=ids, past_key_values=cache)
+        return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
+def make_request(
+    model: nn.Module, batch: int, prompt_tokens: int | None, new_tokens: int | None, rounds: int | None
+) -> Request:
+    """Random prompts, the same at every call; sizes that are None are the device's.
+
+    Raises:
+        TypeError, ValueError: as `audit` says.
+    """
+    device = _auditable_device(model)
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or float("inf")
+    new_tokens = NEW_TOKENS[device.type] if new_tokens is None else new_tokens
+    rounds = ROUNDS[device.type] if rounds is None else rounds
+    # a token more, since the profiler warms up
+    room = longest - new_tokens - 1
+    if prompt_tokens is None:
+        prompt_tokens = int(max(1, min(PROMPT_TOKENS[device.type], room)))
+    numbers = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} {value}: expected at least 1")
+    if prompt_tokens > room:
+        raise ValueError(
+            f"prompt_tokens {prompt_tokens} and new_tokens {new_tokens}: the model has {longest} positions, one of "
+            f"which the profiler needs; ask for at most {longest - 1} tokens together"
+        )
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=seeded).to(device)
+    # as generate does, which asks for the logits of the last token alone
+    last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    return Request(partial(model, use_cache=True, **last), ids, new_tokens, rounds, tuple(gpus))
+
+
+def _auditable_device(model: nn.Module) -> torch.device:
+    """Where the prompts go, if `model` can be audited."""
+    name = type(model).__name__
+    if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "forward")):
+        raise TypeError(f"audit: {name} is not a model of Transformers; pass the loaded model itself")
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise ValueError(f"audit: {name} is compiled, which hides its MLPs; pass the model before torch.compile")
+    needed = {"input_ids", "past_key_values", "use_cache"}
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None or needed - _parameters(model).keys():
+        raise TypeError(f"audit: {name} does not generate with a key-value cache; pass a causal language model")
+    device = model.get_input_embeddings().weight.device
+    if device.type not in PROMPT_TOKENS:
+        raise ValueError(f"audit: {name} is on {device}, expected a CPU or a CUDA GPU; move it there")
+    return device
+
+
+def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(model.forward).parameters)

@@ -1,0 +1,244 @@
+"""`audit` and `hf-fused-mlp audit` on small models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import as_on_gpu, tiny_model
+from pages import check_page
+from typer.testing import CliRunner
+
+import hf_fused_mlp
+from hf_fused_mlp import audit, fuse_model, fusion_report
+from hf_fused_mlp.cli import app
+from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.profiling.page import page
+
+SIZES = {"prompt_tokens": 24, "new_tokens": 3, "rounds": 2}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return audit(tiny_model(), gpu_price=3.0, **SIZES)
+
+
+def test_the_report_holds_together(report):
+    assert [phase.name for phase in report.phases] == ["prefill", "decode"]
+    assert [phase.tokens for phase in report.phases] == [24, 1]
+    assert [(group.class_name, group.count, group.state) for group in report.mlps] == [("LlamaMLP", 2, "fused")]
+    for phase in report.phases:
+        assert phase.predicted.gain == 1
+        assert "on cpu" in phase.predicted.basis
+        assert phase.measured_gain == phase.original.wall_us / phase.fused.wall_us
+        assert phase.flops_per_byte == 2 * phase.tokens / 4
+        for form in (phase.original, phase.fused):
+            assert 0 < form.mlp_wall_share == form.mlp_host_share < 1
+            assert form.gpu_busy_share is form.mlp_gpu_share is None
+            assert form.wall_min_us <= form.wall_us <= form.wall_max_us
+            assert form.tokens_per_s == pytest.approx(phase.tokens / form.wall_us * 1e6)
+            assert form.dollars_per_1m_tokens == pytest.approx(3.0 / 3600 / form.tokens_per_s * 1e6)
+            # gate, up, down; activation; product
+            assert {kernel.name: kernel.count for kernel in form.mlp_kernels} == {
+                "aten::linear": 3,
+                "aten::silu": 1,
+                "aten::mul": 1,
+            }
+            assert (form.launches_per_mlp, form.kernels_per_mlp) == (5, 3)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False)) == report.to_dict()
+    assert "On a CPU the original forward runs" in report.advice[0]
+
+
+def test_the_kernels_run_while_they_are_watched(monkeypatch):
+    """Ranges around a fused module are hooks on it, and must not send it to its original forward."""
+    as_on_gpu(monkeypatch)
+    for phase in audit(tiny_model(), **SIZES).phases:
+        assert phase.original.launches_per_mlp == 5
+        assert phase.fused.launches_per_mlp == 1
+        assert [kernel.name for kernel in phase.fused.mlp_kernels] == ["hf_fused_mlp::mlp"]
+        assert phase.predicted.gain is None
+        assert "no plan was measured for model.layers.0.mlp" in phase.predicted.basis
+
+
+def test_the_model_is_left_as_it_came():
+    model = fuse_model(tiny_model(), exclude=["model.layers.0.*"])
+    model.model.layers[1].train()
+    before = {name: (type(module), module.training) for name, module in model.named_modules()}
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    audit(model, **SIZES)
+    assert {name: (type(module), module.training) for name, module in model.named_modules()} == before
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    assert not isinstance(model.model.layers[0].mlp, FusedMLP)
+
+    def fail(*args):
+        raise RuntimeError("stop")
+
+    handle = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        audit(model, **SIZES)
+    handle.remove()
+    assert {name: (type(module), module.training) for name, module in model.named_modules()} == before
+
+
+def test_a_model_without_fusable_mlps():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=50))
+    report = audit(model, **SIZES)
+    assert model.training
+    assert report.phases[0].predicted.basis == "no MLP of this model can be fused"
+    assert any(sentence.startswith("1 x GPT2MLP cannot be fused: ") for sentence in report.advice)
+    assert 0 < report.phases[0].original.mlp_wall_share < 1
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"batch": 0}, ValueError, "batch 0: expected at least 1"),
+        ({"prompt_tokens": 0}, ValueError, "prompt_tokens 0: expected at least 1"),
+        ({"new_tokens": -1}, ValueError, "new_tokens -1: expected at least 1"),
+        ({"rounds": 0}, ValueError, "rounds 0: expected at least 1"),
+        ({"gpu_price": 0}, ValueError, "gpu_price 0: expected dollars an hour"),
+        ({"prompt_tokens": 126}, ValueError, "at most 127 tokens together"),
+        ({"model": "llama"}, TypeError, "str is not a model of Transformers"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "Linear is not a model of Transformers"),
+    ],
+)
+def test_bad_arguments(changes, error, words):
+    arguments = {"model": tiny_model()} | SIZES | changes
+    with pytest.raises(error, match=words):
+        audit(arguments.pop("model"), **arguments)
+
+
+def test_models_that_cannot_be_audited():
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    t5 = T5Config(vocab_size=20, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    for model in (BertForMaskedLM(BertConfig(vocab_size=20, **sizes)), T5ForConditionalGeneration(t5)):
+        with pytest.raises(TypeError, match="does not generate with a key-value cache"):
+            audit(model)
+    with pytest.raises(ValueError, match="on meta, expected a CPU or a CUDA GPU"):
+        audit(tiny_model().to("meta"))
+    compiled = tiny_model()
+    compiled.compile()
+    with pytest.raises(ValueError, match="is compiled"):
+        audit(compiled)
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    return path
+
+
+def options():
+    return [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+def test_command_writes_json_page_and_traces(directory, tmp_path):
+    """In a process of its own, since the profiler writes to the streams of the process."""
+    files = ["--html", tmp_path / "new" / "audit.html", "--trace", tmp_path / "traces"]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_fused_mlp",
+        "audit",
+        directory,
+        "--json",
+        "--gpu-price",
+        2.5,
+        *options(),
+        *files,
+    ]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["model"] == str(directory)
+    assert document["price_per_hour"] == 2.5
+    check_page((tmp_path / "new" / "audit.html").read_text(encoding="utf-8"), document)
+    traces = sorted(file.name for file in (tmp_path / "traces").iterdir())
+    assert traces == ["decode-fused.json", "decode-original.json", "prefill-fused.json", "prefill-original.json"]
+    assert "model.layers.1.mlp" in (tmp_path / "traces" / "decode-fused.json").read_text()
+
+
+def test_command_prints_tables(directory):
+    result = invoke("audit", directory, *options())
+    assert result.exit_code == 0, result.output
+    for words in ("prefill", "decode", "tokens per second", "gain, measured", "On a CPU the original forward runs"):
+        assert words in result.stdout
+    assert "per 1 M tokens" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["/no/such/directory"], "/no/such/directory: no such directory"),
+        (["--dtype", "int4"], "dtype 'int4': expected one of auto, float32"),
+        (["--gpu-price", "-1"], "gpu-price -1.0: expected dollars an hour"),
+    ],
+)
+def test_command_errors_are_one_line(args, words):
+    result = invoke("audit", *args)
+    assert result.exit_code == 2
+    assert words in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+def test_command_says_why_a_model_is_not_audited(directory):
+    result = invoke("audit", directory, "--prompt-tokens", 500)
+    assert result.exit_code == 2
+    assert "the model has 128 positions" in result.output.replace("\n", " ")
+
+
+def test_audit_is_loaded_when_it_is_asked_for():
+    script = """
+import sys, hf_fused_mlp
+print([name for name in sys.modules if name.startswith("hf_fused_mlp.profiling")])
+print(hf_fused_mlp.audit.__module__)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["[]", "hf_fused_mlp.profiling.audit"], result.stderr
+    with pytest.raises(AttributeError, match="no attribute 'audits'"):
+        hf_fused_mlp.audits  # noqa: B018
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    model = fuse_model(tiny_model(dtype=torch.bfloat16).cuda())
+    report = audit(model, gpu_price=2.0, **SIZES)
+    assert fusion_report(model).select("fused")
+    assert report.on_gpu
+    for phase in report.phases:
+        # such small forwards leave any GPU waiting
+        assert phase.bound == "host-bound"
+        assert phase.predicted.gain == 1
+        for form in (phase.original, phase.fused):
+            assert 0 < form.gpu_busy_share < 1
+            assert 0 < form.mlp_gpu_share < 1
+            assert form.mlp_wall_share == pytest.approx(form.gpu_busy_share * form.mlp_gpu_share)
+            assert 0 < form.mlp_host_share < 1
+    decode = report.phases[1]
+    assert decode.original.launches_per_mlp >= 4
+    assert 1 <= decode.fused.launches_per_mlp < decode.original.launches_per_mlp
+    assert any("_kernel" in kernel.name for kernel in decode.fused.mlp_kernels)
+    assert any("host-bound" in sentence and "static cache" in sentence for sentence in report.advice)
+    check_page(page(report), report.to_dict())
+
+
+@pytest.mark.slow
+def test_the_demo_model():
+    result = subprocess.run([sys.executable, "-m", "hf_fused_mlp", "audit", "--json"], capture_output=True, text=True)
+    document = json.loads(result.stdout)
+    assert document["model"] == "SmolLM2-135M-Instruct"
+    assert document["mlps"][0]["count"] == 30
+    # 2.7 of a layer's 3.5 million weights
+    assert 0.2 < document["phases"][0]["original"]["mlp_wall_share"] < 0.9
