@@ -140,15 +140,17 @@ def measure_users_side(
     """What the user waits for: `generate` of a whole model, or without one the host's time for one MLP."""
     if not torch.cuda.is_available():
         fail("bench needs a CUDA GPU, and PyTorch finds none")
-    header, kept = environment([]) | {"timed": "host" if model is None else "end-to-end"}, []
+    header = environment([]) | {"timed": "host" if model is None else "end-to-end"}
+    kept: list[Row] = []
     if json_file is not None:
         header, kept = results.resume(json_file, header)
+    by: tuple[str, ...]
     if model is None:
         measured, show, by = host_rows(tokens, dtype, fused_form), host_table, ("kind", "m")
     else:
         measured, show = end_to_end_rows(model, workloads, dtype), end_to_end_table
         by = "model", "mode", "batch", "prompt"
-    rows = []
+    rows: list[Row] = []
     try:
         for some in measured:
             rows += some

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -22,9 +23,19 @@ NEW_TOKENS = 16  # after the first, which is the prefill's
 MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
 
 # whole models of published sizes, made with random weights
-_LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA_3_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 _LLAMA_3_8B |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 16384}
-_PYTHIA_6_9B = {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32, "num_attention_heads": 32}
+_PYTHIA_6_9B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 _PYTHIA_6_9B |= {"vocab_size": 50432, "max_position_embeddings": 16384}
 MODELS = {"llama-3-8b": ("llama", _LLAMA_3_8B), "pythia-6.9b": ("gpt_neox", _PYTHIA_6_9B)}
 
@@ -111,7 +122,7 @@ def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, r
     return rows
 
 
-def generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, workload: Workload) -> torch.Tensor:
+def generate(model: Any, prompt: torch.Tensor, new_tokens: int, workload: Workload) -> torch.Tensor:
     """Greedy, and never done before `new_tokens`."""
     return model.generate(
         prompt,
