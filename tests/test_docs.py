@@ -13,7 +13,7 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.cli import app
+from hf_fused_mlp.cli import app, end_to_end, host
 from hf_fused_mlp.cli.results import read
 from hf_fused_mlp.cli.tables import markdown_table, speedup_table
 from hf_fused_mlp.modules import FusedMLP
@@ -99,6 +99,9 @@ def test_performance_tables_are_the_json():
     _, rows = read(BENCHMARKS / "h100-training.json")
     for over in ("eager", "peers"):
         assert speedup_table(rows, over) in page
+    for name, table in (("end-to-end", end_to_end.table), ("host", host.table)):
+        _, rows = read(BENCHMARKS / f"h100-{name}.json")
+        assert f"<!-- {name} -->\n{table(rows)}\n<!-- /{name} -->" in page
 
 
 @pytest.mark.parametrize("gpu", GPUS)
