@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "ops": {"torch", "types", "activations", "reference", "dispatch"},
     "modules": {"torch", "types", "activations", "children", "weights", "registry", "ops"},
     "fuse": {"torch", "registry", "modules"},
+    "numerics": {"torch", "validation", "ops", "modules", "fuse"},
     "integrations": {"torch", "transformers", "fuse"},
     "cli": {
         "liger_kernel",
@@ -44,9 +45,10 @@ MAY_IMPORT = {
         "fuse",
         "tuning",
         "validation",
+        "numerics",
         "integrations",
     },
-    "__init__": {"types", "version", "registry", "fuse", "integrations"},
+    "__init__": {"types", "version", "registry", "fuse", "numerics", "integrations"},
     "__main__": {"cli"},
 }
 

@@ -6,6 +6,7 @@ from hf_fused_mlp.cli.bench import bench
 from hf_fused_mlp.cli.list import list_mlps
 from hf_fused_mlp.cli.run import run
 from hf_fused_mlp.cli.tune import tune
+from hf_fused_mlp.cli.validate import validate
 
 app = typer.Typer(
     help="Fused MLP kernels for Hugging Face Transformers.",
@@ -14,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(validate)
 app.command("list")(list_mlps)
 app.command()(tune)
 app.command()(bench)

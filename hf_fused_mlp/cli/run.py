@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_fused_mlp.cli.console import console, fail, output, require_directory
 from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations import demo
+from hf_fused_mlp.numerics.logits import first_difference
 
 ROUNDS = 3
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -72,14 +73,17 @@ def run(
         print_answers(result)
 
 
-def load(name: str | None, dtype: str, device_map: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The fused model and its tokenizer. Transformers shows its own progress bars meanwhile."""
+def load(
+    name: str | None, dtype: str, device_map: str, fused: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, fused or plain, and its tokenizer. Transformers shows its own progress bars meanwhile."""
+    options = {"use_fused_mlp": fused, "device_map": device_map}
     if name is None:
         if dtype == "auto":
             dtype = "float32" if device_map == "cpu" else "bfloat16"
-        network = demo.load_demo(use_fused_mlp=True, dtype=dtype, device_map=device_map)
+        network = demo.load_demo(dtype=dtype, **options)
         return network, demo.load_demo_tokenizer()
-    network = AutoModelForCausalLM.from_pretrained(name, use_fused_mlp=True, dtype=dtype, device_map=device_map)
+    network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     return network, AutoTokenizer.from_pretrained(name)
 
 
@@ -150,13 +154,6 @@ class Ticker(BaseStreamer):
 def progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
-
-
-def first_difference(a: list[int], b: list[int]) -> int | None:
-    """The index of the first token in which two answers differ, or None if they are the same."""
-    if a == b:
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def report_table(report: FusionReport) -> Table:
