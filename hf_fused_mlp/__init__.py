@@ -12,6 +12,8 @@ from typing import Any
 
 from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations.transformers import install, uninstall
+from hf_fused_mlp.numerics import validate
+from hf_fused_mlp.numerics.report import NumericsReport
 from hf_fused_mlp.registry import MLPSpec, register_mlp
 from hf_fused_mlp.types import MLPKind
 from hf_fused_mlp.version import __version__
@@ -20,6 +22,7 @@ __all__ = [
     "FusionReport",
     "MLPKind",
     "MLPSpec",
+    "NumericsReport",
     "__version__",
     "audit",
     "fuse_model",
@@ -28,6 +31,7 @@ __all__ = [
     "register_mlp",
     "unfuse_model",
     "uninstall",
+    "validate",
 ]
 
 install()

@@ -7,7 +7,8 @@ original forward.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import ClassVar
@@ -240,6 +241,19 @@ def unfuse_module(module: FusedMLP) -> None:
     """The inverse of `fuse_module`, bit for bit."""
     module._unpack()
     _give_class(module, module.original_class)
+
+
+@contextmanager
+def original_form(modules: Iterable[FusedMLP]) -> Iterator[None]:
+    """Gives `modules` their original classes meanwhile; weights stay where they are, so nothing is copied."""
+    classes = {module: type(module) for module in modules}
+    try:
+        for module in classes:
+            _give_class(module, module.original_class)
+        yield
+    finally:
+        for module, cls in classes.items():
+            _give_class(module, cls)
 
 
 def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:

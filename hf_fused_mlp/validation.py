@@ -1,9 +1,24 @@
 """The rule by which a fused output counts as right."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 RELATIVE_RMS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far an output is from the oracle: its largest error, and its RMS error relative to the oracle's RMS."""
+
+    largest: float
+    relative_rms: float
+
+    @staticmethod
+    def of(output: Tensor, oracle: Tensor) -> "Errors":
+        error = output - oracle
+        return Errors(error.abs().max().item(), rms(error).item() / rms(oracle).item())
 
 
 def inaccuracy(fused: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
@@ -16,23 +31,31 @@ def inaccuracy(fused: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
         fused, eager: the two outputs, any one shape, both in the dtype under test.
         oracle: the same computed in float64 on the same rounded inputs.
     """
-    if fused.shape != oracle.shape or fused.dtype != eager.dtype:
-        return f"shape and dtype are {list(fused.shape)} {fused.dtype}, expected {list(oracle.shape)} {eager.dtype}"
-    signal = _rms(oracle)
+    if reason := mismatch(fused, eager, oracle):
+        return reason
+    signal = rms(oracle).item()
     if not signal > 0.1:
         return f"the oracle's RMS is {signal:.3g}, too small to judge by"
-    error, allowed = _largest(fused - oracle), 2 * _largest(eager - oracle) + 1e-6
-    if not error <= allowed:
-        return f"largest error {error:.3g}, allowed {allowed:.3g}"
-    relative, limit = _rms(fused - oracle) / signal, RELATIVE_RMS[fused.dtype]
-    if not relative <= limit:
-        return f"relative RMS error {relative:.3g}, allowed {limit:.3g}"
+    return excess(Errors.of(fused, oracle), Errors.of(eager, oracle), fused.dtype)
+
+
+def mismatch(fused: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
+    """What `fused` has of another shape or dtype than it should, or None."""
+    if fused.shape == oracle.shape and fused.dtype == eager.dtype:
+        return None
+    return f"shape and dtype are {list(fused.shape)} {fused.dtype}, expected {list(oracle.shape)} {eager.dtype}"
+
+
+def excess(fused: Errors, eager: Errors, dtype: torch.dtype) -> str | None:
+    """The rule itself, for outputs in `dtype` that are of the order of one; the words for a limit that is exceeded."""
+    allowed, limit = 2 * eager.largest + 1e-6, RELATIVE_RMS[dtype]
+    if not fused.largest <= allowed:
+        return f"largest error {fused.largest:.3g}, allowed {allowed:.3g}"
+    if not fused.relative_rms <= limit:
+        return f"relative RMS error {fused.relative_rms:.3g}, allowed {limit:.3g}"
     return None
 
 
-def _rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
-
-
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item()
+def rms(x: Tensor, dim: int | None = None) -> Tensor:
+    """The root of the mean square in float64, over all of `x` or, kept as 1, over `dim`."""
+    return x.double().square().mean(dim, keepdim=dim is not None).sqrt()

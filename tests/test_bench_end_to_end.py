@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from models import tiny_model
 from typer.testing import CliRunner
 
 from hf_fused_mlp.cli import app, end_to_end, host, results
-from hf_fused_mlp.cli.end_to_end import NEW_TOKENS, Workload
+from hf_fused_mlp.cli.end_to_end import Workload
 from hf_fused_mlp.modules import FusedMLP
 
 bench = importlib.import_module("hf_fused_mlp.cli.bench")
@@ -26,6 +27,8 @@ def no_gpu_needed(monkeypatch):
         fused = any(isinstance(module, FusedMLP) for module in model.modules())
         return (50.0 + 10.0 * (count - 1)) * (0.5 if fused else 1.0)
 
+    monkeypatch.setattr(end_to_end, "NEW_TOKENS", 2)
+    monkeypatch.setattr(bench, "end_to_end_rows", partial(end_to_end.end_to_end, rounds=2))
     monkeypatch.setattr(end_to_end, "timed_ms", timed_ms)
     monkeypatch.setattr(end_to_end, "kernel_times_ms", lambda call: [timed_ms(call) / 4, timed_ms(call) / 4])
     monkeypatch.setattr(end_to_end, "load", lambda name, dtype: tiny_model(name, dtype))
@@ -48,7 +51,7 @@ def test_rows(no_gpu_needed):
         common | {"impl": "fused"} | {key: value / 2 if key[-1] == "s" else value for key, value in decode.items()}
         | {"tokens_per_s": 400.0, "gpu_busy": 0.5},
     ]  # fmt: skip
-    assert set(no_gpu_needed) == {1, 1 + NEW_TOKENS}
+    assert set(no_gpu_needed) == {1, 3}
     assert end_to_end.table(rows).splitlines()[2:] == [
         "| llama | eager | prefill | 2 | 5 | 50.00 | 25.00 | 400 | 50% | 2.00x |",
         "| llama | eager | decode | 2 | 5 | 10.00 | 5.00 | 400 | 50% | 2.00x |",

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "ops": {"torch", "types", "activations", "reference", "dispatch"},
     "modules": {"torch", "types", "activations", "children", "weights", "registry", "ops"},
     "fuse": {"torch", "registry", "modules"},
+    "numerics": {"torch", "validation", "ops", "modules", "fuse"},
     "integrations": {"torch", "transformers", "fuse"},
     "profiling": {
         "torch",
@@ -55,10 +56,11 @@ MAY_IMPORT = {
         "fuse",
         "tuning",
         "validation",
+        "numerics",
         "integrations",
         "profiling",
     },
-    "__init__": {"types", "version", "registry", "fuse", "integrations", "profiling"},
+    "__init__": {"types", "version", "registry", "fuse", "numerics", "integrations", "profiling"},
     "__main__": {"cli"},
 }
 

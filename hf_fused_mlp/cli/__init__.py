@@ -1,4 +1,4 @@
-"""The command line: `hf-fused-mlp run`, `audit`, `list`, `tune` and `bench`."""
+"""The command line: `hf-fused-mlp run`, `audit`, `validate`, `list`, `tune` and `bench`."""
 
 import typer
 
@@ -7,6 +7,7 @@ from hf_fused_mlp.cli.bench import bench
 from hf_fused_mlp.cli.list import list_mlps
 from hf_fused_mlp.cli.run import run
 from hf_fused_mlp.cli.tune import tune
+from hf_fused_mlp.cli.validate import validate
 
 app = typer.Typer(
     help="Fused MLP kernels for Hugging Face Transformers.",
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(audit)
+app.command()(validate)
 app.command("list")(list_mlps)
 app.command()(tune)
 app.command()(bench)

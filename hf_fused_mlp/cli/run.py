@@ -18,6 +18,7 @@ from hf_fused_mlp.cli.console import console, fail, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
 from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations import demo
+from hf_fused_mlp.numerics.logits import first_difference
 
 ROUNDS = 3
 
@@ -132,13 +133,6 @@ class Ticker(BaseStreamer):
 def progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
-
-
-def first_difference(a: list[int], b: list[int]) -> int | None:
-    """The index of the first token in which two answers differ, or None if they are the same."""
-    if a == b:
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def report_table(report: FusionReport) -> Table:

@@ -1,0 +1,109 @@
+"""`hf-fused-mlp validate`: whether a model with fused MLPs computes what the original does, layer by layer."""
+
+import json
+import pydoc_data.topics
+from dataclasses import astuple
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_fused_mlp import numerics
+from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
+from hf_fused_mlp.integrations import demo
+from hf_fused_mlp.numerics.report import LayerNumerics, NumericsReport, severity
+
+# prose and code that come with Python
+TOPICS = ("lambda", "with", "typesseq")
+
+
+def validate(
+    model: Annotated[str | None, typer.Argument(help="A directory or hub id; without it, SmolLM2-135M.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The model to compare with, loaded unfused; by default the same one.")
+    ] = None,
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="Load one model, and compare it with its own original form.")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file; by default, Python's own topics.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How much of the text to use.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=0, help="The length of the greedy answers; 0 for none.")] = 32,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained; the first GPU, or the CPU.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Compare each fused MLP with float64, and the model with the original: exit code 0 passed, 1 failed, 2 bad usage.
+
+    Two models are loaded, one of them fused, so there has to be memory for both; --no-reference loads one.
+    """
+    if reference is not None and no_reference:
+        fail("--reference and --no-reference exclude each other; leave one out")
+    network = load_model(model, dtype, device_map, use_fused_mlp=True)
+    # a reference of another dtype would round otherwise
+    same = str(network.dtype).removeprefix("torch.")
+    original = None if no_reference else load_model(reference or model, same, device_map)
+    ids = encode(text, load_tokenizer(model), network, tokens)
+    try:
+        with console.status("validating"):
+            report = numerics.validate(network, ids, reference=original, new_tokens=new_tokens)
+    except ValueError as error:
+        fail(str(error))
+    if as_json:
+        print(json.dumps({"model": model or demo.NAME} | report.to_dict(), indent=1))
+    else:
+        print_report(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def encode(
+    text: Path | None, tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel, tokens: int
+) -> torch.Tensor:
+    """The first token ids of the text, at most as many as the model has positions for."""
+    words = "".join(pydoc_data.topics.topics[topic] for topic in TOPICS) if text is None else text.read_text()
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    ids = tokenizer(words, return_tensors="pt")["input_ids"]
+    return ids[:, : min(tokens, positions or tokens)]
+
+
+def print_report(report: NumericsReport) -> None:
+    output.print(layer_table(report))
+    for line in report.summary():
+        output.print(line, highlight=False, soft_wrap=True, markup=False)
+    for line in report.warnings:
+        output.print(f"[yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
+    for line in report.failures:
+        output.print(f"[red]failed:[/] {escape(line)}", highlight=False, soft_wrap=True)
+    color = "green" if report.passed else "red"
+    output.print(f"[{color}]{escape(report.verdict())}[/]", highlight=False, soft_wrap=True)
+
+
+def layer_table(report: NumericsReport) -> Table:
+    """A line a layer, or where all pass one for each class and path, with the errors of the worst."""
+    title = f"errors over the RMS of each token's output; {report.dtype}, {report.device}"
+    table = Table("MLP", "fused RMS", "original", "largest", "original", "verdict", title=title, title_justify="left")
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    groups = report.grouped().values() if report.passed else [[layer] for layer in report.layers]
+    for layers in groups:
+        worst = max(layers, key=severity)
+        name = worst.name if len(layers) == 1 else f"{len(layers)} x {worst.class_name}"
+        verdict = "[red]failed[/]" if worst.failure else "[green]passed[/]"
+        table.add_row(escape(name), *figures(worst), verdict)
+    return table
+
+
+def figures(layer: LayerNumerics) -> list[str]:
+    if layer.fused is None:
+        return ["-"] * 4
+    pairs = zip(astuple(layer.fused), astuple(layer.original), strict=True)
+    (largest, rms) = ([f"{value:.1e}" for value in pair] for pair in pairs)
+    return rms + largest

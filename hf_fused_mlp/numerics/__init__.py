@@ -1,0 +1,130 @@
+"""`validate`: a fused model against its original, layer by layer and as a whole."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hf_fused_mlp.fuse import fusion_report
+from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.numerics.layers import judge_calls
+from hf_fused_mlp.numerics.logits import Forward, compare_greedy, compare_logits, predicts_next
+from hf_fused_mlp.numerics.report import LayerNumerics, NumericsReport
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    *,
+    reference: nn.Module | None = None,
+    new_tokens: int = 32,
+) -> NumericsReport:
+    """Compares each fused MLP of `model`, on the activations that `inputs` give, with what it stands for.
+
+    A layer's answer is judged by the rule of `hf_fused_mlp.validation` against a float64 copy of that one layer: its
+    largest error may be twice the original's, and its relative RMS error has a limit for each dtype. Outputs are
+    divided by the RMS of each token's first, since a few tokens can be a thousand times larger than all others and
+    would hide them; and the original's largest error counts as at least half a unit in the last place of the largest
+    output, which no answer is free of. The model's own call is judged, and calls of 1 and 16 of its tokens.
+
+    The model passes if fused MLPs ran, all that did pass, and no logit is infinite or NaN that is finite in the
+    reference. Logits, perplexities and greedy answers are information: rounding moves them by amounts that no rule can
+    bound. An answer that leaves the reference's where the reference was sure is a warning, a near tie is none.
+
+    Without `reference` the original is the model's own, with the same weights and activations: wrong kernels and wrong
+    packing show, and a changed weight, which is the same in both, does not. Then give the model it was made from.
+
+    Args:
+        model: a model with fused MLPs; it is run in evaluation mode, and left as it was.
+        inputs: token ids `[tokens]` or `[batch, tokens]`, or the keyword arguments of a forward.
+        reference: another model with MLPs of the same names, shapes and dtypes: its weights are the oracle, and its
+            original forward is what the fused one is compared with.
+        new_tokens: the length of the greedy answers to four short pieces of the text; 0 for none.
+
+    Raises:
+        TypeError: `model` or `reference` is not an `nn.Module`, or `inputs` neither a tensor nor a mapping.
+        ValueError: empty `inputs`, `new_tokens` below 0, autocast, or a `reference` that does not correspond.
+    """
+    source = model if reference is None else reference
+    for name, module in (("model", model), ("reference", source)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"validate: {name} is {type(module).__name__}, not an nn.Module; pass the model itself")
+    if new_tokens < 0:
+        raise ValueError(f"validate: new_tokens={new_tokens}; expected 0 or more")
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError("validate: called under autocast, where projections are called; call it outside")
+    forward = _forward(inputs, device)
+
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedMLP)}
+    twins = fused if reference is None else {name: _twin(reference, name, module) for name, module in fused.items()}
+    layers: dict[str, LayerNumerics] = {}
+    # what was compiled would not see the hooks
+    with _evaluating(model, source), torch.compiler.set_stance("force_eager"):
+        with ExitStack() as hooks:
+            for name, module in fused.items():
+                hook = module.register_forward_hook(judge_calls(name, twins[name], layers), with_kwargs=True)
+                hooks.callback(hook.remove)
+            output = forward(model)
+        logits, greedy = compare_logits(output, source, forward, predicts_next(model)), ()
+        if logits is not None and predicts_next(model) and forward.is_text:
+            greedy = compare_greedy(model, source, forward.text(), new_tokens)
+        mlps = fusion_report(model).mlps
+    return NumericsReport(
+        reference="its original form" if reference is None else "the reference model",
+        device=str(device),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        layers=tuple(layers[name] for name in fused if name in layers),
+        unfused=tuple(mlp for mlp in mlps if mlp.state != "fused"),
+        unreached=tuple(name for name in fused if name not in layers),
+        logits=logits,
+        greedy=greedy,
+    )
+
+
+def _forward(inputs, device: torch.device) -> Forward:
+    if isinstance(inputs, Tensor):
+        inputs = inputs[None] if inputs.dim() == 1 else inputs
+        forward = Forward(positional=inputs.to(device))
+    elif isinstance(inputs, Mapping):
+        forward = Forward({name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()})
+    else:
+        raise TypeError(f"validate: inputs are {type(inputs).__name__}; pass token ids as a tensor, or a dict")
+    tensors = (*forward.arguments.values(), forward.positional)
+    if not any(isinstance(tensor, Tensor) and tensor.numel() for tensor in tensors):
+        raise ValueError("validate: inputs hold no tokens; pass the token ids of some text")
+    return forward
+
+
+def _twin(reference: nn.Module, name: str, module: FusedMLP) -> nn.Module:
+    """The module of `reference` that `module` is compared with."""
+    try:
+        twin = reference.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"reference has no module {name!r}; give the model that the fused one was made from"
+        ) from None
+    theirs = dict(twin.named_parameters())
+    for path, parameter in module.named_parameters():
+        other = theirs.get(path, parameter)
+        if (other.shape, other.dtype) != (parameter.shape, parameter.dtype):
+            raise ValueError(
+                f"{name}.{path} is {list(parameter.shape)} {parameter.dtype}, and in reference {list(other.shape)} "
+                f"{other.dtype}; load both models in one architecture and dtype"
+            )
+    return twin
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode meanwhile; then every module's own mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
