@@ -31,8 +31,10 @@ MAY_IMPORT = {
     "integrations": {"torch", "transformers", "fuse"},
     "profiling": {
         "torch",
+        "transformers",
         "jinja2",
         "markupsafe",
+        "types",
         "version",
         "registry",
         "modules",
