@@ -24,7 +24,9 @@ from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call
 from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack
 
-Tensors = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# weights of gate, up and down, and their biases
+Tensors = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Operands = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, str]
 
 _NONE: dict[str, None] = {}
 _HAS_TRITON = find_spec("triton") is not None
@@ -103,7 +105,7 @@ class FusedMLP:
     def _parameters_of(self, name: str | None) -> dict[str, Tensor | None]:
         return _NONE if name is None else local_tensors(self._modules[name])
 
-    def operands(self) -> tuple[Tensor | str | None, ...]:
+    def operands(self) -> Operands:
         """What `ops.mlp` takes after `x`: weights of gate, up and down, their biases, the activation's name."""
         return *self._tensors(), self._activation()
 

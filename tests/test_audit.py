@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from pages import check_page
 from typer.testing import CliRunner
 
 import hf_fused_mlp
-from hf_fused_mlp import audit, fuse_model, fusion_report
+from hf_fused_mlp import audit, fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.profiling.measure import as_it_came
 from hf_fused_mlp.profiling.page import page
+from hf_fused_mlp.registry import MLP_SPECS, find_spec
 
 SIZES = {"prompt_tokens": 24, "new_tokens": 3, "rounds": 2}
 
@@ -83,6 +86,18 @@ def test_the_model_is_left_as_it_came():
     assert {name: (type(module), module.training) for name, module in model.named_modules()} == before
 
 
+def test_modules_are_fused_again_by_the_spec_they_had(monkeypatch):
+    model = fuse_model(tiny_model())
+    mlp = model.model.layers[0].mlp
+    fused = type(mlp)
+    path = f"{fused.original_class.__module__}.{fused.original_class.__name__}"
+    with as_it_came(model):
+        unfuse_model(model)
+        monkeypatch.setitem(MLP_SPECS, path, replace(fused.mlp_spec, gate="up_proj", up="gate_proj"))
+        assert find_spec(mlp) != fused.mlp_spec
+    assert type(mlp) is fused
+
+
 def test_a_model_without_fusable_mlps():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -125,8 +140,9 @@ def test_models_that_cannot_be_audited():
         audit(tiny_model().to("meta"))
     compiled = tiny_model()
     compiled.compile()
-    with pytest.raises(ValueError, match="is compiled"):
-        audit(compiled)
+    for model in (compiled, torch.compile(tiny_model())):
+        with pytest.raises(ValueError, match="is compiled"):
+            audit(model)
 
 
 def invoke(*args):

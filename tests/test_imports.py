@@ -32,8 +32,10 @@ MAY_IMPORT = {
     "integrations": {"torch", "transformers", "fuse"},
     "profiling": {
         "torch",
+        "transformers",
         "jinja2",
         "markupsafe",
+        "types",
         "version",
         "registry",
         "modules",

@@ -145,6 +145,14 @@ def test_prediction(monkeypatch):
     unknown = predict(mlps, 16, "memory-bound", step, 500.0)
     assert unknown.gain is None
     assert "b and 16 tokens" in unknown.basis
+    # the kernels of `b` run between calls of its projections, for which there are no plans
+    mlps["b"].down_proj.register_forward_hook(lambda *_: None)
+    partly = predict(mlps, 16, "memory-bound", step, 500.0)
+    assert partly.gain is None
+    assert "b calls projections: down_proj has hooks" in partly.basis
+    for module in mlps.values():
+        monkeypatch.setattr(module, "forward", lambda x: x)
+    assert "replaced on the instance" in predict(mlps, 16, "memory-bound", step, 500.0).basis
 
 
 def test_prediction_asks_the_plans(plan_cache):
@@ -157,6 +165,8 @@ def test_prediction_asks_the_plans(plan_cache):
         cache.save([TunedPlan(key, UNFUSED, plan_us=2.0, unfused_us=3.0)], gpu)
         assert prediction._gain_alone(mlp, 3) == 1.5
         assert prediction._gain_alone(mlp, 5) is None
+        patch.setattr(cache, "unusable", {UNFUSED})
+        assert prediction._gain_alone(mlp, 3) is None
 
 
 @pytest.mark.parametrize(

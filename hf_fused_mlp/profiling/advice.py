@@ -30,10 +30,9 @@ def _about_model(report: AuditReport) -> Iterator[str]:
 
 def _about_phase(report: AuditReport, phase: Phase) -> Iterator[str]:
     name = phase.name.capitalize()
-    share = phase.original.mlp_host_share if phase.bound == "host-bound" else phase.original.mlp_wall_share
+    share, busy = phase.original.mlp_share(phase.bound), phase.original.gpu_busy_share
     limit = f"MLPs take {share:.0%} of its time, so fusing them cannot gain more than {phase.gain_limit:.2f}x"
-    if phase.bound == "host-bound":
-        busy = phase.original.gpu_busy_share
+    if phase.bound == "host-bound" and busy is not None:
         yield (
             f"{name} is host-bound: the GPU works {busy:.0%} of the time. A static cache with "
             f"torch.compile(mode='reduce-overhead'), or CUDA graphs, would gain up to {1 / busy:.2f}x."
@@ -44,6 +43,6 @@ def _about_phase(report: AuditReport, phase: Phase) -> Iterator[str]:
     if phase.bound == "memory-bound" and phase.name == "decode":
         yield "A larger batch reads each weight once for more tokens; weights of fewer bits are read sooner."
     if report.on_gpu and phase.predicted.gain is None:
-        yield f"{name}: {phase.predicted.basis}, and until then a rule of thumb chooses the tiles."
+        yield f"{name}: {phase.predicted.basis}."
     if report.on_gpu and phase.measured_gain < 1 / WORTH_SAYING:
         yield f"{name} is slower fused ({phase.measured_gain:.2f}x); tune it, or leave the model as it is for this."

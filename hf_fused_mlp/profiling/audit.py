@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_fused_mlp.fuse import fusion_report
 from hf_fused_mlp.profiling.advice import advise
@@ -18,11 +19,12 @@ from hf_fused_mlp.profiling.prediction import predict
 from hf_fused_mlp.profiling.report import AuditReport, Form, MLPGroup, Phase
 from hf_fused_mlp.profiling.request import Request, make_request
 from hf_fused_mlp.profiling.trace import Breakdown
+from hf_fused_mlp.registry import find_spec
 from hf_fused_mlp.version import __version__
 
 
 def audit(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     batch: int = 1,
     prompt_tokens: int | None = None,
@@ -65,23 +67,21 @@ def audit(
     return replace(report, advice=advise(report))
 
 
-def _audit(model: nn.Module, request: Request, gpu_price: float | None, folder: Path | None) -> AuditReport:
+def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, folder: Path | None) -> AuditReport:
     """The report without its advice; leaves the model fused."""
     device, on_gpu = request.ids.device, request.ids.is_cuda
     mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in fusion_report(model).mlps}
-    set_fused(mlps, ())
-    fusable = {mlp.name for mlp in fusion_report(model).select("fusable")}
-    forms: Forms = {"original": partial(set_fused, mlps, ()), "fused": partial(set_fused, mlps, fusable)}
+    set_fused(mlps, {})
+    fusable = fusion_report(model).select("fusable")
+    specs = {mlp.name: spec for mlp in fusable if (spec := find_spec(mlps[mlp.name]))}
+    forms: Forms = {"original": partial(set_fused, mlps, {}), "fused": partial(set_fused, mlps, specs)}
     walls = time_forms(request, forms)
     steps = profile_forms(request, forms, mlps, folder)
     best = roofline(device, model.dtype)
     phases = []
-    for name in walls:
-        tokens = request.ids.numel() if name == "prefill" else request.ids.shape[0]
-        of_form = {
-            form: _form(walls[name][form], step, tokens, on_gpu, gpu_price) for form, step in steps[name].items()
-        }
-        phases.append(_phase(name, tokens, mlps, best.flops_per_byte, steps[name]["original"], **of_form))
+    for name, tokens in (("prefill", request.ids.numel()), ("decode", request.ids.shape[0])):
+        original, fused = (_form(walls[name][form], steps[name][form], tokens, on_gpu, gpu_price) for form in forms)
+        phases.append(_phase(name, tokens, mlps, best.flops_per_byte, steps[name]["original"], original, fused))
     return AuditReport(
         model=type(model).__name__,
         device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
@@ -95,7 +95,10 @@ def _audit(model: nn.Module, request: Request, gpu_price: float | None, folder: 
         versions={name: metadata.version(name) for name in ("torch", "transformers")} | {"hf-fused-mlp": __version__},
         on_gpu=on_gpu,
         roofline=best,
-        mlps=tuple(MLPGroup(name, n, *rest) for (name, *rest), n in fusion_report(model).grouped().items()),
+        mlps=tuple(
+            MLPGroup(class_name, count, state, reason)
+            for (class_name, state, reason), count in fusion_report(model).grouped().items()
+        ),
         phases=tuple(phases),
     )
 
@@ -108,7 +111,6 @@ def _phase(
     weight_bytes = sum(weight.nbytes for weight in weights)
     flops_per_byte = 2 * tokens * sum(weight.numel() for weight in weights) / weight_bytes if weight_bytes else 0.0
     bound = bound_of(original.gpu_busy_share, flops_per_byte, ridge)
-    share = original.mlp_host_share if bound == "host-bound" else original.mlp_wall_share
     return Phase(
         name=name,
         tokens=tokens,
@@ -116,7 +118,7 @@ def _phase(
         flops_per_byte=flops_per_byte,
         predicted=predict(mlps, tokens, bound, step, original.wall_us),
         measured_gain=original.wall_us / fused.wall_us,
-        gain_limit=amdahl(share, float("inf")),
+        gain_limit=amdahl(original.mlp_share(bound), float("inf")),
         original=original,
         fused=fused,
     )
@@ -124,10 +126,12 @@ def _phase(
 
 def _form(walls: list[float], step: Breakdown, tokens: int, on_gpu: bool, price: float | None) -> Form:
     wall = statistics.median(walls)
-    # kernels take as long under the profiler as without it, the host does not: the wall clock is that without it
-    busy = min(1.0, step.busy_us / wall) if on_gpu else None
-    of_busy = step.mlp_us / step.busy_us if on_gpu and step.busy_us else None
-    host = step.mlp_host_us / step.host_us
+    busy = of_busy = None
+    of_wall = of_host = step.mlp_host_us / step.host_us
+    if on_gpu:
+        # kernels take as long under the profiler as without it, the host does not: the wall clock is that without it
+        busy, of_busy = min(1.0, step.busy_us / wall), step.mlp_us / step.busy_us
+        of_wall = busy * of_busy
     return Form(
         wall_us=wall,
         wall_min_us=min(walls),
@@ -136,8 +140,8 @@ def _form(walls: list[float], step: Breakdown, tokens: int, on_gpu: bool, price:
         dollars_per_1m_tokens=dollars_per_1m_tokens(price, wall, tokens),
         gpu_busy_share=busy,
         mlp_gpu_share=of_busy,
-        mlp_wall_share=busy * (of_busy or 0.0) if on_gpu else host,
-        mlp_host_share=host,
+        mlp_wall_share=of_wall,
+        mlp_host_share=of_host,
         launches_per_mlp=step.launches_per_mlp,
         kernels_per_mlp=len(step.mlp_kernels) if step.mlp_kernels else None,
         mlp_kernels=step.mlp_kernels,

@@ -4,10 +4,21 @@ from dataclasses import dataclass
 
 from hf_fused_mlp.profiling.report import AuditReport
 
+# what a value is multiplied by, and how it is written then; many microseconds are written as "ms" or "s"
+UNITS = {
+    "": (1, "{}"),
+    "us": (1, "{} us"),
+    "ms": (1e-3, "{} ms"),
+    "s": (1e-6, "{} s"),
+    "percent": (100, "{} %"),
+    "gain": (1, "{}x"),
+    "dollars": (1, "${}"),
+}
+
 
 @dataclass(frozen=True)
 class Figure:
-    """`field` is one of a `Form`, or of a `Phase`; `unit` a key of `shown`'s."""
+    """`field` is one of a `Form`, or of a `Phase`; `unit` a key of `UNITS`."""
 
     label: str
     field: str
@@ -56,17 +67,7 @@ def shown(value: float | str | None, unit: str = "") -> str:
         return "-"
     if isinstance(value, str):
         return value
-    scale, prefix, suffix = {
-        "": (1, "", ""),
-        "us": _time_scale(value),
-        "percent": (100, "", " %"),
-        "gain": (1, "", "x"),
-        "dollars": (1, "$", ""),
-    }[unit]
-    return f"{prefix}{value * scale:,.10g}{suffix}"
-
-
-def _time_scale(us: float) -> tuple[float, str, str]:
-    if us >= 1e6:
-        return 1e-6, "", " s"
-    return (1e-3, "", " ms") if us >= 1e3 else (1, "", " us")
+    if unit == "us" and value >= 1e3:
+        unit = "ms" if value < 1e6 else "s"
+    scale, form = UNITS[unit]
+    return form.format(f"{value * scale:,.10g}")

@@ -1,7 +1,7 @@
 """Both forms of a model at work: timed in turn by the wall clock, then each once under the profiler."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import nn
 from hf_fused_mlp.modules import FusedMLP, fuse_module, unfuse_module
 from hf_fused_mlp.profiling.request import Request
 from hf_fused_mlp.profiling.trace import Breakdown, record
-from hf_fused_mlp.registry import find_spec
+from hf_fused_mlp.types import MLPSpec
 
 PROFILED_STEPS = {"prefill": 1, "decode": 8}  # at most
 Forms = dict[str, Callable[[], None]]
@@ -21,7 +21,7 @@ Forms = dict[str, Callable[[], None]]
 def as_it_came(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards the same modules are fused, and the same in training mode, as before."""
     modules = dict(model.named_modules())
-    fused = {name for name, module in modules.items() if isinstance(module, FusedMLP)}
+    fused = {name: module.mlp_spec for name, module in modules.items() if isinstance(module, FusedMLP)}
     training = {module: module.training for module in modules.values()}
     model.eval()
     try:
@@ -32,18 +32,18 @@ def as_it_came(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def set_fused(modules: dict[str, nn.Module], names: Collection[str]) -> None:
-    """Fuses those named and unfuses the others; unlike `fuse_model`, says nothing about it."""
+def set_fused(modules: dict[str, nn.Module], specs: Mapping[str, MLPSpec]) -> None:
+    """Fuses those that have a spec and unfuses the others; unlike `fuse_model`, says nothing about it."""
     for name, module in modules.items():
-        if name in names and not isinstance(module, FusedMLP):
-            fuse_module(module, find_spec(module))
-        elif name not in names and isinstance(module, FusedMLP):
+        if name in specs and not isinstance(module, FusedMLP):
+            fuse_module(module, specs[name])
+        elif name not in specs and isinstance(module, FusedMLP):
             unfuse_module(module)
 
 
 def time_forms(request: Request, forms: Forms) -> dict[str, dict[str, list[float]]]:
     """By phase and form, the microseconds of one step in each round."""
-    walls = {phase: {form: [] for form in forms} for phase in PROFILED_STEPS}
+    walls: dict[str, dict[str, list[float]]] = {phase: {form: [] for form in forms} for phase in PROFILED_STEPS}
     # the first round compiles kernels, so its times do not count; forms take turns at being first
     for round_ in range(1 + request.rounds):
         for form in sorted(forms, reverse=round_ % 2 == 0):
@@ -71,7 +71,7 @@ def profile_forms(
     request: Request, forms: Forms, mlps: dict[str, nn.Module], folder: Path | None
 ) -> dict[str, dict[str, Breakdown]]:
     """By phase and form, what a step consists of."""
-    steps = {phase: {} for phase in PROFILED_STEPS}
+    steps: dict[str, dict[str, Breakdown]] = {phase: {} for phase in PROFILED_STEPS}
     for form, change in forms.items():
         change()
         state = request.prefill()

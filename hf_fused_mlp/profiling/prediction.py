@@ -19,16 +19,24 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: str, original: Breakdown,
     fused = {name: module for name, module in mlps.items() if isinstance(module, FusedMLP)}
     if not fused:
         return Prediction(1.0, "no MLP of this model can be fused")
-    reasons = [module.reasons()[0] for module in fused.values()]
-    if None not in reasons:
-        return Prediction(1.0, reasons[0])
+    reasons = {name: module.reasons() for name, module in fused.items()}
+    original_runs = [bypassed for bypassed, _ in reasons.values() if bypassed]
+    if len(original_runs) == len(fused):
+        return Prediction(1.0, original_runs[0])
     if bound == "host-bound":
         return Prediction(1.0, "the GPU waits for the host, so what kernels save does not show; fewer launches may")
     before = after = 0.0
     for name, module in fused.items():
-        gain = _gain_alone(module, m)
+        bypassed, called = reasons[name]
+        if called and not bypassed:
+            return Prediction(None, f"plans are measured for kernels alone, and {name} calls projections: {called}")
+        gain = 1.0 if bypassed else _gain_alone(module, m)
         if gain is None:
-            return Prediction(None, f"no plan was measured for {name} and {m} tokens; `hf-fused-mlp tune` does that")
+            return Prediction(
+                None,
+                f"no plan was measured for {name} and {m} tokens, whose tiles a rule of thumb chooses; "
+                "`hf-fused-mlp tune` measures one",
+            )
         us = original.us_by_mlp.get(name, 0.0)
         before, after = before + us, after + us / gain
     if not before:
@@ -42,12 +50,7 @@ def _gain_alone(module: FusedMLP, m: int) -> float | None:
     from hf_fused_mlp.dispatch import problem_key  # these two import Triton
     from hf_fused_mlp.tuning.cache import tuned_plan
 
-    bypassed, called = module.reasons()
-    if bypassed:
-        return 1.0
-    if called:
-        return None
     gate, up, down, *biases, activation = module.operands()
     bias = any(tensor is not None for tensor in biases)
     tuned = tuned_plan(problem_key(m, gate, up, down, activation, bias))
-    return tuned and tuned.unfused_us / tuned.plan_us
+    return None if tuned is None else tuned.unfused_us / tuned.plan_us

@@ -48,6 +48,10 @@ class Form:
     mlp_kernels: tuple[Kernel, ...]
     top_kernels: tuple[Kernel, ...]
 
+    def mlp_share(self, bound: str) -> float:
+        """The part of a step that fusing can shorten: where the GPU waits for the host, of the host's time."""
+        return self.mlp_host_share if bound == "host-bound" else self.mlp_wall_share
+
 
 @dataclass(frozen=True)
 class Prediction:

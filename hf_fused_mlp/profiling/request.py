@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # by the kind of device
 PROMPT_TOKENS = {"cuda": 512, "cpu": 128}
@@ -39,7 +40,7 @@ class Request:
 
 
 def make_request(
-    model: nn.Module, batch: int, prompt_tokens: int | None, new_tokens: int | None, rounds: int | None
+    model: PreTrainedModel, batch: int, prompt_tokens: int | None, new_tokens: int | None, rounds: int | None
 ) -> Request:
     """Random prompts, the same at every call; sizes that are None are the device's.
 
@@ -72,17 +73,17 @@ def make_request(
     return Request(partial(model, use_cache=True, **last), ids, new_tokens, rounds, tuple(gpus))
 
 
-def _auditable_device(model: nn.Module) -> torch.device:
+def _auditable_device(model: PreTrainedModel) -> torch.device:
     """Where the prompts go, if `model` can be audited."""
     name = type(model).__name__
-    if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "forward")):
-        raise TypeError(f"audit: {name} is not a model of Transformers; pass the loaded model itself")
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+    if getattr(model, "_orig_mod", None) or getattr(model, "_compiled_call_impl", None):
         raise ValueError(f"audit: {name} is compiled, which hides its MLPs; pass the model before torch.compile")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"audit: {name} is not a model of Transformers; pass the loaded model itself")
     needed = {"input_ids", "past_key_values", "use_cache"}
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None or needed - _parameters(model).keys():
         raise TypeError(f"audit: {name} does not generate with a key-value cache; pass a causal language model")
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     if device.type not in PROMPT_TOKENS:
         raise ValueError(f"audit: {name} is on {device}, expected a CPU or a CUDA GPU; move it there")
     return device

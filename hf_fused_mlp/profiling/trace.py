@@ -80,7 +80,7 @@ def record(
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(), strict=False)["traceEvents"]
     result = breakdown([event for event in events if event.get("ph") == "X"], on_gpu)
-    if not result.top_kernels:
+    if not result.busy_us:
         raise RuntimeError(
             "the profiler saw no kernels; end other profilers of this GPU, and let this user read its counters (CUPTI)"
         )
@@ -115,13 +115,12 @@ def breakdown(events: Iterable[Event], on_gpu: bool) -> Breakdown:
     events = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
     annotations = [event for event in events if event["cat"] == "user_annotation"]
     steps = _Spans([event for event in annotations if event["name"] == STEP])
-    calls = [event for event in annotations if event["name"].startswith(MLP)]
-    calls = _Spans([event for event in calls if steps.innermost(event["ts"]) is not None])
-    works = [work for work in _works(events, on_gpu) if steps.innermost(work.at) is not None]
+    calls = _Spans([event for event in annotations if event["name"].startswith(MLP) and steps.innermost(event["ts"])])
+    works = [work for work in _works(events, on_gpu) if steps.innermost(work.at)]
 
     by_mlp: dict[str, list[Work]] = {}
     for work in works:
-        if (call := calls.innermost(work.at)) is not None:
+        if call := calls.innermost(work.at):
             by_mlp.setdefault(call["name"].removeprefix(MLP), []).append(work)
     of_mlps = [work for owned in by_mlp.values() for work in owned]
     count, called = len(steps.events), len(calls.events)
@@ -143,18 +142,19 @@ class _Spans:
     def __init__(self, events: list[Event]):
         self.events, self.intervals = events, [_interval(event) for event in events]
         self.starts = [start for start, _ in self.intervals]
-        self.outer: list[int | None] = []
+        # by event the index of the one that it lies in, -1 for none
+        self.outer: list[int] = []
         for index, start in enumerate(self.starts):
-            self.outer.append(self._holder(index - 1 if index else None, start))
+            self.outer.append(self._open(index - 1, start))
 
     def innermost(self, moment: float) -> Event | None:
         """The last of those begun at `moment` that has not ended."""
-        index = bisect_right(self.starts, moment) - 1
-        index = self._holder(index if index >= 0 else None, moment)
-        return None if index is None else self.events[index]
+        index = self._open(bisect_right(self.starts, moment) - 1, moment)
+        return self.events[index] if index >= 0 else None
 
-    def _holder(self, index: int | None, moment: float) -> int | None:
-        while index is not None and moment > self.intervals[index][1]:
+    def _open(self, index: int, moment: float) -> int:
+        """The first of the event at `index` and those around it that has not ended at `moment`."""
+        while index >= 0 and moment > self.intervals[index][1]:
             index = self.outer[index]
         return index
 

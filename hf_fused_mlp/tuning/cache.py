@@ -65,8 +65,9 @@ def shipped_plan(key: ProblemKey) -> Plan | None:
 
 
 def tuned_plan(key: ProblemKey) -> TunedPlan | None:
-    """The plan that runs `key`, with its times; None where a rule chooses it."""
-    return _user_tuned(key) or _shipped_tuned(key)
+    """The plan that runs `key`, with its times; None where none was measured, or it turned out not to run here."""
+    tuned = _user_tuned(key) or _shipped_tuned(key)
+    return None if tuned is None or tuned.plan in unusable else tuned
 
 
 def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path:
