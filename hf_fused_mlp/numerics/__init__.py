@@ -34,7 +34,8 @@ def validate(
     bound. An answer that leaves the reference's where the reference was sure is a warning, a near tie is none.
 
     Without `reference` the original is the model's own, with the same weights and activations: wrong kernels and wrong
-    packing show, and a changed weight, which is the same in both, does not. Then give the model it was made from.
+    packing show, and a changed weight, which is the same in both, does not. Given the model it was made from, a layer
+    also fails if a weight is not what it is there.
 
     Args:
         model: a model with fused MLPs; it is run in evaluation mode, and left as it was.
@@ -65,7 +66,7 @@ def validate(
     with _evaluating(model, source), torch.compiler.set_stance("force_eager"):
         with ExitStack() as hooks:
             for name, module in fused.items():
-                hook = module.register_forward_hook(judge_calls(name, twins[name], layers), with_kwargs=True)
+                hook = module.register_forward_hook(judge_calls(name, module, twins[name], layers), with_kwargs=True)
                 hooks.callback(hook.remove)
             output = forward(model)
         logits, greedy = compare_logits(output, source, forward, predicts_next(model)), ()
