@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ _NONE: dict[str, None] = {}
 _HAS_TRITON = find_spec("triton") is not None
 
 
-class FusedMLP:
+class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     """What all fused modules share; mixed in before the original class."""
 
     mlp_spec: ClassVar[MLPSpec]

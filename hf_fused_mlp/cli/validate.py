@@ -102,7 +102,7 @@ def layer_table(report: NumericsReport) -> Table:
 
 
 def figures(layer: LayerNumerics) -> list[str]:
-    if layer.fused is None:
+    if layer.fused is None or layer.original is None:
         return ["-"] * 4
     pairs = zip(astuple(layer.fused), astuple(layer.original), strict=True)
     (largest, rms) = ([f"{value:.1e}" for value in pair] for pair in pairs)

@@ -10,7 +10,7 @@ from hf_fused_mlp.fuse import fusion_report
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.numerics.layers import judge_calls
 from hf_fused_mlp.numerics.logits import Forward, compare_greedy, compare_logits, predicts_next
-from hf_fused_mlp.numerics.report import LayerNumerics, NumericsReport
+from hf_fused_mlp.numerics.report import Divergence, LayerNumerics, NumericsReport
 
 
 @torch.no_grad()
@@ -34,7 +34,8 @@ def validate(
     bound. An answer that leaves the reference's where the reference was sure is a warning, a near tie is none.
 
     Without `reference` the original is the model's own, with the same weights and activations: wrong kernels and wrong
-    packing show, and a changed weight, which is the same in both, does not. Then give the model it was made from.
+    packing show, and a changed weight, which is the same in both, does not. Given the model it was made from, a layer
+    also fails if a weight is not what it is there.
 
     Args:
         model: a model with fused MLPs; it is run in evaluation mode, and left as it was.
@@ -65,10 +66,11 @@ def validate(
     with _evaluating(model, source), torch.compiler.set_stance("force_eager"):
         with ExitStack() as hooks:
             for name, module in fused.items():
-                hook = module.register_forward_hook(judge_calls(name, twins[name], layers), with_kwargs=True)
+                hook = module.register_forward_hook(judge_calls(name, module, twins[name], layers), with_kwargs=True)
                 hooks.callback(hook.remove)
             output = forward(model)
-        logits, greedy = compare_logits(output, source, forward, predicts_next(model)), ()
+        logits = compare_logits(output, source, forward, predicts_next(model))
+        greedy: tuple[Divergence, ...] = ()
         if logits is not None and predicts_next(model) and forward.is_text:
             greedy = compare_greedy(model, source, forward.text(), new_tokens)
         mlps = fusion_report(model).mlps

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from hf_fused_mlp.validation import Errors, excess, mismatch, rms
 SMALL_CALLS = (1, 16)  # tokens; other kernels serve them than a whole text
 
 
-def judge_calls(name: str, twin: nn.Module, layers: dict[str, LayerNumerics]) -> Callable:
+def judge_calls(name: str, module: FusedMLP, twin: nn.Module, layers: dict[str, LayerNumerics]) -> Callable:
     """A forward hook that judges each call of the module `name` into `layers`, where the worst call stays.
 
-    `twin` is the module whose original forward and whose weights count: the module itself, or another model's.
+    `twin` is the module whose original forward and whose weights count: the module itself, or another model's, whose
+    weights have to be the same to the bit, since one that rounding hides is no rounding.
     """
+    changed = _changed_weights(twin, module)
 
     def hook(module, args, kwargs, output):
         x = args[0] if args else kwargs[module.input_name]
@@ -29,6 +32,8 @@ def judge_calls(name: str, twin: nn.Module, layers: dict[str, LayerNumerics]) ->
             x, output = x[None], output[None]
         if x.numel():
             found = _judge(name, module, twin, x, output)
+            if changed:
+                found = replace(found, failure=f"{found.failure}; {changed}" if found.failure else changed)
             layers[name] = max(layers.get(name, found), found, key=severity)
 
     return hook
@@ -56,6 +61,18 @@ def _judge(name: str, module: FusedMLP, twin: nn.Module, x: Tensor, output: Tens
         eager = torch.cat([_original(twin, part) for part in given.split(m, -2)], -2)
         judged.append(replace(layer, tokens=m, **_verdict(got, eager, oracle)))
     return max(judged, key=severity)
+
+
+def _changed_weights(twin: nn.Module, module: FusedMLP) -> str | None:
+    """The first parameter of `module` that is not what it is in `twin`; what only one of them has is not compared."""
+    theirs = {} if twin is module else dict(twin.named_parameters())
+    for name, parameter in module.named_parameters():
+        other = theirs.get(name)
+        if not type(parameter) is type(other) is nn.Parameter or parameter.is_meta or other.is_meta:
+            continue
+        if count := (parameter != other.to(parameter.device)).count_nonzero().item():
+            return f"{name} differs from the reference's in {count} of {parameter.numel()} numbers"
+    return None
 
 
 def _path(module: FusedMLP, device: torch.device) -> tuple[str, str | None]:
@@ -101,7 +118,7 @@ def _why_not_cast(twin: nn.Module) -> str | None:
     return None
 
 
-def _verdict(got: Tensor, eager: Tensor, oracle: Tensor) -> dict[str, Errors | str | None]:
+def _verdict(got: Tensor, eager: Tensor, oracle: Tensor) -> dict[str, Any]:
     """The `original`, `fused` and `failure` of one call, each `[..., O]`; the oracle `[M, O]` may have more tokens."""
     got, eager = (answer.flatten(0, -2).to(oracle.device) for answer in (got, eager))
     oracle = oracle[: len(got)]

@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +82,8 @@ def compare_logits(output, source: nn.Module, forward: Forward, next_tokens: boo
         kl += torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0).sum(-1).tolist()
         at = wanted[wanted >= 0, None]
         losses.append(torch.cat([-log[wanted >= 0].gather(-1, at) for log in (log_q, log_p)], -1))
-    losses = torch.cat(losses)
-    perplexities = losses.mean(0).exp().tolist() if len(losses) else (None, None)
+    both = torch.cat(losses)
+    perplexities = both.mean(0).exp().tolist() if len(both) else (None, None)
     return LogitsNumerics(
         len(kl), sum(kl) / len(kl), max(kl), sum(same) / len(same), max(differences), all(finite), *perplexities
     )
@@ -110,7 +111,7 @@ def _originals_of(model: nn.Module) -> AbstractContextManager[None]:
     return original_form(module for module in model.modules() if isinstance(module, FusedMLP))
 
 
-def _greedy(model: nn.Module, prompt: Tensor, new_tokens: int) -> Tensor:
+def _greedy(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
     """The `[1, new_tokens]` most likely tokens after `prompt` `[1, tokens]`, none of which ends the answer."""
     out = model.generate(
         prompt,
