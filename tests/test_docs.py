@@ -77,8 +77,11 @@ def test_all_code_is_of_a_known_language():
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
-def test_commands_parse(page):
+def test_commands_parse(page, tmp_path, monkeypatch):
     """Every `hf-fused-mlp` command, with its options and the types of their values; none is run."""
+    monkeypatch.chdir(tmp_path)
+    Path("sample.txt").touch()
+    Path("docs").symlink_to(ROOT / "docs")
     commands = typer.main.get_command(app).commands
     lines = "".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
     lines = [line for line in lines if line.startswith("hf-fused-mlp")]
