@@ -14,6 +14,7 @@ import typer
 from rich.progress import track
 from torch import Tensor, nn
 
+from hf_fused_mlp.cli import block as one_block
 from hf_fused_mlp.cli import results
 from hf_fused_mlp.cli.console import console, fail, note, token_counts
 from hf_fused_mlp.cli.end_to_end import MODELS, MODES, Workload
@@ -31,10 +32,30 @@ from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_
 from hf_fused_mlp.types import MLPKind
 from hf_fused_mlp.validation import inaccuracy
 
+TOKENS = "1,16,512,4096"
+
 
 def bench(
     shapes: Annotated[str, typer.Option(help="Shapes, comma-separated, or 'all'.")] = "llama-3-8b,pythia-6.9b",
-    m: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,16,512,4096",
+    block: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="HIDDEN",
+            help="Time many forward passes of one Llama MLP of this size instead, by the clock on the wall.",
+        ),
+    ] = None,
+    intermediate: Annotated[
+        int | None, typer.Option(min=1, help="With --block; 4 times the hidden size.", show_default=False)
+    ] = None,
+    passes: Annotated[int, typer.Option(min=1, help="With --block.")] = 1000,
+    m: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Token counts, comma-separated. Default: {TOKENS}; with --block, {one_block.TOKENS}.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     impl: Annotated[
         str | None,
@@ -78,6 +99,15 @@ def bench(
     ] = None,
 ) -> None:
     """Time fused MLPs against Transformers' own and peers, on the GPU: correctness first, then in turn in one run."""
+    if block is not None:
+        if candidates or training or plot is not None:
+            fail("--block is a measurement of its own; leave out --candidates, --training and --plot")
+        shape, m, impl = one_block.shape_of(block, intermediate), m or one_block.TOKENS, impl or one_block.NAMES
+        bench_block(shape, m, dtype, impl, passes, json_file, table)
+        return
+    if intermediate is not None:
+        fail("--intermediate is a size of --block's MLP; add --block, or leave it out")
+    m = m or TOKENS
     shape_names = chosen("shape", shapes, SHAPES)
     impl_names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
     tokens = token_counts(m)
@@ -240,6 +270,35 @@ def measure_training(shape: Shape, m: int, dtype: torch.dtype, names: list[str])
         row(shape, m, dtype, fused.mlp_spec.kind, name, timing) | {"peak_mb": round(peak_mb(steps[name]), 1)}
         for name, timing in timings.items()
     ]
+
+
+def bench_block(
+    shape: Shape, m: str, dtype: str, impl: str, passes: int, json_file: Path | None, table: Path | None
+) -> None:
+    """`bench --block`: measures, or reads `table`, and prints."""
+    tokens, names = token_counts(m), chosen("implementation", impl, IMPLEMENTATIONS)
+    if dtype not in ("bfloat16", "float16"):
+        fail(f"dtype {dtype!r}: expected bfloat16 or float16")
+    if table is not None:
+        header, kept = results.read(table)
+        rows = [row for row in kept if (row["shape"], row.get("dtype")) == (shape.name, dtype)]
+        rows = [row for row in rows if row["m"] in tokens and row["impl"] in names]
+        if not rows:
+            fail(f"{table} has no {dtype} rows of {shape.name} that were asked for")
+    elif torch.cuda.is_available():
+        header, kept, rows = environment(names) | {"timed": "block"}, [], []
+        if json_file is not None:
+            header, kept = results.resume(json_file, header)
+        judge = partial(judged, names)
+        for count in track(tokens, "measuring", console=console):
+            measured = one_block.measure(shape, count, getattr(torch, dtype), passes, fused_form, judge)
+            rows += measured
+            kept = results.merged(kept, measured)
+            if json_file is not None:
+                results.write(json_file, header, kept)
+    else:
+        fail("bench needs a CUDA GPU, and PyTorch finds none; `--block HIDDEN --table FILE` prints an earlier run")
+    print(one_block.block_table(rows, header["device"]))
 
 
 def peak_mb(call: Callable[[], object]) -> float:
