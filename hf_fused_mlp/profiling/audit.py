@@ -69,7 +69,7 @@ def audit(
 
 def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, folder: Path | None) -> AuditReport:
     """The report without its advice; leaves the model fused."""
-    device, on_gpu = request.ids.device, request.ids.is_cuda
+    device, on_gpu, threads = request.ids.device, request.ids.is_cuda, torch.get_num_threads()
     mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in fusion_report(model).mlps}
     set_fused(mlps, {})
     fusable = fusion_report(model).select("fusable")
@@ -84,7 +84,7 @@ def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, fo
         phases.append(_phase(name, tokens, mlps, best.flops_per_byte, steps[name]["original"], original, fused))
     return AuditReport(
         model=type(model).__name__,
-        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}",
         dtype=str(model.dtype).removeprefix("torch."),
         attention=getattr(model.config, "_attn_implementation", None),
         batch=request.ids.shape[0],
