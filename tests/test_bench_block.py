@@ -129,8 +129,8 @@ def test_the_verdict_names_the_lengths():
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--block", 64, "--training"], "--block is a measurement of its own"),
-        (["--block", 64, "--plot", "."], "--block is a measurement of its own"),
+        (["--block", 64, "--training"], "and --block are measurements of their own; name one"),
+        (["--block", 64, "--plot", "."], "leave out --candidates and --block"),
         (["--intermediate", 64], "--intermediate is a size of --block's MLP"),
         (["--block", 64, "--dtype", "int4"], "dtype 'int4': expected bfloat16"),
         (["--block", 64, "--m", "one"], "m 'one': expected token counts"),

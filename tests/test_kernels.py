@@ -203,7 +203,7 @@ def test_plans_fit_the_problem():
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("family", SMALL)
 def test_a_launch_serves_all_tensors_of_its_kind(family, bias, gated, device):
-    """Made once, for strided tokens, and then run on others; the first leave nothing behind in it."""
+    """Made once, for strided tokens, and then run on others, it gives the bits of one that is made for them."""
     if family == "elementwise" and not gated:
         return
     M, H, I, activation = 5, 72, 104, "gelu"
@@ -215,6 +215,5 @@ def test_a_launch_serves_all_tensors_of_its_kind(family, bias, gated, device):
             call = call_of(x, up, gated, activation)
             assert call.stride_xm == H + 8
             run = LAUNCHERS[family](call, SMALL[family])
-        operands = gate, up, None, gate_bias, up_bias, None
-        out = run(x, up, up_bias, gate, gate_bias)
-        assert_accurate(out, mlp_ref(x, *operands, activation), oracle_of(x, operands, activation))
+        operands = up, up_bias, gate, gate_bias
+        assert torch.equal(run(x, *operands), linear(x, *operands, activation, SMALL[family]))

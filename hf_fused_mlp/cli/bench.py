@@ -99,9 +99,11 @@ def bench(
     ] = None,
 ) -> None:
     """Time fused MLPs against Transformers' own and peers, on the GPU: correctness first, then in turn in one run."""
+    if sum((candidates, training, host, end_to_end is not None, block is not None)) > 1:
+        fail("--candidates, --training, --host, --end-to-end and --block are measurements of their own; name one")
+    if plot is not None and (candidates or block is not None):
+        fail("--plot draws whole MLPs of published models; leave out --candidates and --block")
     if block is not None:
-        if candidates or training or plot is not None:
-            fail("--block is a measurement of its own; leave out --candidates, --training and --plot")
         shape, m, impl = one_block.shape_of(block, intermediate), m or one_block.TOKENS, impl or one_block.NAMES
         bench_block(shape, m, dtype, impl, passes, json_file, table)
         return
@@ -111,13 +113,9 @@ def bench(
     shape_names = chosen("shape", shapes, SHAPES)
     impl_names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
     tokens = token_counts(m)
-    if sum((candidates, training, host, end_to_end is not None)) > 1:
-        fail("--candidates, --training, --host and --end-to-end are measurements of their own; name one")
     if dtype not in ("bfloat16", "float16"):
         fail(f"dtype {dtype!r}: expected bfloat16 or float16")
     if plot is not None:
-        if candidates:
-            fail("--plot draws whole MLPs; leave out --candidates")
         try:
             from hf_fused_mlp.cli.plots import draw
         except ImportError as error:
