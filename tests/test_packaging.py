@@ -44,7 +44,9 @@ def wheel(tmp_path_factory):
 @pytest.mark.slow
 def test_what_is_in_the_wheel(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {*PACKAGE.rglob("*.py"), *PACKAGE.rglob("tuning/plans/*.json"), PACKAGE / "py.typed"}
+    expected = {PACKAGE / "py.typed"}
+    for pattern in ("*.py", "tuning/plans/*.json", "profiling/*.jinja"):
+        expected |= {*PACKAGE.rglob(pattern)}
     assert names == {path.relative_to(ROOT).as_posix() for path in expected}
 
 
