@@ -49,29 +49,18 @@ def mlp(
         ValueError: shapes, dtypes or devices that do not go together.
         KeyError: unknown activation.
     """
-    operands = gate, up, down, gate_bias, up_bias, down_bias
-    if (out := mlp_if_fits(x, *operands, activation)) is None:
-        _check(x, *operands, activation)
+    operands = gate, up, down, gate_bias, up_bias, down_bias, activation
+    if (out := mlp_if_fits(x, *operands)) is None:
+        _check(x, *operands)
     return out
 
 
-def mlp_if_fits(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor | None,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Tensor | None:
+def mlp_if_fits(x: Tensor, *operands: Tensor | str | None) -> Tensor | None:
     """`mlp`, or None where that would raise."""
-    operands = gate, up, down, gate_bias, up_bias, down_bias
-    if not _fits(x, *operands, activation):
+    if not _fits(x, *operands):
         return None
-    if _runs_now(x):
-        return _on_gpu().mlp_cuda(x, *operands, activation)
-    return torch.ops.hf_fused_mlp.mlp(x, *operands, activation)
+    call = _on_gpu().mlp_cuda if _runs_now(x) else torch.ops.hf_fused_mlp.mlp
+    return call(x, *operands)
 
 
 def _runs_now(x: Tensor) -> bool:
