@@ -2,7 +2,7 @@
 
 import copy
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_fused_mlp.cli import block as one_block
 from hf_fused_mlp.cli import results
 from hf_fused_mlp.cli.console import console, fail, note, token_counts
-from hf_fused_mlp.cli.end_to_end import MODELS, MODES, Workload
+from hf_fused_mlp.cli.end_to_end import MODELS, MODES, WORKLOAD, Workload
 from hf_fused_mlp.cli.end_to_end import end_to_end as end_to_end_rows
 from hf_fused_mlp.cli.end_to_end import table as end_to_end_table
 from hf_fused_mlp.cli.host import host as host_rows
@@ -33,6 +33,8 @@ from hf_fused_mlp.types import MLPKind
 from hf_fused_mlp.validation import inaccuracy
 
 TOKENS = "1,16,512,4096"
+# what the rows of a measurement of whole models, or of the host, are printed as
+USERS_SIDE = {"host": host_table, "end-to-end": end_to_end_table}
 
 
 def bench(
@@ -121,7 +123,7 @@ def bench(
         except ImportError as error:
             fail(f"--plot needs matplotlib ({error}); pip install 'hf-fused-mlp[bench]'")
 
-    if (host or end_to_end is not None) and not table:
+    if (host or end_to_end is not None) and table is None:
         workloads = [
             Workload(name, requests, length)
             for name in chosen("mode", mode, MODES)
@@ -133,25 +135,24 @@ def bench(
 
     if table is not None:
         header, kept = results.read(table)
+        if show := USERS_SIDE.get(header.get("timed", "")):
+            print(show(kept))
+            return
         rows = [row for row in kept if row["shape"] in shape_names and row["m"] in tokens]
         rows = [row for row in rows if row.get("impl", impl_names[0]) in impl_names]
     elif torch.cuda.is_available():
         timed = "candidates" if candidates else "training" if training else "forward"
-        header, kept, rows = environment(impl_names) | {"timed": timed}, [], []
-        if json_file is not None:
-            header, kept = results.resume(json_file, header)
         measures: dict[str, Callable[[Shape, int, torch.dtype], list[Row]]] = {
             "candidates": measure_candidates,
             "training": partial(measure_training, names=impl_names),
             "forward": partial(measure, names=impl_names),
         }
         problems = [(SHAPES[name], count) for name in shape_names for count in tokens]
-        for shape, count in track(problems, "measuring", console=console):
-            measured = measures[timed](shape, count, getattr(torch, dtype))
-            rows += measured
-            kept = results.merged(kept, measured)
-            if json_file is not None:
-                results.write(json_file, header, kept)
+        batches = (
+            measures[timed](shape, count, getattr(torch, dtype))
+            for shape, count in track(problems, "measuring", console=console)
+        )
+        header, kept, rows = collect(timed, impl_names, json_file, batches)
     else:
         fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
     if any("launch" in row for row in rows):
@@ -168,25 +169,37 @@ def measure_users_side(
     """What the user waits for: `generate` of a whole model, or without one the host's time for one MLP."""
     if not torch.cuda.is_available():
         fail("bench needs a CUDA GPU, and PyTorch finds none")
-    header = environment([]) | {"timed": "host" if model is None else "end-to-end"}
-    kept: list[Row] = []
-    if json_file is not None:
-        header, kept = results.resume(json_file, header)
     by: tuple[str, ...]
     if model is None:
-        measured, show, by = host_rows(tokens, dtype, fused_form), host_table, ("kind", "m")
+        timed, batches, by = "host", host_rows(tokens, dtype, fused_form), ("kind", "m")
     else:
-        measured, show = end_to_end_rows(model, workloads, dtype), end_to_end_table
-        by = "model", "mode", "batch", "prompt"
-    rows: list[Row] = []
+        timed, batches, by = "end-to-end", end_to_end_rows(model, workloads, dtype), WORKLOAD
     try:
-        for some in measured:
-            rows += some
-            if json_file is not None:
-                results.write(json_file, header, results.replaced(kept, rows, by))
+        _, _, rows = collect(timed, [], json_file, batches, partial(results.replaced, by=by))
     except (OSError, ValueError) as error:  # no such model, or not one that Transformers can load
         fail(str(error))
-    print(show(rows))
+    print(USERS_SIDE[timed](rows))
+
+
+def collect(
+    timed: str,
+    names: list[str],
+    json_file: Path | None,
+    batches: Iterable[list[Row]],
+    merge: Callable[[list[Row], list[Row]], list[Row]] = results.merged,
+) -> tuple[Header, list[Row], list[Row]]:
+    """The header, the rows of `json_file` with those of this run, and the latter; written after each of `batches`."""
+    header = environment(names) | {"timed": timed}
+    kept: list[Row] = []
+    rows: list[Row] = []
+    if json_file is not None:
+        header, kept = results.resume(json_file, header)
+    for measured in batches:
+        rows += measured
+        kept = merge(kept, measured)
+        if json_file is not None:
+            results.write(json_file, header, kept)
+    return header, kept, rows
 
 
 def chosen(what: str, names: str, known: dict[str, Any]) -> list[str]:
@@ -284,16 +297,12 @@ def bench_block(
         if not rows:
             fail(f"{table} has no {dtype} rows of {shape.name} that were asked for")
     elif torch.cuda.is_available():
-        header, kept, rows = environment(names) | {"timed": "block"}, [], []
-        if json_file is not None:
-            header, kept = results.resume(json_file, header)
         judge = partial(judged, names)
-        for count in track(tokens, "measuring", console=console):
-            measured = one_block.measure(shape, count, getattr(torch, dtype), passes, fused_form, judge)
-            rows += measured
-            kept = results.merged(kept, measured)
-            if json_file is not None:
-                results.write(json_file, header, kept)
+        batches = (
+            one_block.measure(shape, count, getattr(torch, dtype), passes, fused_form, judge)
+            for count in track(tokens, "measuring", console=console)
+        )
+        header, _, rows = collect("block", names, json_file, batches)
     else:
         fail("bench needs a CUDA GPU, and PyTorch finds none; `--block HIDDEN --table FILE` prints an earlier run")
     print(one_block.block_table(rows, header["device"]))

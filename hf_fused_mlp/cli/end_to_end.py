@@ -15,6 +15,7 @@ from torch.autograd.profiler_util import DeviceType
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_fused_mlp.cli.console import console, note
+from hf_fused_mlp.cli.loading import load_model
 from hf_fused_mlp.cli.results import Row
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.integrations import demo
@@ -23,21 +24,29 @@ NEW_TOKENS = 16  # after the first, which is the prefill's
 MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
 
 # whole models of published sizes, made with random weights
-_LLAMA_3_8B: dict[str, Any] = {
+_LLAMA_3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 16384,
 }
-_LLAMA_3_8B |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 16384}
-_PYTHIA_6_9B: dict[str, Any] = {
+_PYTHIA_6_9B = {
     "hidden_size": 4096,
     "intermediate_size": 16384,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
+    "vocab_size": 50432,
+    "max_position_embeddings": 16384,
 }
-_PYTHIA_6_9B |= {"vocab_size": 50432, "max_position_embeddings": 16384}
-MODELS = {"llama-3-8b": ("llama", _LLAMA_3_8B), "pythia-6.9b": ("gpt_neox", _PYTHIA_6_9B)}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3-8b": ("llama", _LLAMA_3_8B),
+    "pythia-6.9b": ("gpt_neox", _PYTHIA_6_9B),
+}
+
+WORKLOAD = ("model", "mode", "batch", "prompt")  # the fields of a row that say what it is a measurement of
 
 
 @dataclass(frozen=True)
@@ -51,15 +60,13 @@ class Workload:
 
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The demo, a key of `MODELS`, a directory or hub id, or for random weights the file of a config."""
-    if name == demo.NAME:
-        return demo.load_demo(dtype=dtype, device_map="cuda:0")
     if name in MODELS:
         model_type, sizes = MODELS[name]
         config = CONFIG_MAPPING[model_type](**sizes)
     elif name.endswith(".json"):
         config = AutoConfig.from_pretrained(name)
     else:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="cuda:0")
+        return load_model(None if name == demo.NAME else name, str(dtype).removeprefix("torch."), "cuda:0")
     with torch.device("cuda:0"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
