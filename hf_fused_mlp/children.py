@@ -52,6 +52,36 @@ def is_plain(linear: nn.Module) -> bool:
     )
 
 
+def is_plain_at_a_glance(linear: nn.Module | None) -> bool:
+    """Whether `is_plain` certainly holds, but for the weight's dtype and device; for who asks at every call."""
+    if type(linear) is not nn.Linear:
+        return False
+    parameters = linear.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    return (
+        type(weight) is nn.Parameter
+        and (bias is None or type(bias) is nn.Parameter)
+        and weight.layout is torch.strided
+        and len(parameters) == 2
+        and is_left_alone(linear)
+    )
+
+
+def is_left_alone(module: nn.Module) -> bool:
+    """Whether a module certainly is as its class made it: no hook around it, no child or buffer added, no patch."""
+    own, cls = module.__dict__, type(module)
+    return cls.forward is _FORWARDS.get(cls) and not (
+        "forward" in own
+        or "_hf_hook" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_modules"]
+        or own["_buffers"]
+    )
+
+
 def is_column_shard(linear: nn.Module) -> bool:
     """Whether a call without gradients multiplies with this process's rows of the weight, and does nothing else.
 

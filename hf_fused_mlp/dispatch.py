@@ -5,7 +5,6 @@ Imports Triton, so nothing imports this before the first call on a GPU.
 
 import logging
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,43 +50,47 @@ def problem_key(
     )
 
 
-def mlp_cuda(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
+def mlp_cuda(x, *operands):
     """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
-    operands = gate, up, down, gate_bias, up_bias, down_bias
-    attributes = _attributes(x, *operands, activation)
-    run = remembered.get(attributes) or partial(_first_call, attributes, activation)
+    out = mlp_again(x, *operands)
+    if out is None:
+        with torch.cuda.device_of(x):  # kernels launch on the current device
+            out = _first_call(x, *operands)
+    return out
+
+
+def mlp_again(x, *operands):
+    """The answer to a call like one that was answered before, or None: then the operands may not fit together."""
+    run = remembered.get(_attributes(x, *operands))
+    if run is None:
+        return None
     if x.get_device() == torch.cuda.current_device():
-        return run(x, *operands)
-    with torch.cuda.device_of(x):  # kernels launch on the current device
-        return run(x, *operands)
+        return run(x, *operands[:-1])
+    with torch.cuda.device_of(x):
+        return run(x, *operands[:-1])
 
 
-def _attributes(x, gate, up, down, gate_bias, up_bias, down_bias, activation) -> tuple:
-    """All that the way to an answer depends on: it is kept by them, so they are cheap to read and to hash.
+def _attributes(x, *operands) -> tuple | None:
+    """All that the way to an answer depends on, and whether there is one; None for what is not to be remembered.
 
-    They tell apart what `problem_key` and `prepare` do, and more; of the addresses, what `one_block` says.
+    They are asked for at every call, so they are cheap to read and to hash, and tell apart more than they need to. Of
+    the addresses they say whether gate and up are packed; all are multiples of 16, which kept launches rely on.
     """
-    first, last = up if gate is None else gate, up if down is None else down
-    start = first.data_ptr()
-    return (
-        x.shape,
-        x.stride(),
-        x.dtype,
-        x.get_device(),
-        up.shape,
-        down is not None and down.shape,
-        gate is None,
-        gate_bias if gate_bias is None else gate_bias.is_contiguous(),
-        up_bias if up_bias is None else up_bias.is_contiguous(),
-        down_bias if down_bias is None else down_bias.is_contiguous(),
-        activation,
-        (start | last.data_ptr()) % 16 == 0 and (gate is None or up.data_ptr() - start == gate.nbytes),
-        up.is_contiguous() and (gate is None or gate.is_contiguous()) and (down is None or down.is_contiguous()),
-    )
+    *tensors, activation = operands
+    attributes, together = [activation, x.shape, x.stride(), x.dtype, x.get_device()], x.data_ptr()
+    for tensor in tensors:
+        if tensor is None:
+            attributes.append(None)
+        else:
+            attributes += tensor.shape, tensor.dtype, tensor.get_device(), tensor.is_contiguous()
+            together |= tensor.data_ptr()
+    gate, up, *_ = tensors
+    attributes.append(gate is not None and up.data_ptr() - gate.data_ptr() == gate.nbytes)
+    return None if together % 16 else tuple(attributes)
 
 
-def _first_call(attributes, activation, x, gate, up, down, gate_bias, up_bias, down_bias):
-    """Finds the way for calls of these attributes, which is remembered once it has led to an answer."""
+def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
+    """Finds the way for calls like this one, which is remembered once it has led to an answer."""
     operands = gate, up, down, gate_bias, up_bias, down_bias
     if x.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in operands):
         return mlp_ref(x, *operands, activation)
@@ -105,16 +108,16 @@ def _first_call(attributes, activation, x, gate, up, down, gate_bias, up_bias, d
         unusable.add(plan)
         run = prepare(UNFUSED, x, gate, up, down, activation)
         out = run(x, *operands)
-    _remember(attributes, run)
+    _remember(_attributes(x, *operands, activation), run)
     return out
 
 
-def _remember(attributes: tuple, run: Callable) -> Callable:
+def _remember(attributes: tuple | None, run: Callable) -> None:
     """Keeps `run` for later calls, though not of endlessly many kinds."""
     if len(remembered) >= 4096:
         remembered.clear()
-    remembered[attributes] = run
-    return run
+    if attributes is not None:
+        remembered[attributes] = run
 
 
 def act_mul_cuda(gate, up, activation):
@@ -131,9 +134,12 @@ def _elementwise(make, activation, *tensors):
     rows = [_rows(tensor) for tensor in tensors]
     first, strides = rows[0], tuple(tensor.stride(0) for tensor in rows)
     attributes = make, activation, first.shape, strides, first.dtype, first.get_device()
+    if any(tensor.data_ptr() % 16 for tensor in rows):
+        attributes = None
     run = remembered.get(attributes)
     if run is None:
-        run = _remember(attributes, make(Rows(*first.shape, strides, first.dtype, first.device), activation))
+        run = make(Rows(*first.shape, strides, first.dtype, first.device), activation)
+        _remember(attributes, run)
     with torch.cuda.device_of(first):
         return run(*rows)
 

@@ -59,11 +59,16 @@ def mlp_if_fits(x: Tensor, *operands: Tensor | str | None) -> Tensor | None:
     """`mlp`, or None where that would raise."""
     if not _fits(x, *operands):
         return None
-    call = _on_gpu().mlp_cuda if _runs_now(x) else torch.ops.hf_fused_mlp.mlp
+    call = _on_gpu().mlp_cuda if runs_now(x) else torch.ops.hf_fused_mlp.mlp
     return call(x, *operands)
 
 
-def _runs_now(x: Tensor) -> bool:
+def mlp_again(x: Tensor, *operands: Tensor | str | None) -> Tensor | None:
+    """`mlp` of an `x` that `runs_now`, for a call like one that the kernels have answered; None for any other."""
+    return _on_gpu().mlp_again(x, *operands)
+
+
+def runs_now(x: Tensor) -> bool:
     """Whether nothing but the result is wanted of this call: no graph, no trace, no gradient, on a GPU.
 
     Then it need not go through PyTorch's dispatcher, which costs as much of the host's time as a launch.
@@ -72,6 +77,8 @@ def _runs_now(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.is_cuda
+        and x.layout is torch.strided
+        and not x.is_nested
         and not torch.is_grad_enabled()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0

@@ -1,7 +1,9 @@
 """Triton helpers that the kernel families share."""
 
+import math
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -12,6 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # what a family makes of a `LinearCall`: the function of x, weight, bias, gate and gate_bias that gives `[*lead, n]`
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+# what Inductor allocates with: the same memory, without `torch.empty`'s reading of its arguments and its dispatch
+_empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 _thread = threading.local()
 
@@ -46,28 +51,41 @@ def launcher(
         values: the arguments after the tensors, constants included.
         overlap: begin while the launch before is finishing; the kernel must wait before it reads what that one wrote.
 
-    The tensors of all launches must be of one dtype and None in the same places; on AMD also on one side of 2 GB.
+    The tensors of all launches must be of one dtype and None in the same places, and if there is more than one launch,
+    their addresses multiples of 16, which lets the binary read 16 bytes at a time; on AMD also on one side of 2 GB.
     """
     if overlap:
         options["launch_pdl"] = True
-    kept = None
+    kept: tuple[Callable, tuple] | None = None
 
     def launch(tensors: tuple[Tensor | None, ...], descriptors: tuple = ()) -> None:
         nonlocal kept
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        together = 0
-        for address in addresses:
-            together |= address or 0
-        if together % 16:  # the kept binary reads 16 bytes at a time
-            kernel[grid](*descriptors, *tensors, *values, **options)
-        elif kept is not None:
-            run, function, metadata = kept
-            stream = torch._C._cuda_getCurrentRawStream(device.index)
-            run(*grid, stream, function, metadata, None, None, None, *descriptors, *addresses, *values)
+        if kept is not None:
+            run, fixed = kept
+            addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            run(*grid, torch._C._cuda_getCurrentRawStream(device.index), *fixed, *descriptors, *addresses, *values)
         elif binary := kernel[grid](*descriptors, *tensors, *values, **options):  # the interpreter has none
-            kept = binary.run, binary.function, binary.packed_metadata
+            kept = _driver_call(binary)
 
     return launch
+
+
+def _driver_call(binary) -> tuple[Callable, tuple]:
+    """What launches a compiled kernel, and what it takes between the stream and the kernel's own arguments."""
+    run, function, rest = binary.run, binary.function, (binary.packed_metadata, None, None, None)
+    # the Python around the driver's launch has nothing to do but find that no scratch memory is wanted
+    known = type(run).__name__ == "CudaLauncher" and triton.__version__.startswith(("3.5.", "3.6."))
+    if known and run.global_scratch_size == run.profile_scratch_size == 0:
+        return run.launch, (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
+    return run, (function, *rest)
+
+
+def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """Gives ``torch.empty(shape, dtype=dtype, device=device)``; a GPU must be the current one."""
+    if device.type != "cuda" or _empty_strided_cuda is None:
+        return partial(torch.empty, shape, dtype=dtype, device=device)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return partial(_empty_strided_cuda, shape, strides, dtype)
 
 
 @triton.jit

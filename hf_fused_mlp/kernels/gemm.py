@@ -15,7 +15,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_mlp.kernels._common import Linear, activate, add_bias, bind_context, descriptor, grouped_tile, launcher
+from hf_fused_mlp.kernels._common import (
+    Linear,
+    activate,
+    add_bias,
+    allocator,
+    bind_context,
+    descriptor,
+    grouped_tile,
+    launcher,
+)
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 
@@ -138,6 +147,7 @@ def gemm(call: LinearCall, config: TileConfig) -> Linear:
     """
     M, N, K, planes = call.m, call.n, call.k, 2 if call.gated else 1
     block_m, block_n, block_k = tile = config.block_m, config.block_n, config.block_k
+    empty = allocator((*call.lead, N), call.dtype, call.device)
     gpu = GPU.of(call.device)
     tiles = -(-M // block_m) * -(-N // block_n)
     rest = tiles % gpu.num_sms
@@ -164,7 +174,7 @@ def gemm(call: LinearCall, config: TileConfig) -> Linear:
 
     def run(x, weight, bias, gate, gate_bias):
         bind_context(call.device)
-        out, stride = torch.empty((*call.lead, N), dtype=call.dtype, device=call.device), call.stride_xm
+        out, stride = empty(), call.stride_xm
         if stride * x.itemsize % 16 or x.data_ptr() % 16:
             x, stride = x.clone(memory_format=torch.contiguous_format), K
         block = weight if gate is None else gate

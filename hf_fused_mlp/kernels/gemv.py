@@ -6,12 +6,11 @@ loads are under way at once, and few registers held. An overlapped launch has it
 Launches: 1. Bytes: the weights once; x from L2. Exact products, fp32 sums.
 """
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fused_mlp.kernels._common import Linear, activate, add_bias, launcher
+from hf_fused_mlp.kernels._common import Linear, activate, add_bias, allocator, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig, next_power_of_two
 
 
@@ -88,7 +87,7 @@ def _gemv_kernel(
 
 def gemv(call: LinearCall, config: TileConfig) -> Linear:
     """The launch of the equation above."""
-    shape = *call.lead, call.n
+    empty = allocator((*call.lead, call.n), call.dtype, call.device)
     constants = call.k, call.activation, next_power_of_two(call.m), config.block_k, GPU.of(call.device).can_overlap
     launch = launcher(
         _gemv_kernel,
@@ -100,7 +99,7 @@ def gemv(call: LinearCall, config: TileConfig) -> Linear:
     )
 
     def run(x, weight, bias, gate, gate_bias):
-        out = torch.empty(shape, dtype=call.dtype, device=call.device)
+        out = empty()
         launch((x, weight, bias, gate, gate_bias, out))
         return out
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fused_mlp.kernels._common import Linear, activate, add_bias, launcher
+from hf_fused_mlp.kernels._common import Linear, activate, add_bias, allocator, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 SUM_BLOCK = 512
@@ -128,7 +128,8 @@ def _sum_kernel(
 
 def skinny(call: LinearCall, config: TileConfig) -> Linear:
     """The launch of the equation above, and where K is split that of the sum; with a gate, `split_k` is not read."""
-    M, N, shape = call.m, call.n, (*call.lead, call.n)
+    M, N = call.m, call.n
+    empty = allocator((*call.lead, N), call.dtype, call.device)
     split_k = 1 if call.gated else config.split_k
     can_overlap = GPU.of(call.device).can_overlap
     activation = call.activation if split_k == 1 else "identity"
@@ -144,12 +145,13 @@ def skinny(call: LinearCall, config: TileConfig) -> Linear:
     )
 
     def run(x, weight, bias, gate, gate_bias):
-        out = torch.empty(shape, dtype=call.dtype, device=call.device)
+        out = empty()
         launch((x, weight, bias, gate, gate_bias, out))
         return out
 
     if split_k == 1:
         return run
+    empty_parts = allocator((split_k, M, N), torch.float32, call.device)
     add = launcher(
         _sum_kernel,
         call.device,
@@ -160,9 +162,9 @@ def skinny(call: LinearCall, config: TileConfig) -> Linear:
     )
 
     def run_split(x, weight, bias, gate, gate_bias):
-        parts = torch.empty((split_k, M, N), dtype=torch.float32, device=call.device)
+        parts = empty_parts()
         launch((x, weight, None, None, None, parts))
-        out = torch.empty(shape, dtype=call.dtype, device=call.device)
+        out = empty()
         add((parts, bias, out))
         return out
 

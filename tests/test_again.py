@@ -1,0 +1,208 @@
+"""The short way of a fused module's call: taken when such a call was answered before, and nothing has changed."""
+
+import pytest
+import torch
+from models import as_on_gpu, tiny_model
+from test_wrapped import PROJECTIONS, WRAPPERS, attach_hook
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
+from transformers.activations import GELUTanh, SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from hf_fused_mlp import dispatch, fuse_model, ops
+from hf_fused_mlp.modules import FusedMLP
+
+ANSWER = torch.zeros(1)
+KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
+
+
+@pytest.fixture
+def short_way(monkeypatch):
+    """Lets tokens on the CPU take the short way, and the way that is remembered give `ANSWER`."""
+    as_on_gpu(monkeypatch)
+    monkeypatch.setattr(ops, "runs_now", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+
+
+def answered_mlp(x, model_type="llama"):
+    """A fused MLP that has answered a call with `x`."""
+    mlp = next(m for m in fuse_model(tiny_model(model_type)).modules() if isinstance(m, FusedMLP))
+    dispatch.remembered[dispatch._attributes(x, *mlp.operands())] = lambda *tensors: ANSWER
+    return mlp
+
+
+@KINDS
+@torch.no_grad()
+def test_a_call_like_one_before_takes_the_short_way(model_type, short_way):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x, model_type)
+    assert mlp(x) is ANSWER
+    assert mlp(torch.randn(3, 64)) is ANSWER
+    for other in (torch.randn(4, 64), torch.randn(3, 1, 64), torch.randn(3, 128)[:, ::2], x.double()):
+        assert mlp._again(other) is None
+
+
+@KINDS
+def test_it_is_the_way_that_the_long_one_is_about(model_type, short_way):
+    mlp = answered_mlp(torch.randn(3, 64), model_type)
+    assert mlp._is_usual()
+    assert mlp.reasons(torch.device("cuda", 0)) == (None, None)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@torch.no_grad()
+def test_a_projection_that_was_wrapped(wrap, name, short_way):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    wrap(mlp, name)
+    assert mlp._again(x) is None
+
+
+def own_forward(mlp):
+    mlp.forward = lambda x: LlamaMLP.forward(mlp, x)
+
+
+def other_activation(mlp):
+    mlp.act_fn = GELUTanh()
+
+
+def unknown_activation(mlp):
+    mlp.act_fn = nn.LeakyReLU()
+
+
+def forward_of_the_activation(mlp):
+    mlp.act_fn.forward = torch.tanh
+
+
+def no_activation(mlp):
+    del mlp.act_fn
+
+
+def no_projection(mlp):
+    del mlp.up_proj
+
+
+def pruned_rows(mlp):
+    for name in ("gate_proj", "up_proj"):
+        weight = mlp.get_parameter(f"{name}.weight")
+        weight.data = weight.data[:128]
+
+
+def pruned_columns(mlp):
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :128]
+
+
+def other_dtype(mlp):
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data.bfloat16()
+
+
+def unpacked(mlp):
+    mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.clone())
+
+
+def shifted_by_a_value(mlp):
+    weight = mlp.down_proj.weight
+    moved = torch.empty(weight.numel() + 1)[1:].view(weight.shape)
+    weight.data = moved.copy_(weight)
+
+
+def new_bias(mlp):
+    mlp.gate_proj.bias = nn.Parameter(torch.zeros(176))
+
+
+CHANGES = [
+    nn.Module.train,
+    own_forward,
+    other_activation,
+    unknown_activation,
+    forward_of_the_activation,
+    no_activation,
+    no_projection,
+    pruned_rows,
+    pruned_columns,
+    other_dtype,
+    unpacked,
+    shifted_by_a_value,
+    new_bias,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_a_module_that_was_changed(change, short_way):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    change(mlp)
+    assert mlp._again(x) is None
+
+
+@pytest.mark.parametrize("cls", [LlamaMLP, nn.Linear, SiLUActivation], ids=lambda cls: cls.__name__)
+@torch.no_grad()
+def test_a_class_that_was_patched(cls, short_way, monkeypatch):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    assert mlp(x) is ANSWER
+    monkeypatch.setattr(cls, "forward", lambda self, x: x)
+    assert mlp._again(x) is None
+
+
+@torch.no_grad()
+def test_hooks_that_come_and_go(short_way):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    hooks = [
+        lambda: register_module_forward_hook(lambda *args: None),
+        lambda: mlp.act_fn.register_forward_hook(lambda *args: None),
+        lambda: mlp.down_proj.register_forward_pre_hook(lambda *args: None),
+        lambda: mlp.down_proj.register_full_backward_hook(lambda *args: None),
+        lambda: mlp.down_proj.register_full_backward_pre_hook(lambda *args: None),
+    ]
+    for register in hooks:
+        hook = register()
+        assert mlp._again(x) is None
+        hook.remove()
+        assert mlp._again(x) is ANSWER
+    attach_hook(mlp, "up_proj")
+    assert mlp._again(x) is None
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_what_a_call_is_made_under():
+    mlp = fuse_model(tiny_model()).model.layers[0].mlp.cuda()
+    x = torch.randn(3, 64, device="cuda")
+    expected = mlp(x)
+    assert torch.equal(mlp._again(x), expected)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert mlp._again(x) is None
+        assert mlp(x).dtype == torch.bfloat16
+    with torch.enable_grad():
+        assert mlp._again(x) is None
+        assert mlp(x).requires_grad
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert mlp._again(dual) is None
+        assert forward_ad.unpack_dual(mlp(dual)).tangent is not None
+    torch.testing.assert_close(torch.func.vmap(mlp)(x[:, None])[:, 0], expected)
+    with torch.inference_mode():
+        assert mlp(x).is_inference()
+    mlp.down_proj.cpu()
+    assert mlp._again(x) is None
+    mlp.down_proj.to("meta")
+    assert mlp._again(x) is None
+
+
+def test_operands_that_do_not_fit(short_way):
+    """What was answered fits, so what is like it does; nothing else is taken for it."""
+    x, gate, up = torch.randn(3, 64), torch.randn(96, 64), torch.randn(96, 64)
+    down, wide, narrow = torch.randn(64, 96), torch.randn(96), torch.randn(64)
+    call = [x, gate, up, down, wide, wide, narrow, "silu"]
+    dispatch.remembered[dispatch._attributes(*call)] = lambda *tensors: ANSWER
+    assert dispatch.mlp_again(*call) is ANSWER
+    for i, operand in enumerate(call[:-1]):
+        others = [operand.double(), operand[:2], operand[..., :32], operand[None]]
+        for other in others if operand is x or operand is up else [*others, None]:
+            assert dispatch.mlp_again(*call[:i], other, *call[i + 1 :]) is None
+    assert dispatch.mlp_again(*call[:-1], "relu") is None
