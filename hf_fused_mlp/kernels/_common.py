@@ -15,9 +15,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # what a family makes of a `LinearCall`: the function of x, weight, bias, gate and gate_bias that gives `[*lead, n]`
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
-# what Inductor allocates with: the same memory, without `torch.empty`'s reading of its arguments and its dispatch
-_empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-
 _thread = threading.local()
 
 
@@ -82,10 +79,11 @@ def _driver_call(binary) -> tuple[Callable, tuple]:
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     """Gives ``torch.empty(shape, dtype=dtype, device=device)``; a GPU must be the current one."""
-    if device.type != "cuda" or _empty_strided_cuda is None:
+    # Inductor's own, which neither reads arguments of every kind nor goes through PyTorch's dispatcher
+    empty_strided = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if empty_strided is None:
         return partial(torch.empty, shape, dtype=dtype, device=device)
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return partial(_empty_strided_cuda, shape, strides, dtype)
+    return partial(empty_strided, shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), dtype)
 
 
 @triton.jit
