@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from hf_fused_mlp.cli import app, end_to_end, host, results
 from hf_fused_mlp.cli.end_to_end import Workload
 from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.profiling.trace import Breakdown
 
 bench = importlib.import_module("hf_fused_mlp.cli.bench")
 
@@ -27,10 +28,16 @@ def no_gpu_needed(monkeypatch):
         fused = any(isinstance(module, FusedMLP) for module in model.modules())
         return (50.0 + 10.0 * (count - 1)) * (0.5 if fused else 1.0)
 
+    def work_of(step, steps, mlps, on_gpu):
+        assert steps == 1 and on_gpu
+        busy_us = 1e3 * timed_ms(step) / 2
+        return Breakdown(0, 0, busy_us, busy_us * len(mlps) / 4, {}, None, (), ())
+
     monkeypatch.setattr(end_to_end, "NEW_TOKENS", 2)
     monkeypatch.setattr(bench, "end_to_end_rows", partial(end_to_end.end_to_end, rounds=2))
     monkeypatch.setattr(end_to_end, "timed_ms", timed_ms)
-    monkeypatch.setattr(end_to_end, "kernel_times_ms", lambda call: [timed_ms(call) / 4, timed_ms(call) / 4])
+    monkeypatch.setattr(end_to_end, "PROFILED", {"eager": 2, "static-compile": 2})
+    monkeypatch.setattr(end_to_end, "record", work_of)
     monkeypatch.setattr(end_to_end, "load", lambda name, dtype: tiny_model(name, dtype))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -43,18 +50,19 @@ def test_rows(no_gpu_needed):
     common = {"model": "llama", "mode": "eager", "batch": 2, "prompt": 5}
     prefill = {"phase": "prefill", "median_ms": 50.0, "p20_ms": 50.0, "p80_ms": 50.0}
     decode = {"phase": "decode", "median_ms": 10.0, "p20_ms": 10.0, "p80_ms": 10.0}
+    shares = {"gpu_busy": 0.5, "mlp_share": 0.5}  # two MLPs, each a quarter
     assert rows == [
-        common | {"impl": "original"} | prefill | {"tokens_per_s": 200.0, "gpu_busy": 0.5},
-        common | {"impl": "original"} | decode | {"tokens_per_s": 200.0, "gpu_busy": 0.5},
+        common | {"impl": "original"} | prefill | {"tokens_per_s": 200.0, "gpu_ms": 25.0} | shares,
+        common | {"impl": "original"} | decode | {"tokens_per_s": 200.0, "gpu_ms": 5.0} | shares,
         common | {"impl": "fused"} | {key: value / 2 if key[-1] == "s" else value for key, value in prefill.items()}
-        | {"tokens_per_s": 400.0, "gpu_busy": 0.5},
+        | {"tokens_per_s": 400.0, "gpu_ms": 12.5} | shares,
         common | {"impl": "fused"} | {key: value / 2 if key[-1] == "s" else value for key, value in decode.items()}
-        | {"tokens_per_s": 400.0, "gpu_busy": 0.5},
+        | {"tokens_per_s": 400.0, "gpu_ms": 2.5} | shares,
     ]  # fmt: skip
     assert set(no_gpu_needed) == {1, 3}
     assert end_to_end.table(rows).splitlines()[2:] == [
-        "| llama | eager | prefill | 2 | 5 | 50.00 | 25.00 | 400 | 50% | 2.00x |",
-        "| llama | eager | decode | 2 | 5 | 10.00 | 5.00 | 400 | 50% | 2.00x |",
+        "| llama | eager | prefill | 2 | 5 | 50.00 | 25.00 | 400 | 25.00 | 12.50 | 50% | 50% | 2.00x |",
+        "| llama | eager | decode | 2 | 5 | 10.00 | 5.00 | 400 | 5.00 | 2.50 | 50% | 50% | 2.00x |",
     ]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch.autograd.profiler_util import DeviceType
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_fused_mlp.cli.console import console, note
@@ -19,9 +18,12 @@ from hf_fused_mlp.cli.loading import load_model
 from hf_fused_mlp.cli.results import Row
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.integrations import demo
+from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.profiling.trace import record
 
 NEW_TOKENS = 16  # after the first, which is the prefill's
 MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
+PROFILED = {"eager": 4, "static-compile": NEW_TOKENS}  # another length would be another cache, and compiled anew
 
 # whole models of published sizes, made with random weights
 _LLAMA_3_8B = {
@@ -46,7 +48,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia-6.9b": ("gpt_neox", _PYTHIA_6_9B),
 }
 
-WORKLOAD = ("model", "mode", "batch", "prompt")  # the fields of a row that say what it is a measurement of
+# the fields of a row that say what it is a measurement of
+WORKLOAD = ("model", "mode", "batch", "prompt")
+PROBLEM = ("model", "mode", "phase", "batch", "prompt")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def fused_twin(model: PreTrainedModel) -> PreTrainedModel:
     return fuse_model(copy.deepcopy(model, shared))
 
 
-def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 5) -> Iterator[list[Row]]:
+def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 9) -> Iterator[list[Row]]:
     """For each workload, a row for the prefill and one for a token of the decoding, of each form of the model."""
     original = load(name, dtype)
     models = {"original": original, "fused": fused_twin(original)}
@@ -111,12 +115,13 @@ def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, r
             first, all_ = map(timed_ms, calls[impl])
             if round_:
                 times[impl].append((first, (all_ - first) / NEW_TOKENS))
+    fused = [name for name, module in models["fused"].named_modules() if isinstance(module, FusedMLP)]
     rows = []
     for impl, pairs in times.items():
-        first_ms, all_ms = (sum(kernel_times_ms(call)) for call in calls[impl])
-        gpu_ms = first_ms, (all_ms - first_ms) / NEW_TOKENS
-        for phase, tokens, values, busy in zip(
-            ("prefill", "decode"), (workload.prompt, 1), zip(*pairs, strict=True), gpu_ms, strict=True
+        phases = zip(*pairs, strict=True)
+        works = gpu_work(models[impl], fused, prompt, workload)
+        for phase, tokens, values, (busy, mlp) in zip(
+            ("prefill", "decode"), (workload.prompt, 1), phases, works, strict=True
         ):
             cuts, median = statistics.quantiles(values, n=10), statistics.median(values)
             rows.append(
@@ -124,9 +129,27 @@ def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, r
                 | {"prompt": workload.prompt, "impl": impl, "median_ms": round(median, 3)}
                 | {"p20_ms": round(cuts[1], 3), "p80_ms": round(cuts[7], 3)}
                 | {"tokens_per_s": round(1e3 * workload.batch * tokens / median, 1)}
-                | {"gpu_busy": round(min(1.0, busy / median), 3)}
+                | {"gpu_ms": round(busy, 3), "gpu_busy": round(min(1.0, busy / median), 3)}
+                | {"mlp_share": round(mlp / busy, 3) if mlp else None}
             )
     return rows
+
+
+def gpu_work(
+    model: PreTrainedModel, names: list[str], prompt: torch.Tensor, workload: Workload
+) -> list[tuple[float, float]]:
+    """For the prefill and for a token of the decoding, milliseconds in which the GPU works, and works on MLPs.
+
+    `names` are the MLPs'. In compiled code they are not to be told from the rest: 0.
+    """
+    mlps = {name: model.get_submodule(name) for name in names if workload.mode == "eager"}
+    count = PROFILED[workload.mode]
+    steps = (partial(generate, model, prompt, tokens, workload) for tokens in (1, 1 + count))
+    first, all_ = (record(step, 1, mlps, on_gpu=True) for step in steps)
+    return [
+        (first.busy_us / 1e3, first.mlp_us / 1e3),
+        ((all_.busy_us - first.busy_us) / count / 1e3, (all_.mlp_us - first.mlp_us) / count / 1e3),
+    ]
 
 
 def generate(model: Any, prompt: torch.Tensor, new_tokens: int, workload: Workload) -> torch.Tensor:
@@ -151,25 +174,26 @@ def timed_ms(call) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def kernel_times_ms(call) -> list[float]:
-    """How long each kernel and copy of a call ran on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return [event.time_range.elapsed_us() / 1e3 for event in profile.events() if event.device_type == DeviceType.CUDA]
-
-
 def table(rows: list[Row]) -> str:
-    """A line a workload and phase: milliseconds of both forms, and how many times faster fused is."""
-    columns = ("model", "mode", "phase", "batch", "prompt", "original, ms", "fused, ms", "fused, tokens/s", "GPU busy")
-    lines = [f"| {' | '.join(columns)} | fused over original |", "|---|---|---|" + "---:|" * 7]
-    pairs: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        pairs.setdefault(tuple(row[name] for name in columns[:5]), {})[row["impl"]] = row
-    for workload, forms in pairs.items():
-        original, fused = forms["original"], forms["fused"]
-        cells = [f"{form['median_ms']:.2f}" for form in (original, fused)]
-        cells += [f"{fused['tokens_per_s']:.0f}", f"{fused['gpu_busy']:.0%}"]
+    """A line a workload and phase: milliseconds of both forms, the GPU's part, and how many times faster fused is.
+
+    How busy the GPU is, and with MLPs, is the original's.
+    """
+    columns = ("original, ms", "fused, ms", "tokens/s fused", "GPU, ms", "GPU fused, ms", "GPU busy", "of it MLPs")
+    lines = [f"| {' | '.join((*PROBLEM, *columns))} | fused over original |", "|---|---|---|" + "---:|" * 10]
+    for problem, original, fused in pairs(rows):
+        cells = [f"{form['median_ms']:.2f}" for form in (original, fused)] + [f"{fused['tokens_per_s']:.0f}"]
+        cells += [f"{form['gpu_ms']:.2f}" for form in (original, fused)] + [f"{original['gpu_busy']:.0%}"]
+        cells += ["-" if original["mlp_share"] is None else f"{original['mlp_share']:.0%}"]
         cells.append(f"{original['median_ms'] / fused['median_ms']:.2f}x")
-        lines.append(f"| {' | '.join(map(str, (*workload, *cells)))} |")
+        lines.append(f"| {' | '.join(map(str, (*problem, *cells)))} |")
     return "\n".join(lines)
+
+
+def pairs(rows: list[Row]) -> Iterator[tuple[tuple, Row, Row]]:
+    """For each phase of a workload the fields that say which it is, the original's row and the fused one's."""
+    forms: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        forms.setdefault(tuple(row[name] for name in PROBLEM), {})[row["impl"]] = row
+    for problem, form in forms.items():
+        yield problem, form["original"], form["fused"]
