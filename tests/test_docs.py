@@ -14,6 +14,7 @@ from models import tiny_model
 
 import hf_fused_mlp
 from hf_fused_mlp.cli import app, end_to_end, host
+from hf_fused_mlp.cli.block import block_table
 from hf_fused_mlp.cli.results import read
 from hf_fused_mlp.cli.tables import markdown_table, speedup_table
 from hf_fused_mlp.modules import FusedMLP
@@ -105,6 +106,8 @@ def test_performance_tables_are_the_json():
     for name, table in (("end-to-end", end_to_end.table), ("host", host.table)):
         _, rows = read(BENCHMARKS / f"h100-{name}.json")
         assert f"<!-- {name} -->\n{table(rows)}\n<!-- /{name} -->" in page
+    header, rows = read(BENCHMARKS / "h100-block.json")
+    assert f"<!-- block -->\n{block_table(rows, header['device'])}\n<!-- /block -->" in page
 
 
 @pytest.mark.parametrize("gpu", GPUS)
