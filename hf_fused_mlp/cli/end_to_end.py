@@ -4,21 +4,30 @@ import copy
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, repeat
 from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from hf_fused_mlp.cli.console import console, note
 from hf_fused_mlp.cli.loading import load_model
 from hf_fused_mlp.cli.results import Row
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.modules import FusedMLP, original_form
 from hf_fused_mlp.profiling.trace import record
 
 NEW_TOKENS = 16  # after the first, which is the prefill's
@@ -51,6 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # the fields of a row that say what it is a measurement of
 WORKLOAD = ("model", "mode", "batch", "prompt")
 PROBLEM = ("model", "mode", "phase", "batch", "prompt")
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -97,32 +107,16 @@ def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds:
 
 
 def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, rounds: int) -> list[Row]:
-    """The rows of one workload; the forms take turns in random order, after a round that is not counted."""
+    """The rows of one workload."""
     device, vocabulary = models["original"].device, models["original"].config.vocab_size
     prompt = torch.randint(vocabulary, (workload.batch, workload.prompt), device=device)
-    calls = {
-        impl: (
-            partial(generate, model, prompt, 1, workload),
-            partial(generate, model, prompt, 1 + NEW_TOKENS, workload),
-        )
-        for impl, model in models.items()
-    }
-    times: dict[str, list[tuple[float, float]]] = {impl: [] for impl in models}
-    order = list(models)
-    for round_ in range(1 + rounds):
-        random.shuffle(order)
-        for impl in order:
-            first, all_ = map(timed_ms, calls[impl])
-            if round_:
-                times[impl].append((first, (all_ - first) / NEW_TOKENS))
-    fused = [name for name, module in models["fused"].named_modules() if isinstance(module, FusedMLP)]
+    mlps = {name: module for name, module in models["fused"].named_modules() if isinstance(module, FusedMLP)}
+    times = time_forms(models, list(mlps.values()), prompt, workload, rounds)
     rows = []
-    for impl, pairs in times.items():
-        phases = zip(*pairs, strict=True)
-        works = gpu_work(models[impl], fused, prompt, workload)
-        for phase, tokens, values, (busy, mlp) in zip(
-            ("prefill", "decode"), (workload.prompt, 1), phases, works, strict=True
-        ):
+    for impl, model in models.items():
+        works = gpu_work(model, list(mlps), prompt, workload)
+        for phase, tokens, (busy, mlp) in zip(PHASES, (workload.prompt, 1), works, strict=True):
+            values = times[impl, phase]
             cuts, median = statistics.quantiles(values, n=10), statistics.median(values)
             rows.append(
                 {"model": name, "mode": workload.mode, "phase": phase, "batch": workload.batch}
@@ -133,6 +127,55 @@ def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, r
                 | {"mlp_share": round(mlp / busy, 3) if mlp else None}
             )
     return rows
+
+
+def time_forms(
+    models: dict[str, PreTrainedModel], mlps: list[FusedMLP], prompt: torch.Tensor, workload: Workload, rounds: int
+) -> dict[tuple[str, str], list[float]]:
+    """By form and phase, the milliseconds of each token; those of a first round, which compiles, do not count.
+
+    Eager forms take turns token by token, since what Python takes changes within a second: one model, whose `mlps`
+    change their classes. Compiled code is made for one form, so there the forms take turns request by request.
+    """
+    original = ExitStack()
+
+    def give(form: str) -> None:
+        original.close()
+        if form == "original":
+            original.enter_context(original_form(mlps))
+
+    eager = workload.mode == "eager"
+    times: dict[tuple[str, str], list[float]] = {(impl, phase): [] for impl in models for phase in PHASES}
+    for round_ in range(1 + rounds):
+        for impl in random.sample(list(models), len(models)):
+            with original:
+                clock = Stopwatch(cycle([impl, *models.keys() - {impl}]), give) if eager else Stopwatch(repeat(impl))
+                generate(models["fused" if eager else impl], prompt, 1 + NEW_TOKENS, workload, clock)
+            for index, (form, ms) in enumerate(clock.laps if round_ else ()):
+                times[form, PHASES[index > 0]].append(ms)
+    return times
+
+
+class Stopwatch(StoppingCriteria):
+    """Times each token of a `generate`, and then gives the model, off the clock, the next of `forms`."""
+
+    def __init__(self, forms: Iterator[str], give: Callable[[str], None] = lambda form: None):
+        self.forms, self.give = forms, give
+        self.laps: list[tuple[str, float]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """A lap, by the next form."""
+        self.form = next(self.forms)
+        self.give(self.form)
+        torch.cuda.synchronize()
+        self.start = time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        torch.cuda.synchronize()
+        self.laps.append((self.form, 1e3 * (time.perf_counter() - self.start)))
+        self.begin()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def gpu_work(
@@ -152,7 +195,9 @@ def gpu_work(
     ]
 
 
-def generate(model: Any, prompt: torch.Tensor, new_tokens: int, workload: Workload) -> torch.Tensor:
+def generate(
+    model: Any, prompt: torch.Tensor, new_tokens: int, workload: Workload, *criteria: StoppingCriteria
+) -> torch.Tensor:
     """Greedy, and never done before `new_tokens`."""
     return model.generate(
         prompt,
@@ -161,17 +206,9 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int, workload: Worklo
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList(criteria),
         **MODES[workload.mode],
     )
-
-
-def timed_ms(call) -> float:
-    """Milliseconds until a call's work on the GPU is done."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def table(rows: list[Row]) -> str:
