@@ -20,7 +20,7 @@ bench = importlib.import_module("hf_fused_mlp.cli.bench")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """By this clock a model takes 50 ms for a prompt and 10 ms for a token, fused half of that, half of it on a GPU."""
+    """By this clock a prompt takes a model 50 ms and a token 10 ms, fused half of that; half of it is the GPU's."""
     now = [0.0]
 
     def forward_hook(model, args, kwargs, output):
