@@ -17,7 +17,7 @@ audit: $(VENV)/installed  ## where the time of a real model goes, as a page
 
 test: $(VENV)/installed  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 8 --dist loadfile
-	$(BIN)/python -m pytest -m "not gpu and slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and slow" -n auto --maxprocesses 8
 
 test-floor:  ## the same with the oldest Transformers that is supported, in an environment of its own
 	$(MAKE) test VENV=.venv-floor WITH=transformers==5.17.0

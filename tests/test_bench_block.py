@@ -130,7 +130,7 @@ def test_the_verdict_names_the_lengths():
     "args, words",
     [
         (["--block", 64, "--training"], "and --block are measurements of their own; name one"),
-        (["--block", 64, "--plot", "."], "leave out --candidates and --block"),
+        (["--block", 64, "--plot", "."], "leave out --candidates, --host and --block"),
         (["--intermediate", 64], "--intermediate is a size of --block's MLP"),
         (["--block", 64, "--dtype", "int4"], "dtype 'int4': expected bfloat16"),
         (["--block", 64, "--m", "one"], "m 'one': expected token counts"),

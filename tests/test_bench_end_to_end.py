@@ -93,6 +93,9 @@ def test_command(clock, tmp_path):
     result = CliRunner().invoke(app, ["bench", "--json", str(file), "--host"])
     assert result.exit_code == 2
     assert "timed end-to-end, here host" in result.output
+    result = CliRunner().invoke(app, ["bench", "--table", str(file), "--plot", str(tmp_path)])
+    assert end_to_end.table(run["rows"]) in result.output
+    assert (tmp_path / "end-to-end.svg").read_text().count("2.00x, GPU 50%") >= 2
     result = CliRunner().invoke(app, [*args, "llama", "--mode", "lazy"])
     assert "unknown mode 'lazy'" in result.output
     assert "name one" in CliRunner().invoke(app, [*args, "llama", "--host"]).output

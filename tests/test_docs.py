@@ -123,6 +123,15 @@ def test_plots_are_the_json(gpu, tmp_path):
     assert [file.read_text() for file in drawn] == committed
 
 
+def test_the_plot_of_whole_models_is_the_json(tmp_path):
+    plots = pytest.importorskip("hf_fused_mlp.cli.plots")
+    (drawn,) = plots.draw(tmp_path, *read(BENCHMARKS / "h100-end-to-end.json"))
+    committed = (BENCHMARKS / "h100" / drawn.name).read_text()
+    if f"Matplotlib v{plots.matplotlib.__version__}," not in committed:
+        pytest.skip(f"drawn with another version than {plots.matplotlib.__version__}")
+    assert drawn.read_text() == committed
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

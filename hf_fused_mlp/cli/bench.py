@@ -103,8 +103,8 @@ def bench(
     """Time fused MLPs against Transformers' own and peers, on the GPU: correctness first, then in turn in one run."""
     if sum((candidates, training, host, end_to_end is not None, block is not None)) > 1:
         fail("--candidates, --training, --host, --end-to-end and --block are measurements of their own; name one")
-    if plot is not None and (candidates or block is not None):
-        fail("--plot draws whole MLPs of published models; leave out --candidates and --block")
+    if plot is not None and (candidates or host or block is not None):
+        fail("--plot draws MLPs of published models, and models; leave out --candidates, --host and --block")
     if block is not None:
         shape, m, impl = one_block.shape_of(block, intermediate), m or one_block.TOKENS, impl or one_block.NAMES
         bench_block(shape, m, dtype, impl, passes, json_file, table)
@@ -123,24 +123,25 @@ def bench(
         except ImportError as error:
             fail(f"--plot needs matplotlib ({error}); pip install 'hf-fused-mlp[bench]'")
 
-    if (host or end_to_end is not None) and table is None:
+    if table is not None:
+        header, kept = results.read(table)
+        if plot is not None and header.get("timed") == "host":
+            fail(f"{table} has host times, of which there is no plot; leave out --plot")
+        rows = kept
+        if header.get("timed") not in USERS_SIDE:
+            rows = [row for row in kept if row["shape"] in shape_names and row["m"] in tokens]
+            rows = [row for row in rows if row.get("impl", impl_names[0]) in impl_names]
+    elif not torch.cuda.is_available():
+        fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
+    elif host or end_to_end is not None:
         workloads = [
             Workload(name, requests, length)
             for name in chosen("mode", mode, MODES)
             for length in token_counts(prompt)
             for requests in token_counts(batch)
         ]
-        measure_users_side(end_to_end, workloads, tokens, getattr(torch, dtype), json_file)
-        return
-
-    if table is not None:
-        header, kept = results.read(table)
-        if show := USERS_SIDE.get(header.get("timed", "")):
-            print(show(kept))
-            return
-        rows = [row for row in kept if row["shape"] in shape_names and row["m"] in tokens]
-        rows = [row for row in rows if row.get("impl", impl_names[0]) in impl_names]
-    elif torch.cuda.is_available():
+        header, kept, rows = measure_users_side(end_to_end, workloads, tokens, getattr(torch, dtype), json_file)
+    else:
         timed = "candidates" if candidates else "training" if training else "forward"
         measures: dict[str, Callable[[Shape, int, torch.dtype], list[Row]]] = {
             "candidates": measure_candidates,
@@ -153,9 +154,9 @@ def bench(
             for shape, count in track(problems, "measuring", console=console)
         )
         header, kept, rows = collect(timed, impl_names, json_file, batches)
-    else:
-        fail("bench needs a CUDA GPU, and PyTorch finds none; `bench --table FILE` prints an earlier run")
-    if any("launch" in row for row in rows):
+    if show := USERS_SIDE.get(header.get("timed", "")):
+        print(show(rows))
+    elif any("launch" in row for row in rows):
         print(candidates_table(rows))
     else:
         print(*(speedup_table(rows, over) for over in ("eager", "peers")), markdown_table(rows), sep="\n\n")
@@ -165,20 +166,17 @@ def bench(
 
 def measure_users_side(
     model: str | None, workloads: list[Workload], tokens: list[int], dtype: torch.dtype, json_file: Path | None
-) -> None:
+) -> tuple[Header, list[Row], list[Row]]:
     """What the user waits for: `generate` of a whole model, or without one the host's time for one MLP."""
-    if not torch.cuda.is_available():
-        fail("bench needs a CUDA GPU, and PyTorch finds none")
     by: tuple[str, ...]
     if model is None:
         timed, batches, by = "host", host_rows(tokens, dtype, fused_form), ("kind", "m")
     else:
         timed, batches, by = "end-to-end", end_to_end_rows(model, workloads, dtype), WORKLOAD
     try:
-        _, _, rows = collect(timed, [], json_file, batches, partial(results.replaced, by=by))
+        return collect(timed, [], json_file, batches, partial(results.replaced, by=by))
     except (OSError, ValueError) as error:  # no such model, or not one that Transformers can load
         fail(str(error))
-    print(USERS_SIDE[timed](rows))
 
 
 def collect(

@@ -1,4 +1,4 @@
-"""The measurements of `bench` as SVG plots, a panel a shape; the same file gives the same bytes."""
+"""The measurements of `bench` as SVG plots, a panel a shape or a phase; the same file gives the same bytes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hf_fused_mlp.cli.end_to_end import PHASES, pairs
 from hf_fused_mlp.cli.results import Header, Row, by_problem
 
 COLUMNS = 3
@@ -87,13 +88,15 @@ def draw(folder: Path, header: Header, rows: list[Row]) -> list[Path]:
     """Writes each plot that `rows` have measurements for into `folder`, and returns their files."""
     settings: dict[Any, Any] = {"svg.hashsalt": "hf-fused-mlp", "font.family": "DejaVu Sans", "font.size": 9}
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
     with matplotlib.rc_context(settings):
-        for plot in PLOTS:
-            if panels := _panels(plot, rows):
-                files.append(folder / f"{plot.name}.svg")
-                _figure(plot, header, panels).savefig(files[-1], metadata={"Date": None})
-    return files
+        if header.get("timed") == "end-to-end":
+            figures = {"end-to-end": _models(header, rows)}
+        else:
+            panels = {plot: _panels(plot, rows) for plot in PLOTS}
+            figures = {plot.name: _figure(plot, header, found) for plot, found in panels.items() if found}
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    return [folder / f"{name}.svg" for name in figures]
 
 
 def _panels(plot: Plot, rows: list[Row]) -> Panels:
@@ -131,6 +134,28 @@ def _figure(plot: Plot, header: Header, panels: Panels) -> Figure:
     figure.suptitle(f"{plot.title} ({header['device']})", fontweight="bold")
     names = [name for name in dict.fromkeys((*STYLES, *artists)) if name in artists]
     figure.legend([artists[name] for name in names], names, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def _models(header: Header, rows: list[Row]) -> Figure:
+    """A panel a phase, and in it a bar for each workload: how many times faster fused is, and how busy the GPU was."""
+    forms = list(pairs(rows))[::-1]  # bars are drawn upwards
+    figure = Figure(figsize=(3.3 * COLUMNS, 1.2 + 0.15 * len(forms)), layout="constrained")
+    for axis, phase in zip(figure.subplots(1, len(PHASES), sharex=True, sharey=True), PHASES, strict=True):
+        found = {problem: (original, fused) for problem, original, fused in forms if problem[2] == phase}
+        names = [f"{model}, {mode}, {batch} x {prompt}" for model, mode, _, batch, prompt in found]
+        gains = [original["median_ms"] / fused["median_ms"] for original, fused in found.values()]
+        bars = axis.barh(names, gains, color=STYLES["fused"]["color"])
+        busy = [
+            f"{gain:.2f}x, GPU {original['gpu_busy']:.0%}"
+            for gain, (original, _) in zip(gains, found.values(), strict=True)
+        ]
+        axis.bar_label(bars, busy, padding=3, fontsize=8)
+        axis.axvline(1, **REFERENCE)
+        axis.set_xlim(0, 1.6 * max(gains, default=1))
+        axis.set_title(phase, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"generate, fused over original ({header['device']})", fontweight="bold")
     return figure
 
 
