@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hf_fused_mlp.cli import app, peers, results
 from hf_fused_mlp.cli.console import note
 from hf_fused_mlp.cli.peers import IMPLEMENTATIONS, Implementation, Unavailable
-from hf_fused_mlp.cli.shapes import Shape
+from hf_fused_mlp.cli.shapes import Shape, fused_twin
 from hf_fused_mlp.tuning.timing import Timing
 from hf_fused_mlp.validation import inaccuracy
 
@@ -106,7 +106,7 @@ def stand_ins(monkeypatch):
 
 def forms(path, M=5, **changes):
     eager = real_mlp(path, **changes).requires_grad_(False)
-    return eager, bench.fused_form(eager), torch.randn(M, SIZES["hidden_size"])
+    return eager, fused_twin(eager), torch.randn(M, SIZES["hidden_size"])
 
 
 def no(kind, activation):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hf_fused_mlp.cli import app, end_to_end, host, results
 from hf_fused_mlp.cli.end_to_end import Workload
+from hf_fused_mlp.cli.shapes import fused_twin
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.profiling.trace import Breakdown
 
@@ -72,7 +73,7 @@ def test_rows(clock):
 
 def test_the_twin_shares_everything():
     model = tiny_model()
-    twin = end_to_end.fused_twin(model)
+    twin = fused_twin(model)
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert [type(layer.mlp).__name__ for layer in (*model.model.layers, *twin.model.layers)] == (
         ["LlamaMLP"] * 2 + ["FusedLlamaMLP"] * 2
@@ -105,7 +106,7 @@ def test_host_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     build = host.build
     monkeypatch.setattr(host, "build", lambda shape, dtype: build(shape, dtype, "cpu"))
-    rows = [row for rows in host.host([1], torch.float32, bench.fused_form, rounds=1) for row in rows]
+    rows = [row for rows in host.host([1], torch.float32, rounds=1) for row in rows]
     assert [(row["kind"], row["impl"]) for row in rows] == [
         (kind, impl) for kind in ("gated", "packed", "plain") for impl in ("original", "fused")
     ]

@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "types",
         "activations",
         "registry",
+        "modules",
         "dispatch",
         "fuse",
         "tuning",

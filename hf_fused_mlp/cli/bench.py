@@ -24,7 +24,7 @@ from hf_fused_mlp.cli.host import host as host_rows
 from hf_fused_mlp.cli.host import table as host_table
 from hf_fused_mlp.cli.peers import DEFAULT, IMPLEMENTATIONS, Unavailable, package_versions
 from hf_fused_mlp.cli.results import Header, Row
-from hf_fused_mlp.cli.shapes import SHAPES, Shape, build
+from hf_fused_mlp.cli.shapes import SHAPES, Shape, build, fused_twin
 from hf_fused_mlp.cli.tables import candidates_table, markdown_table, speedup_table
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.integrations import demo
@@ -170,7 +170,7 @@ def measure_users_side(
     """What the user waits for: `generate` of a whole model, or without one the host's time for one MLP."""
     by: tuple[str, ...]
     if model is None:
-        timed, batches, by = "host", host_rows(tokens, dtype, fused_form), ("kind", "m")
+        timed, batches, by = "host", host_rows(tokens, dtype), ("kind", "m")
     else:
         timed, batches, by = "end-to-end", end_to_end_rows(model, workloads, dtype), WORKLOAD
     try:
@@ -238,7 +238,7 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[
     torch.compiler.reset()  # what earlier problems compiled counts towards a limit, past which functions stay eager
     # under no_grad too, some peers keep what a backward would need unless the weights are frozen
     eager = build(shape, dtype).requires_grad_(False)
-    fused = fused_form(eager)
+    fused = fused_twin(eager)
     x = torch.randn(m, shape.hidden, device=next(eager.parameters()).device, dtype=dtype)
     calls = judged(names, eager, fused, x, f"{shape.name}, M = {m}")
 
@@ -246,7 +246,7 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[
         sets = {name: [call] for name, call in calls.items()}
         for _ in range(weight_copies(sum(p.nbytes for p in eager.parameters())) - 1):
             eager_copy = copy.deepcopy(eager)
-            fused_copy = fused_form(eager_copy)
+            fused_copy = fused_twin(eager_copy)
             for name in calls:
                 sets[name].append(IMPLEMENTATIONS[name].prepare(eager_copy, fused_copy, x))
         timings = round_robin_graphs(sets)
@@ -262,7 +262,7 @@ def measure_training(shape: Shape, m: int, dtype: torch.dtype, names: list[str])
     """
     torch.compiler.reset()
     eager = build(shape, dtype).train()
-    fused = fused_form(eager)
+    fused = fused_twin(eager)
     x = torch.randn(m, shape.hidden, device=next(eager.parameters()).device, dtype=dtype, requires_grad=True)
     names = [name for name in names if IMPLEMENTATIONS[name].trains]
     calls = judged(names, eager, fused, x, f"{shape.name}, M = {m}")
@@ -297,7 +297,7 @@ def bench_block(
     elif torch.cuda.is_available():
         judge = partial(judged, names)
         batches = (
-            one_block.measure(shape, count, getattr(torch, dtype), passes, fused_form, judge)
+            one_block.measure(shape, count, getattr(torch, dtype), passes, judge)
             for count in track(tokens, "measuring", console=console)
         )
         header, _, rows = collect("block", names, json_file, batches)
@@ -313,11 +313,6 @@ def peak_mb(call: Callable[[], object]) -> float:
     before = torch.cuda.memory_allocated()
     call()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
-def fused_form(eager: nn.Module) -> Any:
-    """`eager` fused, sharing its parameters, which are packed for both."""
-    return fuse_model(copy.deepcopy(eager, {id(p): p for p in eager.parameters()}), strict=True)
 
 
 def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, problem: str) -> dict[str, Callable]:

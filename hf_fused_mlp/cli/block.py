@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from hf_fused_mlp.cli.results import Row, by_problem
-from hf_fused_mlp.cli.shapes import Shape, build
+from hf_fused_mlp.cli.shapes import Shape, build, fused_twin
 
 CLAIM = (12.0, 18.0)  # percent of eager's time that fusing saves
 TOKENS = "1,16,128,512,2048,4096,8192,16384"
@@ -26,16 +26,16 @@ def shape_of(hidden: int, intermediate: int | None) -> Shape:
 
 @torch.no_grad()
 def measure(
-    shape: Shape, m: int, dtype: torch.dtype, passes: int, fuse: Callable, judge: Callable[..., dict[str, Callable]]
+    shape: Shape, m: int, dtype: torch.dtype, passes: int, judge: Callable[..., dict[str, Callable]]
 ) -> list[Row]:
     """The rows of `passes` forward passes of `shape` at `m` tokens, one for each implementation that answers here.
 
-    `fuse` and `judge` are `fused_form` and, with the names of the implementations, `judged` of `bench`.
+    `judge` is, with the names of the implementations, `judged` of `bench`.
     """
     torch.compiler.reset()
     eager = build(shape, dtype).requires_grad_(False)
     x = torch.randn(m, shape.hidden, device=next(eager.parameters()).device, dtype=dtype)
-    timings = wall_clock(judge(eager, fuse(eager), x, f"{shape.name}, M = {m}"), passes)
+    timings = wall_clock(judge(eager, fused_twin(eager), x, f"{shape.name}, M = {m}"), passes)
     sizes = {"shape": shape.name, "hidden": shape.hidden, "intermediate": shape.intermediate}
     common = sizes | {"dtype": str(dtype).removeprefix("torch."), "m": m}
     return [common | {"impl": name, "passes": passes} | timing for name, timing in timings.items()]

@@ -1,6 +1,5 @@
 """`hf-fused-mlp bench --end-to-end MODEL`: what `generate` takes for a token, original and fused in turn."""
 
-import copy
 import random
 import statistics
 import time
@@ -25,7 +24,7 @@ from transformers import (
 from hf_fused_mlp.cli.console import console, note
 from hf_fused_mlp.cli.loading import load_model
 from hf_fused_mlp.cli.results import Row
-from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.cli.shapes import fused_twin
 from hf_fused_mlp.integrations import demo
 from hf_fused_mlp.modules import FusedMLP, original_form
 from hf_fused_mlp.profiling.trace import record
@@ -85,16 +84,10 @@ def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def fused_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` fused, sharing parameters and buffers with it."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return fuse_model(copy.deepcopy(model, shared))
-
-
 def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 9) -> Iterator[list[Row]]:
     """For each workload, a row for the prefill and one for a token of the decoding, of each form of the model."""
     original = load(name, dtype)
-    models = {"original": original, "fused": fused_twin(original)}
+    models = {"original": original, "fused": fused_twin(original, strict=False)}
     for workload in track(workloads, "measuring", console=console):
         torch.compiler.reset()  # each size is compiled for itself, and what the last one held is free again
         for model in models.values():

@@ -1,5 +1,6 @@
-"""The MLPs of published models, by name, that commands measure and tune for."""
+"""The MLPs of published models, by name, that commands measure and tune for, and their two forms."""
 
+import copy
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
+
+from hf_fused_mlp.fuse import fuse_model
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,9 @@ def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
     for parameter in mlp.parameters():
         nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
     return mlp
+
+
+def fused_twin(original: nn.Module, strict: bool = True) -> Any:
+    """`original` fused, sharing its parameters, which are packed for both, and its buffers."""
+    shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
+    return fuse_model(copy.deepcopy(original, shared), strict=strict)
