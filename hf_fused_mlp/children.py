@@ -67,18 +67,13 @@ def is_plain_at_a_glance(linear: nn.Module | None) -> bool:
     )
 
 
-def is_left_alone(module: nn.Module) -> bool:
+def is_left_alone(module: nn.Module | None) -> bool:
     """Whether a module certainly is as its class made it: no hook around it, no child or buffer added, no patch."""
+    if module is None:
+        return False
     own, cls = module.__dict__, type(module)
     return cls.forward is _FORWARDS.get(cls) and not (
-        "forward" in own
-        or "_hf_hook" in own
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_modules"]
-        or own["_buffers"]
+        "forward" in own or "_hf_hook" in own or own["_modules"] or own["_buffers"] or _has_hooks(module)
     )
 
 

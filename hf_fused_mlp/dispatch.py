@@ -74,7 +74,8 @@ def _attributes(x, *operands) -> tuple | None:
     """All that the way to an answer depends on, and whether there is one; None for what is not to be remembered.
 
     They are asked for at every call, so they are cheap to read and to hash, and tell apart more than they need to. Of
-    the addresses they say whether gate and up are packed; all are multiples of 16, which kept launches rely on.
+    the addresses they say whether gate and up are packed. Kept launches rely on multiples of 16: calls with others,
+    which neither PyTorch's allocator nor a published shape gives, find their way anew each time.
     """
     *tensors, activation = operands
     attributes, together = [activation, x.shape, x.stride(), x.dtype, x.get_device()], x.data_ptr()
@@ -114,10 +115,11 @@ def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
 
 def _remember(attributes: tuple | None, run: Callable) -> None:
     """Keeps `run` for later calls, though not of endlessly many kinds."""
+    if attributes is None:
+        return
     if len(remembered) >= 4096:
         remembered.clear()
-    if attributes is not None:
-        remembered[attributes] = run
+    remembered[attributes] = run
 
 
 def act_mul_cuda(gate, up, activation):

@@ -63,12 +63,12 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         In eager mode the GPU often waits for Python, so all that is asked is whether everything is as usual: then
         `reasons` has none, the operands fit, and nothing but the result is wanted.
         """
-        if not ops.runs_now(x) or _has_any_global_hook() or _autocasts() or not self._is_usual():
+        if not (_HAS_TRITON and ops.runs_now(x)) or _has_any_global_hook() or _autocasts() or not self._is_usual():
             return None
         return ops.mlp_again(x, *self.operands())
 
     def _is_usual(self) -> bool:
-        """Whether at a glance `reasons` has none, but for what depends on dtypes and the device."""
+        """Whether at a glance `reasons` has none, but for what depends on dtypes, the device and Triton."""
         spec, own = self.mlp_spec, self.__dict__
         if own["training"] or "forward" in own or self.original_class.forward is not self.original_forward:
             return False
@@ -78,7 +78,7 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         for name in spec.projections:
             if not is_plain_at_a_glance(children.get(name)):
                 return False
-        return spec.activation is None or (spec.activation in children and is_left_alone(children[spec.activation]))
+        return spec.activation is None or is_left_alone(children.get(spec.activation))
 
     def reasons(self, device: torch.device | None = None) -> tuple[str | None, str | None]:
         """Why a call with tokens on `device`, that of the weights unless given, would not run the kernels alone.

@@ -82,6 +82,7 @@ def runs_now(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and not is_transformed()
     )
 

@@ -21,8 +21,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """Where kernels run: compiled on a GPU, interpreted on the CPU. New memory holds NaN, so that a gap shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(float("nan")))
+    guards = torch._C._dynamo.guards  # the kernels allocate with Inductor's functions
+    for module, name in ((torch, "empty"), (guards, "_empty_strided_cpu"), (guards, "_empty_strided_cuda")):
+        if allocate := getattr(module, name, None):
+            fill = lambda *size, allocate=allocate, **kw: allocate(*size, **kw).fill_(float("nan"))  # noqa: E731
+            monkeypatch.setattr(module, name, fill)
     with interpreter(monkeypatch) if request.param == "cpu" else nullcontext():
         yield torch.device(request.param)
 

@@ -6,12 +6,14 @@ from models import as_on_gpu, tiny_model
 from test_wrapped import PROJECTIONS, WRAPPERS, attach_hook
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_fused_mlp import dispatch, fuse_model, ops
+from hf_fused_mlp import dispatch, fuse_model, modules, ops
 from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.tuning import cache
 
 ANSWER = torch.zeros(1)
 KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
@@ -23,6 +25,8 @@ def short_way(monkeypatch):
     as_on_gpu(monkeypatch)
     monkeypatch.setattr(ops, "runs_now", lambda x: not torch.is_grad_enabled())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    yield
+    cache.forget()
 
 
 def answered_mlp(x, model_type="llama"):
@@ -80,6 +84,10 @@ def no_activation(mlp):
     del mlp.act_fn
 
 
+def activation_of_none(mlp):
+    mlp.act_fn = None
+
+
 def no_projection(mlp):
     del mlp.up_proj
 
@@ -119,6 +127,7 @@ CHANGES = [
     unknown_activation,
     forward_of_the_activation,
     no_activation,
+    activation_of_none,
     no_projection,
     pruned_rows,
     pruned_columns,
@@ -166,6 +175,26 @@ def test_hooks_that_come_and_go(short_way):
         assert mlp._again(x) is ANSWER
     attach_hook(mlp, "up_proj")
     assert mlp._again(x) is None
+
+
+@torch.no_grad()
+def test_without_triton(short_way, monkeypatch):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    monkeypatch.setattr(modules, "_HAS_TRITON", False)
+    monkeypatch.setattr(ops, "_on_gpu", lambda: pytest.fail("imports Triton"))
+    assert mlp._again(x) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@torch.no_grad()
+def test_a_call_that_is_traced(pre_dispatch):
+    mlp = fuse_model(tiny_model()).model.layers[0].mlp.cuda()
+    x = torch.randn(3, 64, device="cuda")
+    mlp(x)
+    traced = make_fx(mlp, pre_dispatch=pre_dispatch)(x)
+    torch.testing.assert_close(traced(2 * x), mlp(2 * x))
 
 
 @pytest.mark.gpu

@@ -162,6 +162,12 @@ def test_every_candidate(shape, gated):
     assert ran == {"torch"} | expected[M]
 
 
+def test_new_memory_holds_nan(device):
+    """Or else a tile that no program writes could go unseen."""
+    for lead in ((), (2,)):
+        assert _common.allocator((*lead, 3, 8), torch.float16, torch.device(device.type, 0))().isnan().all()
+
+
 def test_a_launcher_keeps_its_binary(monkeypatch):
     """The first launch compiles, and the next run what it compiled."""
     calls = []

@@ -27,11 +27,12 @@ from hf_fused_mlp.cli.results import Row
 from hf_fused_mlp.cli.shapes import fused_twin
 from hf_fused_mlp.integrations import demo
 from hf_fused_mlp.modules import FusedMLP, original_form
+from hf_fused_mlp.profiling.request import make_request
 from hf_fused_mlp.profiling.trace import record
 
 NEW_TOKENS = 16  # after the first, which is the prefill's
 MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
-PROFILED = {"eager": 4, "static-compile": NEW_TOKENS}  # another length would be another cache, and compiled anew
+PROFILED = 8  # tokens
 
 # whole models of published sizes, made with random weights
 _LLAMA_3_8B = {
@@ -167,25 +168,35 @@ class Stopwatch(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         torch.cuda.synchronize()
         self.laps.append((self.form, 1e3 * (time.perf_counter() - self.start)))
+        none_stops = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.begin()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return none_stops
 
 
+@torch.no_grad()
 def gpu_work(
     model: PreTrainedModel, names: list[str], prompt: torch.Tensor, workload: Workload
 ) -> list[tuple[float, float]]:
     """For the prefill and for a token of the decoding, milliseconds in which the GPU works, and works on MLPs.
 
-    `names` are the MLPs'. In compiled code they are not to be told from the rest: 0.
+    `names` are the MLPs'. In compiled code they are not to be told from the rest: 0. There the decoding is what a whole
+    request takes less its prefill, since another length would be another cache, and compiled anew.
     """
     mlps = {name: model.get_submodule(name) for name in names if workload.mode == "eager"}
-    count = PROFILED[workload.mode]
-    steps = (partial(generate, model, prompt, tokens, workload) for tokens in (1, 1 + count))
-    first, all_ = (record(step, 1, mlps, on_gpu=True) for step in steps)
-    return [
-        (first.busy_us / 1e3, first.mlp_us / 1e3),
-        ((all_.busy_us - first.busy_us) / count / 1e3, (all_.mlp_us - first.mlp_us) / count / 1e3),
-    ]
+    first = record(partial(generate, model, prompt, 1, workload), 1, mlps, on_gpu=True)
+    prefill = first.busy_us / 1e3, first.mlp_us / 1e3
+    if workload.mode != "eager":
+        whole = record(partial(generate, model, prompt, 1 + NEW_TOKENS, workload), 1, mlps, on_gpu=True)
+        return [prefill, ((whole.busy_us - first.busy_us) / NEW_TOKENS / 1e3, 0.0)]
+    request = make_request(model, workload.batch, workload.prompt, PROFILED, 1)
+    state = request.prefill()
+
+    def step():
+        nonlocal state
+        state = request.step(*state)
+
+    token = record(step, PROFILED, mlps, on_gpu=True)
+    return [prefill, (token.busy_us / 1e3, token.mlp_us / 1e3)]
 
 
 def generate(
