@@ -179,8 +179,8 @@ def gpu_work(
 ) -> list[tuple[float, float]]:
     """For the prefill and for a token of the decoding, milliseconds in which the GPU works, and works on MLPs.
 
-    `names` are the MLPs'. In compiled code they are not to be told from the rest: 0. There the decoding is what a whole
-    request takes less its prefill, since another length would be another cache, and compiled anew.
+    `names` are the MLPs'. In compiled code they are not to be told from the rest: 0. There the decoding is a whole
+    request less its prefill, since one of another length would have another cache, and be compiled anew.
     """
     mlps = {name: model.get_submodule(name) for name in names if workload.mode == "eager"}
     first = record(partial(generate, model, prompt, 1, workload), 1, mlps, on_gpu=True)
