@@ -52,19 +52,15 @@ def is_plain(linear: nn.Module) -> bool:
     )
 
 
-def is_plain_at_a_glance(linear: nn.Module | None) -> bool:
-    """Whether `is_plain` certainly holds, but for the weight's dtype and device; for who asks at every call."""
-    if type(linear) is not nn.Linear:
-        return False
+def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tensor | None] | None:
+    """Weight and bias where `is_plain` certainly holds, but for the weight's dtype and device; None to look closer."""
+    if type(linear) is not nn.Linear or not is_left_alone(linear):
+        return None
     parameters = linear.__dict__["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    return (
-        type(weight) is nn.Parameter
-        and (bias is None or type(bias) is nn.Parameter)
-        and weight.layout is torch.strided
-        and len(parameters) == 2
-        and is_left_alone(linear)
-    )
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or len(parameters) != 2:
+        return None
+    return parameters if bias is None or type(bias) is nn.Parameter else None
 
 
 def is_left_alone(module: nn.Module | None) -> bool:
@@ -73,7 +69,14 @@ def is_left_alone(module: nn.Module | None) -> bool:
         return False
     own, cls = module.__dict__, type(module)
     return cls.forward is _FORWARDS.get(cls) and not (
-        "forward" in own or "_hf_hook" in own or own["_modules"] or own["_buffers"] or _has_hooks(module)
+        "forward" in own
+        or "_hf_hook" in own
+        or own["_modules"]
+        or own["_buffers"]
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     )
 
 

@@ -52,16 +52,16 @@ def problem_key(
 
 def mlp_cuda(x, *operands):
     """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
-    out = mlp_again(x, *operands)
+    out = mlp_again(x, operands)
     if out is None:
         with torch.cuda.device_of(x):  # kernels launch on the current device
             out = _first_call(x, *operands)
     return out
 
 
-def mlp_again(x, *operands):
+def mlp_again(x, operands):
     """The answer to a call like one that was answered before, or None: then the operands may not fit together."""
-    run = remembered.get(_attributes(x, *operands))
+    run = remembered.get(_attributes(x, operands))
     if run is None:
         return None
     if x.get_device() == torch.cuda.current_device():
@@ -70,7 +70,7 @@ def mlp_again(x, *operands):
         return run(x, *operands[:-1])
 
 
-def _attributes(x, *operands) -> tuple | None:
+def _attributes(x, operands) -> tuple | None:
     """All that the way to an answer depends on, and whether there is one; None for what is not to be remembered.
 
     They are asked for at every call, so they are cheap to read and to hash, and tell apart more than they need to. Of
@@ -109,7 +109,7 @@ def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         unusable.add(plan)
         run = prepare(UNFUSED, x, gate, up, down, activation)
         out = run(x, *operands)
-    _remember(_attributes(x, *operands, activation), run)
+    _remember(_attributes(x, (*operands, activation)), run)
     return out
 
 

@@ -7,7 +7,7 @@ original forward.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import ops
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
-from hf_fused_mlp.children import is_left_alone, is_plain_at_a_glance, local_tensors
+from hf_fused_mlp.children import is_left_alone, local_tensors, parameters_at_a_glance
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first
 from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack
@@ -27,6 +27,8 @@ from hf_fused_mlp.weights import pack, unpack
 # weights of gate, up and down, and their biases
 Tensors = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Operands = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, str]
+# what a projection holds, by name
+Parameters = Mapping[str, Tensor | None]
 
 _NONE: dict[str, None] = {}
 _HAS_TRITON = find_spec("triton") is not None
@@ -60,25 +62,34 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     def _again(self, x) -> Tensor | None:
         """The kernels' answer to a call like one they have answered; None for any other, which takes the long way.
 
-        In eager mode the GPU often waits for Python, so all that is asked is whether everything is as usual: then
+        In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then
         `reasons` has none, the operands fit, and nothing but the result is wanted.
         """
-        if not (_HAS_TRITON and ops.runs_now(x)) or _has_any_global_hook() or _autocasts() or not self._is_usual():
-            return None
-        return ops.mlp_again(x, *self.operands())
-
-    def _is_usual(self) -> bool:
-        """Whether at a glance `reasons` has none, but for what depends on dtypes, the device and Triton."""
         spec, own = self.mlp_spec, self.__dict__
-        if own["training"] or "forward" in own or self.original_class.forward is not self.original_forward:
-            return False
-        if spec.sequence or spec.dropouts:
-            return False
-        children = own["_modules"]
-        for name in spec.projections:
-            if not is_plain_at_a_glance(children.get(name)):
-                return False
-        return spec.activation is None or is_left_alone(children.get(spec.activation))
+        if (
+            not _HAS_TRITON
+            or not ops.runs_now(x)
+            or _has_any_global_hook()
+            or _autocasts()
+            or own["training"]
+            or "forward" in own
+            or self.original_class.forward is not self.original_forward
+            or spec.sequence
+            or spec.dropouts
+        ):
+            return None
+        children, read = own["_modules"], []
+        for name in (spec.gate, spec.up, spec.down):
+            parameters = _NONE if name is None else parameters_at_a_glance(children.get(name))
+            if parameters is None:
+                return None
+            read.append(parameters)
+        activation = spec.function
+        if activation is None:
+            if not is_left_alone(module := children.get(spec.activation)):
+                return None
+            activation = find_activation(module)
+        return ops.on_gpu().mlp_again(x, (*self._read(*read), activation))
 
     def reasons(self, device: torch.device | None = None) -> tuple[str | None, str | None]:
         """Why a call with tokens on `device`, that of the weights unless given, would not run the kernels alone.
@@ -139,7 +150,10 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def _tensors(self) -> Tensors:
         spec, of = self.mlp_spec, self._parameters_of
-        gate, up, down = of(spec.gate), of(spec.up), of(spec.down)
+        return self._read(of(spec.gate), of(spec.up), of(spec.down))
+
+    def _read(self, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
+        """Weights and biases out of what the projections hold, which for one that is not there is nothing."""
         weights = gate.get("weight"), up["weight"], down.get("weight")
         return *weights, gate.get("bias"), up.get("bias"), down.get("bias")
 
@@ -184,13 +198,12 @@ class FusedGatedMLP(FusedMLP):
 class FusedPackedMLP(FusedMLP):
     """``down(act(gate) * up)`` with gate and up the halves of one projection's output, as the checkpoint has it."""
 
-    def _tensors(self) -> Tensors:
-        gate_up, down = map(self._parameters_of, (self.mlp_spec.up, self.mlp_spec.down))
-        gate, up = gate_up["weight"].chunk(2)
-        gate_bias, up_bias = (None, None) if gate_up["bias"] is None else gate_up["bias"].chunk(2)
+    def _read(self, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
+        weights = up["weight"].chunk(2)
+        biases = (None, None) if up["bias"] is None else up["bias"].chunk(2)
         if self.mlp_spec.up_first:
-            gate, up, gate_bias, up_bias = up, gate, up_bias, gate_bias
-        return gate, up, down.get("weight"), gate_bias, up_bias, down.get("bias")
+            weights, biases = weights[::-1], biases[::-1]
+        return *weights, down.get("weight"), *biases, down.get("bias")
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = self._modules[self.mlp_spec.up](x).chunk(2, dim=-1)

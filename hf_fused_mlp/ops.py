@@ -59,13 +59,8 @@ def mlp_if_fits(x: Tensor, *operands: Tensor | str | None) -> Tensor | None:
     """`mlp`, or None where that would raise."""
     if not _fits(x, *operands):
         return None
-    call = _on_gpu().mlp_cuda if runs_now(x) else torch.ops.hf_fused_mlp.mlp
+    call = on_gpu().mlp_cuda if runs_now(x) else torch.ops.hf_fused_mlp.mlp
     return call(x, *operands)
-
-
-def mlp_again(x: Tensor, *operands: Tensor | str | None) -> Tensor | None:
-    """`mlp` of an `x` that `runs_now`, for a call like one that the kernels have answered; None for any other."""
-    return _on_gpu().mlp_again(x, *operands)
 
 
 def runs_now(x: Tensor) -> bool:
@@ -133,7 +128,8 @@ def _check(*operands):
 
 
 @cache
-def _on_gpu():
+def on_gpu():
+    """The module `dispatch`."""
     from hf_fused_mlp import dispatch  # imports Triton, so not before it is needed
 
     return dispatch
@@ -146,7 +142,7 @@ def _mlp_cpu(*operands):
 
 def _mlp_cuda(*operands):
     _check(*operands)
-    return _on_gpu().mlp_cuda(*operands)
+    return on_gpu().mlp_cuda(*operands)
 
 
 def _mlp_fake(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
@@ -208,7 +204,7 @@ def _act_mul_cuda(gate, up, activation):
     if not has_kernel(gate):
         return _act_mul_cpu(gate, up, activation)
     _check_alike(activation, gate, up)
-    return _on_gpu().act_mul_cuda(gate, up, activation)
+    return on_gpu().act_mul_cuda(gate, up, activation)
 
 
 def has_kernel(tensor: Tensor) -> bool:
@@ -248,7 +244,7 @@ def _act_mul_backward_cuda(grad, gate, up, activation):
     if not has_kernel(gate):
         return _act_mul_backward_cpu(grad, gate, up, activation)
     _check_alike(activation, grad, gate, up)
-    return _on_gpu().act_mul_backward_cuda(grad, gate, up, activation)
+    return on_gpu().act_mul_backward_cuda(grad, gate, up, activation)
 
 
 def _act_mul_backward_fake(grad, gate, up, activation):

@@ -379,6 +379,6 @@ def test_a_look_up_takes_no_time():
     """About two microseconds where nothing else runs; the bound is for a machine that is busy."""
     operands = random_mlp(64, 96, True, False, torch.float16)
     x = torch.randn(17, 64).half()
-    dispatch.remembered[dispatch._attributes(x, *operands, "silu")] = "the way"
-    look_up = lambda: dispatch.remembered[dispatch._attributes(x, *operands, "silu")]  # noqa: E731
+    dispatch.remembered[dispatch._attributes(x, (*operands, "silu"))] = "the way"
+    look_up = lambda: dispatch.remembered[dispatch._attributes(x, (*operands, "silu"))]  # noqa: E731
     assert min(timeit.repeat(look_up, number=1000, repeat=20)) / 1000 < 10e-6
