@@ -284,6 +284,19 @@ def unfuse_module(module: FusedMLP) -> None:
 
 
 @contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode meanwhile; then every module's own mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def original_form(modules: Iterable[FusedMLP]) -> Iterator[None]:
     """Gives `modules` their original classes meanwhile; weights stay where they are, so nothing is copied."""
     classes = {module: type(module) for module in modules}

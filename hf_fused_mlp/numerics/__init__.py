@@ -1,13 +1,13 @@
 """`validate`: a fused model against its original, layer by layer and as a whole."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from hf_fused_mlp.fuse import fusion_report
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.modules import FusedMLP, evaluating
 from hf_fused_mlp.numerics.layers import judge_calls
 from hf_fused_mlp.numerics.logits import Forward, compare_greedy, compare_logits, predicts_next
 from hf_fused_mlp.numerics.report import Divergence, LayerNumerics, NumericsReport
@@ -63,7 +63,7 @@ def validate(
     twins = fused if reference is None else {name: _twin(reference, name, module) for name, module in fused.items()}
     layers: dict[str, LayerNumerics] = {}
     # what was compiled would not see the hooks
-    with _evaluating(model, source), torch.compiler.set_stance("force_eager"):
+    with evaluating(model, source), torch.compiler.set_stance("force_eager"):
         with ExitStack() as hooks:
             for name, module in fused.items():
                 hook = module.register_forward_hook(judge_calls(name, module, twins[name], layers), with_kwargs=True)
@@ -117,16 +117,3 @@ def _twin(reference: nn.Module, name: str, module: FusedMLP) -> nn.Module:
                 f"{other.dtype}; load both models in one architecture and dtype"
             )
     return twin
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode meanwhile; then every module's own mode again."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_fused_mlp.modules import FusedMLP, fuse_module, unfuse_module
+from hf_fused_mlp.modules import FusedMLP, evaluating, fuse_module, unfuse_module
 from hf_fused_mlp.profiling.request import Request
 from hf_fused_mlp.profiling.trace import Breakdown, record
 from hf_fused_mlp.types import MLPSpec
@@ -22,14 +22,11 @@ def as_it_came(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards the same modules are fused, and the same in training mode, as before."""
     modules = dict(model.named_modules())
     fused = {name: module.mlp_spec for name, module in modules.items() if isinstance(module, FusedMLP)}
-    training = {module: module.training for module in modules.values()}
-    model.eval()
-    try:
-        yield
-    finally:
-        set_fused(modules, fused)
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model):
+        try:
+            yield
+        finally:
+            set_fused(modules, fused)
 
 
 def set_fused(modules: dict[str, nn.Module], specs: Mapping[str, MLPSpec]) -> None:
