@@ -105,6 +105,8 @@ def bench(
         fail("--candidates, --training, --host, --end-to-end and --block are measurements of their own; name one")
     if plot is not None and (candidates or host or block is not None):
         fail("--plot draws MLPs of published models, and models; leave out --candidates, --host and --block")
+    if dtype not in ("bfloat16", "float16"):
+        fail(f"dtype {dtype!r}: expected bfloat16 or float16")
     if block is not None:
         shape, m, impl = one_block.shape_of(block, intermediate), m or one_block.TOKENS, impl or one_block.NAMES
         bench_block(shape, m, dtype, impl, passes, json_file, table)
@@ -115,8 +117,6 @@ def bench(
     shape_names = chosen("shape", shapes, SHAPES)
     impl_names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
     tokens = token_counts(m)
-    if dtype not in ("bfloat16", "float16"):
-        fail(f"dtype {dtype!r}: expected bfloat16 or float16")
     if plot is not None:
         try:
             from hf_fused_mlp.cli.plots import draw
@@ -286,8 +286,6 @@ def bench_block(
 ) -> None:
     """`bench --block`: measures, or reads `table`, and prints."""
     tokens, names = token_counts(m), chosen("implementation", impl, IMPLEMENTATIONS)
-    if dtype not in ("bfloat16", "float16"):
-        fail(f"dtype {dtype!r}: expected bfloat16 or float16")
     if table is not None:
         header, kept = results.read(table)
         rows = [row for row in kept if (row["shape"], row.get("dtype")) == (shape.name, dtype)]

@@ -71,13 +71,7 @@ def profile_forms(
     steps: dict[str, dict[str, Breakdown]] = {phase: {} for phase in PROFILED_STEPS}
     for form, change in forms.items():
         change()
-        state = request.prefill()
-
-        def decode():
-            nonlocal state
-            state = request.step(*state)
-
-        for phase, step in (("prefill", request.prefill), ("decode", decode)):
+        for phase, step in (("prefill", request.prefill), ("decode", request.decoding())):
             file = folder and folder / f"{phase}-{form}.json"
             count = min(PROFILED_STEPS[phase], request.new_tokens)
             steps[phase][form] = record(step, count, mlps, request.ids.is_cuda, file)

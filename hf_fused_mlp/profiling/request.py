@@ -38,6 +38,16 @@ class Request:
         output = self.forward(input_ids=ids, past_key_values=cache)
         return output.logits[:, -1:].argmax(-1), output.past_key_values
 
+    def decoding(self) -> Callable[[], None]:
+        """After a prefill, a function that takes one step more at each call."""
+        state = self.prefill()
+
+        def step() -> None:
+            nonlocal state
+            state = self.step(*state)
+
+        return step
+
 
 def make_request(
     model: PreTrainedModel, batch: int, prompt_tokens: int | None, new_tokens: int | None, rounds: int | None
