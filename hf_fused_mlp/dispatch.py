@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from hf_fused_mlp.kernels import has_rows, prepare
+from hf_fused_mlp.kernels import call_of, has_rows, norm, prepare
 from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import remembered, shipped_plan, unusable, user_plan
@@ -62,12 +62,15 @@ def mlp_cuda(x, *operands):
 def mlp_again(x, operands):
     """The answer to a call like one that was answered before, or None: then the operands may not fit together."""
     run = remembered.get(_attributes(x, operands))
-    if run is None:
-        return None
+    return None if run is None else _on_its_gpu(run, x, *operands[:-1])
+
+
+def _on_its_gpu(run, x, *tensors):
+    """`run(x, *tensors)`, whose kernels launch on the current device."""
     if x.get_device() == torch.cuda.current_device():
-        return run(x, *operands[:-1])
+        return run(x, *tensors)
     with torch.cuda.device_of(x):
-        return run(x, *operands[:-1])
+        return run(x, *tensors)
 
 
 def _attributes(x, operands) -> tuple | None:
@@ -120,6 +123,29 @@ def _remember(attributes: tuple | None, run: Callable) -> None:
     if len(remembered) >= 4096:
         remembered.clear()
     remembered[attributes] = run
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
+    """``weight * normed`` as `form`, a key of `hf_fused_mlp.norms.FORMS`, has it; None for what has no kernel.
+
+    Args:
+        x: `[..., H]`, fp16, bf16 or fp32.
+        weight: `[H]`, of the same dtype and device.
+
+    Returns:
+        `[..., H]`, contiguous.
+    """
+    if (x.data_ptr() | weight.data_ptr()) % 16:
+        return None
+    attributes = form, eps, x.shape, x.stride(), x.dtype, x.get_device()
+    attributes += weight.shape, weight.is_contiguous(), weight.dtype, weight.get_device()
+    run = remembered.get(attributes)
+    if run is None:
+        if not (norm.supports(x, weight) and has_rows(x)):
+            return None
+        run = norm.rms_norm(call_of(x, weight[None], False, "identity"), eps, form)
+        _remember(attributes, run)
+    return _on_its_gpu(run, x, weight)
 
 
 def act_mul_cuda(gate, up, activation):

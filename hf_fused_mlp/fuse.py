@@ -3,14 +3,16 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_fused_mlp.modules import FusedMLP, fuse_module, unfuse_module
+from hf_fused_mlp.modules import FusedMLP, fuse_module, no_kernels
+from hf_fused_mlp.norms import FusedRMSNorm, find_norm, fuse_norm, looks_like_norm, norm_reject_reason
 from hf_fused_mlp.registry import find_spec, looks_like_mlp, reject_reason, row_of
+from hf_fused_mlp.swap import Fused, unfuse_module
 
 logger = logging.getLogger("hf_fused_mlp")
 
@@ -18,8 +20,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class MLPStatus:
-    """One MLP of a model.
+class ModuleStatus:
+    """One MLP or norm of a model.
 
     `state` is `"fused"`, `"fusable"` or `"skipped"`; `reason` says why it is skipped or, where it is fused, why its
     next call will run the original forward, or a part of it, all the same.
@@ -33,17 +35,18 @@ class MLPStatus:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """Every MLP of a model as it stands now. `print` it for a line a class and reason."""
+    """Every MLP and RMSNorm of a model as it stands now. `print` it for a line a class and reason."""
 
-    mlps: tuple[MLPStatus, ...]
+    mlps: tuple[ModuleStatus, ...]
+    norms: tuple[ModuleStatus, ...] = ()
 
-    def select(self, state: str) -> tuple[MLPStatus, ...]:
+    def select(self, state: str) -> tuple[ModuleStatus, ...]:
         """The MLPs that are `"fused"`, `"fusable"` or `"skipped"`."""
-        return tuple(mlp for mlp in self.mlps if mlp.state == state)
+        return _select(self.mlps, state)
 
     def grouped(self) -> dict[tuple[str, str, str | None], int]:
         """How many MLPs share a class name, state and reason, in the order of the model."""
-        return dict(Counter((mlp.class_name, mlp.state, mlp.reason) for mlp in self.mlps))
+        return _grouped(self.mlps)
 
     def to_dict(self) -> dict:
         """Plain types, for JSON."""
@@ -51,16 +54,30 @@ class FusionReport:
             "fused": len(self.select("fused")),
             "total": len(self.mlps),
             "mlps": [asdict(mlp) for mlp in self.mlps],
+            "norms": [asdict(norm) for norm in self.norms],
         }
 
     def __str__(self) -> str:
-        lines = [f"{len(self.select('fused'))} of {len(self.mlps)} MLPs are fused"]
-        for (class_name, state, reason), count in self.grouped().items():
-            lines.append(f"  {count} x {class_name}: {state}" + (f" ({reason})" if reason else ""))
-        return "\n".join(lines)
+        """Norms are in it once one is fused."""
+        return _text("MLPs", self.mlps) + (f"\n{_text('norms', self.norms)}" if _select(self.norms, "fused") else "")
 
 
-def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = ()) -> M:
+def _select(modules: tuple[ModuleStatus, ...], state: str) -> tuple[ModuleStatus, ...]:
+    return tuple(module for module in modules if module.state == state)
+
+
+def _grouped(modules: tuple[ModuleStatus, ...]) -> dict[tuple[str, str, str | None], int]:
+    return dict(Counter((module.class_name, module.state, module.reason) for module in modules))
+
+
+def _text(what: str, modules: tuple[ModuleStatus, ...]) -> str:
+    lines = [f"{len(_select(modules, 'fused'))} of {len(modules)} {what} are fused"]
+    for (class_name, state, reason), count in _grouped(modules).items():
+        lines.append(f"  {count} x {class_name}: {state}" + (f" ({reason})" if reason else ""))
+    return "\n".join(lines)
+
+
+def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norms: bool = False) -> M:
     """Gives every MLP that is known for one a forward of fused kernels, in place, and logs what was skipped and why.
 
     Parameter names, `state_dict`, `save_pretrained` and `generate` stay as they were. Fusing again fuses what is not
@@ -70,13 +87,15 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = ()) -> M
         model: any module; the MLPs are found inside it. A module that several layers share is fused once.
         strict: raise if any MLP that is not excluded would stay unfused, or if there is none to fuse.
         exclude: names of MLPs to leave alone, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
+        norms: fuse RMSNorms too, each into one launch in eager mode without gradients; compiled code is as fast
+            without. `strict` and `exclude` are then about norms as well.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exclude` is a string.
-        ValueError: an `exclude` that matches no MLP; with `strict`, an MLP that cannot be fused, or none at all. The
+        ValueError: an `exclude` that matches nothing; with `strict`, an MLP that cannot be fused, or none at all. The
             model is as it was.
     """
     if not isinstance(model, nn.Module):
@@ -85,39 +104,51 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = ()) -> M
         raise TypeError(f"exclude={exclude!r} is a string; pass a list of module names: exclude=[{exclude!r}]")
 
     exclude = tuple(exclude)
-    report = _without_excluded(fusion_report(model), exclude)
+    report = _wanted(fusion_report(model), exclude, norms)
     if strict:
-        _require_fusable(report)
-    _fuse_all(model, [mlp.name for mlp in report.select("fusable")])
+        _require_fusable("MLP", report.mlps)
+        if norms:
+            _require_fusable("norm", report.norms)
+    _fuse_all(model, [status.name for status in _select(report.mlps + report.norms, "fusable")])
     for module in model.modules():
-        if isinstance(module, FusedMLP):
+        if isinstance(module, Fused):
             module.repack()
 
-    _log(_without_excluded(fusion_report(model), exclude))
+    _log(_wanted(fusion_report(model), exclude, norms), norms)
     return model
 
 
 def unfuse_model(model: M) -> M:
     """Undoes `fuse_model` in place, bit for bit; every parameter owns its memory again. Returns `model`."""
     for module in model.modules():
-        if isinstance(module, FusedMLP):
+        if isinstance(module, Fused):
             unfuse_module(module)
     return model
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Every MLP of `model`, fused or not, with reasons, as the modules stand now; nothing is stored."""
-    mlps: list[MLPStatus] = []
+    """Every MLP and RMSNorm of `model`, fused or not, with reasons, as they stand now; nothing is stored."""
+    mlps: list[ModuleStatus] = []
+    norms: list[ModuleStatus] = []
     for name, module in model.named_modules():
         class_name = type(module).__name__
         if isinstance(module, FusedMLP):
-            mlps.append(MLPStatus(name, module.original_class.__name__, "fused", _why_not_all(module)))
+            mlps.append(ModuleStatus(name, module.original_class.__name__, "fused", _why_not_all(module)))
+        elif isinstance(module, FusedRMSNorm):
+            reason = no_kernels(module.weight.device)
+            norms.append(ModuleStatus(name, module.original_class.__name__, "fused", reason))
         elif spec := find_spec(module):
             reason = reject_reason(module, type(module), spec)
-            mlps.append(MLPStatus(name, class_name, "skipped" if reason else "fusable", reason))
+            mlps.append(ModuleStatus(name, class_name, "skipped" if reason else "fusable", reason))
+        elif norm := find_norm(module):
+            reason = norm_reject_reason(module, norm)
+            norms.append(ModuleStatus(name, class_name, "skipped" if reason else "fusable", reason))
+        elif looks_like_norm(module):
+            reason = f"{class_name} is not one of the RMSNorms that are known, as far as its forward can be read"
+            norms.append(ModuleStatus(name, class_name, "skipped", reason))
         elif looks_like_mlp(name, module) and not any(name.startswith(f"{mlp.name}.") for mlp in mlps):
-            mlps.append(MLPStatus(name, class_name, "skipped", _unknown_reason(module)))
-    return FusionReport(tuple(mlps))
+            mlps.append(ModuleStatus(name, class_name, "skipped", _unknown_reason(module)))
+    return FusionReport(tuple(mlps), tuple(norms))
 
 
 def _why_not_all(module: FusedMLP) -> str | None:
@@ -148,24 +179,32 @@ def _routed_experts(module: nn.Module) -> str | None:
     return None
 
 
-def _without_excluded(report: FusionReport, patterns: tuple[str, ...]) -> FusionReport:
-    for pattern in patterns:
-        if not any(fnmatchcase(mlp.name, pattern) for mlp in report.mlps):
+def _wanted(report: FusionReport, excluded: tuple[str, ...], norms: bool) -> FusionReport:
+    """What of a model is to be fused: not what matches a pattern, and norms only if they are wanted."""
+    if not norms:
+        report = replace(report, norms=())
+    for pattern in excluded:
+        if not any(fnmatchcase(module.name, pattern) for module in report.mlps + report.norms):
             names = ", ".join(mlp.name for mlp in report.mlps[:3]) or "none"
             raise ValueError(f"exclude: {pattern!r} matches no MLP of this model; its MLPs are {names}, ...")
-    kept = (mlp for mlp in report.mlps if not any(fnmatchcase(mlp.name, pattern) for pattern in patterns))
-    return FusionReport(tuple(kept))
+
+    def kept(modules: tuple[ModuleStatus, ...]) -> tuple[ModuleStatus, ...]:
+        return tuple(module for module in modules if not any(fnmatchcase(module.name, one) for one in excluded))
+
+    return FusionReport(kept(report.mlps), kept(report.norms))
 
 
-def _require_fusable(report: FusionReport) -> None:
-    if skipped := report.select("skipped"):
-        listed = "\n".join(f"  {mlp.name} ({mlp.class_name}): {mlp.reason}" for mlp in skipped[:5])
+def _require_fusable(what: str, modules: tuple[ModuleStatus, ...]) -> None:
+    if skipped := _select(modules, "skipped"):
+        listed = "\n".join(f"  {module.name} ({module.class_name}): {module.reason}" for module in skipped[:5])
         more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         raise ValueError(
-            f"strict: {len(skipped)} of {len(report.mlps)} MLPs cannot be fused; nothing was changed\n{listed}{more}"
+            f"strict: {len(skipped)} of {len(modules)} {what}s cannot be fused; nothing was changed\n{listed}{more}"
         )
-    if not report.mlps:
+    if not modules and what == "MLP":
         raise ValueError("strict: found no MLP to fuse; register_mlp teaches a class that is not known")
+    if not modules:
+        raise ValueError("strict: found no RMSNorm to fuse; call fuse_model without norms=True")
 
 
 def _fuse_all(model: nn.Module, names: list[str]) -> None:
@@ -174,15 +213,21 @@ def _fuse_all(model: nn.Module, names: list[str]) -> None:
     try:
         for name in names:
             module = model.get_submodule(name)
-            if not isinstance(module, FusedMLP):  # another thread was faster
-                fuse_module(module, find_spec(module))  # type: ignore[arg-type]  # fusable, so it has a spec
-                done.append(module)
+            if isinstance(module, Fused):  # another thread was faster
+                continue
+            if spec := find_spec(module):
+                fuse_module(module, spec)
+            else:
+                fuse_norm(module, find_norm(module))  # type: ignore[arg-type]  # fusable, so it has a spec
+            done.append(module)
     except BaseException:
         for module in done:
             unfuse_module(module)
         raise
 
 
-def _log(report: FusionReport) -> None:
+def _log(report: FusionReport, norms: bool) -> None:
     complete = report.mlps and not report.select("skipped")
     logger.log(logging.INFO if complete else logging.WARNING, "%s", report)
+    if norms and (not report.norms or _select(report.norms, "skipped")):
+        logger.warning("%s", _text("norms", report.norms))

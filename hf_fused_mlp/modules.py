@@ -1,17 +1,12 @@
 """The fused forms of an MLP module.
 
-A module is fused by giving it a generated class, `FusedLlamaMLP(FusedGatedMLP, LlamaMLP)`: it stays the same object,
-with the same children, hooks and attributes and none of ours, and is unfused by giving its class back. Projections
-that have to be called are called, with one kernel between them; what cannot be answered exactly even so goes to the
-original forward.
+Projections that have to be called are called, with one kernel between them; what cannot be answered exactly even so
+goes to the original forward.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +16,7 @@ from hf_fused_mlp import ops
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
 from hf_fused_mlp.children import is_left_alone, local_tensors, parameters_at_a_glance
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first
+from hf_fused_mlp.swap import Fused, fuse
 from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack
 
@@ -31,16 +27,12 @@ Operands = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | N
 Parameters = Mapping[str, Tensor | None]
 
 _NONE: dict[str, None] = {}
-_HAS_TRITON = find_spec("triton") is not None
 
 
-class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
-    """What all fused modules share; mixed in before the original class."""
+class FusedMLP(Fused):
+    """What all fused MLPs share."""
 
-    mlp_spec: ClassVar[MLPSpec]
-    original_class: ClassVar[type[nn.Module]]
-    original_forward: ClassVar[Callable]
-    input_name: ClassVar[str]
+    fused_spec: ClassVar[MLPSpec]
 
     def forward(self, *args, **kwargs):
         # who wraps a module's forward may call it after the module was unfused
@@ -52,11 +44,12 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) and _is_ordinary(x):
             bypassed, called = self.reasons(x.device)
             if bypassed is None:
+                reads_all = called is None and not ops.autocasts()
                 # None where the kernels do not take these tensors: PyTorch answers for them, errors included
-                if called is None and not _autocasts() and (out := ops.mlp_if_fits(x, *self.operands())) is not None:
+                if reads_all and (out := ops.mlp_if_fits(x, *self.operands())) is not None:
                     return out
-                if can_call(self, self.mlp_spec) and (h := self._first_half(x)) is not None:
-                    return self._modules[self.mlp_spec.down](h)
+                if can_call(self, self.fused_spec) and (h := self._first_half(x)) is not None:
+                    return self._modules[self.fused_spec.down](h)
         return super().forward(*args, **kwargs)
 
     def _again(self, x) -> Tensor | None:
@@ -65,12 +58,12 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then
         `reasons` has none, the operands fit, and nothing but the result is wanted.
         """
-        spec, own = self.mlp_spec, self.__dict__
+        spec, own = self.fused_spec, self.__dict__
         if (
-            not _HAS_TRITON
+            not ops.HAS_TRITON
             or not ops.runs_now(x)
             or _has_any_global_hook()
-            or _autocasts()
+            or ops.autocasts()
             or own["training"]
             or "forward" in own
             or self.original_class.forward is not self.original_forward
@@ -97,7 +90,7 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         The first is why the original forward would run, all of it; the second why projections would be called, and the
         kernels do the rest. One call may still go either way for what it is: under autocast, say.
         """
-        spec = self.mlp_spec
+        spec = self.fused_spec
         if reason := altered_reason(self, self.original_class, self.original_forward, spec):
             return reason, None
         called = "in training mode" if self.training else call_reason(self, spec.projections)
@@ -112,7 +105,7 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def _device(self) -> torch.device:
         """Where the next call will run, as far as the first projection tells."""
-        projection = self._modules[self.mlp_spec.first[0]]
+        projection = self._modules[self.fused_spec.first[0]]
         hook = projection.__dict__.get("_hf_hook")  # accelerate's; the weights may be elsewhere until they are called
         device = getattr(hook, "execution_device", None)
         if device is None:
@@ -121,8 +114,8 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def _first_half(self, x: Tensor) -> Tensor | None:
         """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
-        spec, activation = self.mlp_spec, self._activation()
-        if not torch.is_grad_enabled() and not _autocasts() and reads_first(self, spec):
+        spec, activation = self.fused_spec, self._activation()
+        if not torch.is_grad_enabled() and not ops.autocasts() and reads_first(self, spec):
             gate, up, _, gate_bias, up_bias, _ = self._tensors()
             h = ops.mlp_if_fits(x, gate, up, None, gate_bias, up_bias, None, activation)
             if h is not None:
@@ -146,10 +139,10 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         return *self._tensors(), self._activation()
 
     def _activation(self) -> str:
-        return self.mlp_spec.function or find_activation(self._modules[self.mlp_spec.activation])
+        return self.fused_spec.function or find_activation(self._modules[self.fused_spec.activation])
 
     def _tensors(self) -> Tensors:
-        spec, of = self.mlp_spec, self._parameters_of
+        spec, of = self.fused_spec, self._parameters_of
         return self._read(of(spec.gate), of(spec.up), of(spec.down))
 
     def _read(self, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
@@ -157,20 +150,10 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         weights = gate.get("weight"), up["weight"], down.get("weight")
         return *weights, gate.get("bias"), up.get("bias"), down.get("bias")
 
-    def repack(self) -> None:
-        """Restores the packing that copying or moving the parameters undid."""
-
-    def _unpack(self) -> None:
-        """Gives every parameter memory of its own again."""
-
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self.repack()
         return self
-
-    def __reduce_ex__(self, protocol):
-        # generated classes have no importable name: copies and pickles name the original class and its spec
-        return (_new_fused, (self.original_class, self.mlp_spec), *super().__reduce_ex__(protocol)[2:])
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -181,7 +164,7 @@ class FusedGatedMLP(FusedMLP):
     """``down(act(gate(x)) * up(x))`` with gate and up packed."""
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._modules[self.mlp_spec.gate](x), self._modules[self.mlp_spec.up](x)
+        return self._modules[self.fused_spec.gate](x), self._modules[self.fused_spec.up](x)
 
     def repack(self) -> None:
         self._on_weights(pack)
@@ -191,8 +174,8 @@ class FusedGatedMLP(FusedMLP):
 
     def _on_weights(self, function) -> None:
         # projections that were wrapped or quantized after fusing keep their weights where they are
-        if reads_first(self, self.mlp_spec):
-            function(*(self._parameters_of(name)["weight"] for name in self.mlp_spec.first))
+        if reads_first(self, self.fused_spec):
+            function(*(self._parameters_of(name)["weight"] for name in self.fused_spec.first))
 
 
 class FusedPackedMLP(FusedMLP):
@@ -201,13 +184,13 @@ class FusedPackedMLP(FusedMLP):
     def _read(self, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
         weights = up["weight"].chunk(2)
         biases = (None, None) if up["bias"] is None else up["bias"].chunk(2)
-        if self.mlp_spec.up_first:
+        if self.fused_spec.up_first:
             weights, biases = weights[::-1], biases[::-1]
         return *weights, down.get("weight"), *biases, down.get("bias")
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = self._modules[self.mlp_spec.up](x).chunk(2, dim=-1)
-        return (up, gate) if self.mlp_spec.up_first else (gate, up)
+        gate, up = self._modules[self.fused_spec.up](x).chunk(2, dim=-1)
+        return (up, gate) if self.fused_spec.up_first else (gate, up)
 
 
 class FusedPlainMLP(FusedMLP):
@@ -216,7 +199,7 @@ class FusedPlainMLP(FusedMLP):
 
 def no_kernels(device: torch.device) -> str | None:
     """Why nothing of ours runs there, or None."""
-    if not _HAS_TRITON:
+    if not ops.HAS_TRITON:
         return "Triton is not installed; install triton for your platform"
     if device.type != "cuda":
         return f"on {device}, where the original forward runs; move the model to a GPU"
@@ -224,10 +207,6 @@ def no_kernels(device: torch.device) -> str | None:
     if not torch.compiler.is_compiling() and GPU.of(device).capability < (8, 0):
         return f"no kernels for {GPU.of(device).name}; they need CUDA compute capability 8.0 or later"
     return None
-
-
-def _autocasts() -> bool:
-    return torch.is_autocast_enabled("cuda")
 
 
 def _is_ordinary(x: Tensor) -> bool:
@@ -248,39 +227,9 @@ _BASES = {
 }
 
 
-@cache
-def fused_class(original: type[nn.Module], spec: MLPSpec) -> type[FusedMLP]:
-    """The class `FusedName(<base of the kind>, Name)` for an MLP class `Name`; the same one for every call."""
-    attributes = {
-        "mlp_spec": spec,
-        "original_class": original,
-        "original_forward": staticmethod(original.forward),
-        "input_name": list(inspect.signature(original.forward).parameters)[1],
-        "__module__": __name__,
-        "__doc__": original.__doc__,
-    }
-    return type(f"Fused{original.__name__}", (_BASES[spec.kind], original), attributes)
-
-
-def _new_fused(original: type[nn.Module], spec: MLPSpec) -> FusedMLP:
-    cls = fused_class(original, spec)
-    return cls.__new__(cls)
-
-
 def fuse_module(module: nn.Module, spec: MLPSpec) -> None:
     """Turns `module`, which `reject_reason` has passed, into its fused form, in place."""
-    _give_class(module, fused_class(type(module), spec))
-    try:
-        module.repack()
-    except BaseException:  # out of memory, or interrupted: both weights still hold the right values
-        unfuse_module(module)
-        raise
-
-
-def unfuse_module(module: FusedMLP) -> None:
-    """The inverse of `fuse_module`, bit for bit."""
-    module._unpack()
-    _give_class(module, module.original_class)
+    fuse(module, _BASES[spec.kind], spec)
 
 
 @contextmanager
@@ -294,26 +243,3 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def original_form(modules: Iterable[FusedMLP]) -> Iterator[None]:
-    """Gives `modules` their original classes meanwhile; weights stay where they are, so nothing is copied."""
-    classes = {module: type(module) for module in modules}
-    try:
-        for module in classes:
-            _give_class(module, module.original_class)
-        yield
-    finally:
-        for module, cls in classes.items():
-            _give_class(module, cls)
-
-
-def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Changes the class, and with it the forward that accelerate keeps on the instance."""
-    before = type(module).forward
-    module.__class__ = cls
-    for name in ("forward", "_old_forward"):
-        bound = module.__dict__.get(name)
-        if getattr(bound, "__func__", None) is before and bound.__self__ is module:
-            module.__dict__[name] = cls.forward.__get__(module)

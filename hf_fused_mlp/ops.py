@@ -4,6 +4,7 @@ Being operators, they are one node to `torch.compile` and `torch.export`, with s
 """
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.autograd import forward_ad
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
 from hf_fused_mlp.types import GPU
+
+HAS_TRITON = find_spec("triton") is not None
 
 _LIBRARY = torch.library.Library("hf_fused_mlp", "DEF")
 for _schema in (
@@ -80,6 +83,11 @@ def runs_now(x: Tensor) -> bool:
         and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and not is_transformed()
     )
+
+
+def autocasts() -> bool:
+    """Whether operations on a GPU choose their dtypes."""
+    return torch.is_autocast_enabled("cuda")
 
 
 def is_transformed() -> bool:

@@ -58,7 +58,7 @@ _registered_forwards: dict[type, Callable] = {}
 
 
 # what a fused module has besides what every module has
-RESERVED = {"mlp_spec", "original_class", "original_forward", "input_name", "reasons", "operands", "repack"}
+RESERVED = {"fused_spec", "original_class", "original_forward", "input_name", "reasons", "operands", "repack"}
 
 
 def register_mlp(cls: type[nn.Module], spec: MLPSpec) -> None:

@@ -56,13 +56,13 @@ def interpreter(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     from hf_fused_mlp import kernels
-    from hf_fused_mlp.kernels import _common
+    from hf_fused_mlp.kernels import _common, norm
     from hf_fused_mlp.tuning import cache
 
     cache.forget()  # of what is kept of calls, kernels are a part
     changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base)
     before = [dict(vars(owner)) for owner in changed]
-    for module in (tl, tl.standard, _common, *kernels.FAMILIES.values()):
+    for module in (tl, tl.standard, _common, norm, *kernels.FAMILIES.values()):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_fused_mlp import dispatch, fuse_model, modules, ops
+from hf_fused_mlp import dispatch, fuse_model, ops
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.tuning import cache
 
@@ -183,7 +183,7 @@ def test_hooks_that_come_and_go(short_way):
 def test_without_triton(short_way, monkeypatch):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x)
-    monkeypatch.setattr(modules, "_HAS_TRITON", False)
+    monkeypatch.setattr(ops, "HAS_TRITON", False)
     monkeypatch.setattr(ops, "on_gpu", lambda: pytest.fail("imports Triton"))
     assert mlp._again(x) is None
 

@@ -93,8 +93,8 @@ def test_modules_are_fused_again_by_the_spec_they_had(monkeypatch):
     path = f"{fused.original_class.__module__}.{fused.original_class.__name__}"
     with as_it_came(model):
         unfuse_model(model)
-        monkeypatch.setitem(MLP_SPECS, path, replace(fused.mlp_spec, gate="up_proj", up="gate_proj"))
-        assert find_spec(mlp) != fused.mlp_spec
+        monkeypatch.setitem(MLP_SPECS, path, replace(fused.fused_spec, gate="up_proj", up="gate_proj"))
+        assert find_spec(mlp) != fused.fused_spec
     assert type(mlp) is fused
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from hf_fused_mlp.cli import app, end_to_end, host, results
 from hf_fused_mlp.cli.end_to_end import Workload
 from hf_fused_mlp.cli.shapes import fused_twin
 from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.norms import FusedRMSNorm
 from hf_fused_mlp.profiling.trace import Breakdown
 
 bench = importlib.import_module("hf_fused_mlp.cli.bench")
@@ -21,12 +23,15 @@ bench = importlib.import_module("hf_fused_mlp.cli.bench")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """By this clock a prompt takes a model 50 ms and a token 10 ms, fused half of that; half of it is the GPU's."""
+    """By this clock a prompt takes a model 50 ms and a token 10 ms; half of it is the GPU's.
+
+    A model with fused MLPs takes half of that, and one with fused norms too a fifth.
+    """
     now = [0.0]
 
     def forward_hook(model, args, kwargs, output):
-        fused = any(isinstance(module, FusedMLP) for module in model.modules())
-        now[0] += (50.0 if kwargs["input_ids"].shape[1] > 1 else 10.0) / (2 if fused else 1)
+        fused, norms = (any(isinstance(module, cls) for module in model.modules()) for cls in (FusedMLP, FusedRMSNorm))
+        now[0] += (50.0 if kwargs["input_ids"].shape[1] > 1 else 10.0) / (5 if norms else 2 if fused else 1)
 
     def load(name, dtype):
         model = tiny_model(name, dtype)
@@ -54,21 +59,22 @@ def clock(monkeypatch):
 
 def test_rows(clock):
     (rows,) = end_to_end.end_to_end("llama", [Workload("eager", 2, 5)], torch.float32, rounds=2)
-    common = {"model": "llama", "mode": "eager", "batch": 2, "prompt": 5}
-    prefill = {"phase": "prefill", "median_ms": 50.0, "p20_ms": 50.0, "p80_ms": 50.0}
-    decode = {"phase": "decode", "median_ms": 10.0, "p20_ms": 10.0, "p80_ms": 10.0}
     shares = {"gpu_busy": 0.5, "mlp_share": 0.5}  # two MLPs, each a quarter
-    assert rows == [
-        common | {"impl": "original"} | prefill | {"tokens_per_s": 200.0, "gpu_ms": 25.0} | shares,
-        common | {"impl": "original"} | decode | {"tokens_per_s": 200.0, "gpu_ms": 5.0} | shares,
-        common | {"impl": "fused"} | {key: value / 2 if key[-1] == "s" else value for key, value in prefill.items()}
-        | {"tokens_per_s": 400.0, "gpu_ms": 12.5} | shares,
-        common | {"impl": "fused"} | {key: value / 2 if key[-1] == "s" else value for key, value in decode.items()}
-        | {"tokens_per_s": 400.0, "gpu_ms": 2.5} | shares,
-    ]  # fmt: skip
+    expected = []
+    for impl, faster in (("original", 1), ("fused", 2), ("fused-norms", 5)):
+        for phase, ms, tokens in (("prefill", 50.0, 10), ("decode", 10.0, 2)):
+            expected.append(
+                {"model": "llama", "mode": "eager", "phase": phase, "batch": 2, "prompt": 5, "impl": impl}
+                | dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), ms / faster)
+                | {"tokens_per_s": 1e3 * tokens / ms * faster, "gpu_ms": ms / faster / 2}
+                | shares
+            )
+    assert rows == expected
     assert end_to_end.table(rows).splitlines()[2:] == [
-        "| llama | eager | prefill | 2 | 5 | 50.00 | 25.00 | 400 | 25.00 | 12.50 | 50% | 50% | 2.00x |",
-        "| llama | eager | decode | 2 | 5 | 10.00 | 5.00 | 400 | 5.00 | 2.50 | 50% | 50% | 2.00x |",
+        "| llama | eager | prefill | 2 | 5 | fused | 50.00 | 25.00 | 400 | 25.00 | 12.50 | 50% | 50% | 2.00x |",
+        "| llama | eager | prefill | 2 | 5 | fused-norms | 50.00 | 10.00 | 1000 | 25.00 | 5.00 | 50% | 50% | 5.00x |",
+        "| llama | eager | decode | 2 | 5 | fused | 10.00 | 5.00 | 400 | 5.00 | 2.50 | 50% | 50% | 2.00x |",
+        "| llama | eager | decode | 2 | 5 | fused-norms | 10.00 | 2.00 | 1000 | 5.00 | 1.00 | 50% | 50% | 5.00x |",
     ]
 
 
@@ -90,7 +96,10 @@ def test_command(clock, tmp_path):
     assert CliRunner().invoke(app, [*args, "gpt_neox", "--mode", "eager"]).exit_code == 0
     run = json.loads(file.read_text())
     workloads = [(row["model"], row["mode"], row["batch"], row["prompt"]) for row in run["rows"]]
-    assert len(workloads) == 4 * len(set(workloads)) == 4 * 12
+    by_workload = Counter(workloads)
+    assert len(by_workload) == 12
+    assert by_workload["llama", "eager", 1, 3] == 6
+    assert by_workload["llama", "static-compile", 1, 3] == by_workload["gpt_neox", "eager", 1, 3] == 4  # no norms
     assert run["timed"] == "end-to-end"
     result = CliRunner().invoke(app, ["bench", "--json", str(file), "--host"])
     assert result.exit_code == 2
@@ -109,10 +118,10 @@ def test_host_time(monkeypatch):
     monkeypatch.setattr(host, "build", lambda shape, dtype: build(shape, dtype, "cpu"))
     rows = [row for rows in host.host([1], torch.float32, rounds=1) for row in rows]
     assert [(row["kind"], row["impl"]) for row in rows] == [
-        (kind, impl) for kind in ("gated", "packed", "plain") for impl in ("original", "fused")
+        (kind, impl) for kind in ("gated", "packed", "plain", "norm") for impl in ("original", "fused")
     ]
     assert all(row["host_us"] > 0 for row in rows)
-    assert len(host.table(rows).splitlines()) == 5
+    assert len(host.table(rows).splitlines()) == 6
 
 
 @pytest.mark.gpu
@@ -121,7 +130,7 @@ def test_for_real(tmp_path, monkeypatch):
     args = ["bench", "--end-to-end", "llama", "--batch", "2", "--prompt", "9"]
     assert CliRunner().invoke(app, [*args, "--json", str(tmp_path / "run.json")]).exit_code == 0
     rows = json.loads((tmp_path / "run.json").read_text())["rows"]
-    assert len(rows) == 8
+    assert len(rows) == 10  # norms are a form of their own in eager mode
     assert all(row["median_ms"] > 0 and 0 < row["gpu_busy"] <= 1 for row in rows)
     result = CliRunner().invoke(app, ["bench", "--host", "--m", "1", "--json", str(tmp_path / "host.json")])
     assert result.exit_code == 0, result.output

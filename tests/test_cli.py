@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.console import fail
 from hf_fused_mlp.cli.run import first_difference, report_table
-from hf_fused_mlp.fuse import FusionReport, MLPStatus
+from hf_fused_mlp.fuse import FusionReport, ModuleStatus
 
 
 def invoke(*args):
@@ -86,7 +86,7 @@ def test_brackets_in_messages_are_no_markup(capsys):
         fail("the spec [red] names [/no] style")
     assert "the spec [red] names [/no] style" in capsys.readouterr().err
     reason = "remove [/it], or pass exclude=[...]"
-    report = FusionReport((MLPStatus("mlp", "SomeMLP", "skipped", reason),))
+    report = FusionReport((ModuleStatus("mlp", "SomeMLP", "skipped", reason),))
     assert list(report_table(report).columns[3].cells) == [escape(reason)]
 
 

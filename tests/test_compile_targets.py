@@ -8,7 +8,8 @@ from numerics import random_mlp
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.dispatch import act_mul_backward_cuda, act_mul_cuda
-from hf_fused_mlp.kernels import linear
+from hf_fused_mlp.kernels import call_of, linear, norm
+from hf_fused_mlp.norms import FORMS
 from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.types import GPU, TileConfig
 
@@ -106,3 +107,13 @@ def test_act_mul_compiles(activation, target, monkeypatch):
     for function, tensors in ((act_mul_cuda, (gate, up)), (act_mul_backward_cuda, (grad, gate, up))):
         (kernel,) = compiled(partial(function, *tensors, activation), TARGETS[target], monkeypatch)
         assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("hidden", [128, 4096, norm.LONGEST])
+@pytest.mark.parametrize("form", FORMS)
+def test_rms_norm_compiles(form, hidden, target, monkeypatch):
+    x, weight = torch.randn(3, hidden, dtype=torch.bfloat16), torch.randn(hidden, dtype=torch.bfloat16)
+    call = call_of(x, weight[None], False, "identity")
+    (kernel,) = compiled(lambda: norm.rms_norm(call, 1e-6, form)(x, weight), TARGETS[target], monkeypatch)
+    assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]

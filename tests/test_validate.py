@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_fused_mlp import fuse_model, modules, ops, validate
 from hf_fused_mlp.cli import app
-from hf_fused_mlp.fuse import MLPStatus
+from hf_fused_mlp.fuse import ModuleStatus
 from hf_fused_mlp.integrations import demo
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.numerics import layers
@@ -270,7 +270,7 @@ def test_unfused_and_unreached_mlps_are_listed():
     model.spare = fused_model().model.layers[0].mlp
     report = validate(model, IDS, new_tokens=0)
     assert report.passed
-    assert report.unfused == (MLPStatus(LAYER, "LlamaMLP", "fusable"),)
+    assert report.unfused == (ModuleStatus(LAYER, "LlamaMLP", "fusable"),)
     assert report.unreached == ("spare",) and "spare is fused, and the inputs did not reach it" in report.warnings
 
 

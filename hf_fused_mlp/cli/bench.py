@@ -252,7 +252,7 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[
         timings = round_robin_graphs(sets)
     else:
         timings = round_robin(calls)
-    return [row(shape, m, dtype, fused.mlp_spec.kind, name, timing) for name, timing in timings.items()]
+    return [row(shape, m, dtype, fused.fused_spec.kind, name, timing) for name, timing in timings.items()]
 
 
 def measure_training(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[Row]:
@@ -276,7 +276,7 @@ def measure_training(shape: Shape, m: int, dtype: torch.dtype, names: list[str])
     steps = {name: partial(step, call) for name, call in calls.items()}
     timings = round_robin(steps)
     return [
-        row(shape, m, dtype, fused.mlp_spec.kind, name, timing) | {"peak_mb": round(peak_mb(steps[name]), 1)}
+        row(shape, m, dtype, fused.fused_spec.kind, name, timing) | {"peak_mb": round(peak_mb(steps[name]), 1)}
         for name, timing in timings.items()
     ]
 

@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, repeat
@@ -26,11 +26,13 @@ from hf_fused_mlp.cli.loading import load_model
 from hf_fused_mlp.cli.results import Row
 from hf_fused_mlp.cli.shapes import fused_twin
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.modules import FusedMLP, original_form
+from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.norms import FusedRMSNorm
 from hf_fused_mlp.profiling.request import make_request
 from hf_fused_mlp.profiling.trace import record
+from hf_fused_mlp.swap import Fused, original_form
 
-NEW_TOKENS = 16  # after the first, which is the prefill's
+NEW_TOKENS = 8  # after the first, which is the prefill's
 MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
 PROFILED = 8  # tokens
 
@@ -85,30 +87,59 @@ def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 9) -> Iterator[list[Row]]:
+@dataclass(frozen=True)
+class Form:
+    """A model, and which of its fused modules run in their original form meanwhile."""
+
+    model: Any
+    originals: tuple[Fused, ...]
+
+    def given(self) -> AbstractContextManager[None]:
+        """The model in this form."""
+        return original_form(self.originals)
+
+
+def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 18) -> Iterator[list[Row]]:
     """For each workload, a row for the prefill and one for a token of the decoding, of each form of the model."""
     original = load(name, dtype)
-    models = {"original": original, "fused": fused_twin(original, strict=False)}
+    models = {"original": original, "fused": fused_twin(original, strict=False, norms=True)}
     for workload in track(workloads, "measuring", console=console):
         torch.compiler.reset()  # each size is compiled for itself, and what the last one held is free again
         for model in models.values():
             vars(model).pop("_compiled_call", None)
         torch.cuda.empty_cache()
         try:
-            yield measure(name, models, workload, rounds)
+            yield measure(name, forms_of(models, workload), workload, rounds)
         except torch.OutOfMemoryError:
             note(f"skipped, since the GPU has no room for it: {workload}")
 
 
-def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, rounds: int) -> list[Row]:
+def forms_of(models: dict[str, PreTrainedModel], workload: Workload) -> dict[str, Form]:
+    """The forms to compare: in eager mode of one model, and where compiled of two, since code is made for one form.
+
+    Norms are fused by themselves, in eager mode only: compiled code runs their original forward.
+    """
+    mlps, norms = (
+        tuple(module for module in models["fused"].modules() if isinstance(module, cls))
+        for cls in (FusedMLP, FusedRMSNorm)
+    )
+    fused = Form(models["fused"], norms)
+    if workload.mode != "eager":
+        return {"original": Form(models["original"], ()), "fused": fused}
+    forms = {"original": Form(models["fused"], mlps + norms), "fused": fused}
+    return forms | ({"fused-norms": Form(models["fused"], ())} if norms else {})
+
+
+def measure(name: str, forms: dict[str, Form], workload: Workload, rounds: int) -> list[Row]:
     """The rows of one workload."""
-    device, vocabulary = models["original"].device, models["original"].config.vocab_size
-    prompt = torch.randint(vocabulary, (workload.batch, workload.prompt), device=device)
-    mlps = {name: module for name, module in models["fused"].named_modules() if isinstance(module, FusedMLP)}
-    times = time_forms(models, list(mlps.values()), prompt, workload, rounds)
+    model = forms["fused"].model
+    prompt = torch.randint(model.config.vocab_size, (workload.batch, workload.prompt), device=model.device)
+    mlps = [name for name, module in model.named_modules() if isinstance(module, FusedMLP)]
+    times = time_forms(forms, prompt, workload, rounds)
     rows = []
-    for impl, model in models.items():
-        works = gpu_work(model, list(mlps), prompt, workload)
+    for impl, form in forms.items():
+        with form.given():
+            works = gpu_work(form.model, mlps, prompt, workload)
         for phase, tokens, (busy, mlp) in zip(PHASES, (workload.prompt, 1), works, strict=True):
             values = times[impl, phase]
             cuts, median = statistics.quantiles(values, n=10), statistics.median(values)
@@ -124,27 +155,28 @@ def measure(name: str, models: dict[str, PreTrainedModel], workload: Workload, r
 
 
 def time_forms(
-    models: dict[str, PreTrainedModel], mlps: list[FusedMLP], prompt: torch.Tensor, workload: Workload, rounds: int
+    forms: dict[str, Form], prompt: torch.Tensor, workload: Workload, rounds: int
 ) -> dict[tuple[str, str], list[float]]:
     """By form and phase, the milliseconds of each token; those of a first round, which compiles, do not count.
 
-    Eager forms take turns token by token, since what Python takes changes within a second: one model, whose `mlps`
-    change their classes. Compiled code is made for one form, so there the forms take turns request by request.
+    Eager forms take turns token by token, since what Python takes changes within a second; compiled ones, whose cache
+    is made for a request, request by request.
     """
-    original = ExitStack()
+    given = ExitStack()
 
     def give(form: str) -> None:
-        original.close()
-        if form == "original":
-            original.enter_context(original_form(mlps))
+        given.close()
+        given.enter_context(forms[form].given())
 
-    eager = workload.mode == "eager"
-    times: dict[tuple[str, str], list[float]] = {(impl, phase): [] for impl in models for phase in PHASES}
+    names = list(forms)
+    times: dict[tuple[str, str], list[float]] = {(impl, phase): [] for impl in forms for phase in PHASES}
     for round_ in range(1 + rounds):
-        for impl in random.sample(list(models), len(models)):
-            with original:
-                clock = Stopwatch(cycle([impl, *models.keys() - {impl}]), give) if eager else Stopwatch(repeat(impl))
-                generate(models["fused" if eager else impl], prompt, 1 + NEW_TOKENS, workload, clock)
+        for impl in random.sample(names, len(names)):
+            first = names.index(impl)
+            turns = cycle(names[first:] + names[:first]) if workload.mode == "eager" else repeat(impl)
+            with given:
+                clock = Stopwatch(turns, give)
+                generate(forms[impl].model, prompt, 1 + NEW_TOKENS, workload, clock)
             for index, (form, ms) in enumerate(clock.laps if round_ else ()):
                 times[form, PHASES[index > 0]].append(ms)
     return times
@@ -153,7 +185,7 @@ def time_forms(
 class Stopwatch(StoppingCriteria):
     """Times each token of a `generate`, and then gives the model, off the clock, the next of `forms`."""
 
-    def __init__(self, forms: Iterator[str], give: Callable[[str], None] = lambda form: None):
+    def __init__(self, forms: Iterator[str], give: Callable[[str], None]):
         self.forms, self.give = forms, give
         self.laps: list[tuple[str, float]] = []
         self.begin()
@@ -210,25 +242,26 @@ def generate(
 
 
 def table(rows: list[Row]) -> str:
-    """A line a workload and phase: milliseconds of both forms, the GPU's part, and how many times faster fused is.
+    """A line a workload, phase and form: its milliseconds, the GPU's part, and how many times faster it is.
 
     How busy the GPU is, and with MLPs, is the original's.
     """
-    columns = ("original, ms", "fused, ms", "tokens/s fused", "GPU, ms", "GPU fused, ms", "GPU busy", "of it MLPs")
-    lines = [f"| {' | '.join((*PROBLEM, *columns))} | fused over original |", "|---|---|---|" + "---:|" * 10]
+    columns = ("original, ms", "ms", "tokens/s", "GPU original, ms", "GPU, ms", "GPU busy", "of it MLPs")
+    head = (*PROBLEM, "impl", *columns, "over original")
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---:|---:|---|" + "---:|" * 8]
     for problem, original, fused in pairs(rows):
         cells = [f"{form['median_ms']:.2f}" for form in (original, fused)] + [f"{fused['tokens_per_s']:.0f}"]
         cells += [f"{form['gpu_ms']:.2f}" for form in (original, fused)] + [f"{original['gpu_busy']:.0%}"]
         cells += ["-" if original["mlp_share"] is None else f"{original['mlp_share']:.0%}"]
         cells.append(f"{original['median_ms'] / fused['median_ms']:.2f}x")
-        lines.append(f"| {' | '.join(map(str, (*problem, *cells)))} |")
+        lines.append(f"| {' | '.join(map(str, (*problem, fused['impl'], *cells)))} |")
     return "\n".join(lines)
 
 
 def pairs(rows: list[Row]) -> Iterator[tuple[tuple, Row, Row]]:
-    """For each phase of a workload the fields that say which it is, the original's row and the fused one's."""
+    """For each phase of a workload the fields that say which it is, the original's row and that of a fused form."""
     forms: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         forms.setdefault(tuple(row[name] for name in PROBLEM), {})[row["impl"]] = row
     for problem, form in forms.items():
-        yield problem, form["original"], form["fused"]
+        yield from ((problem, form["original"], row) for impl, row in form.items() if impl != "original")

@@ -1,4 +1,4 @@
-"""`hf-fused-mlp bench --host`: what a call of one MLP costs Python and the driver, whatever the GPU then does."""
+"""`hf-fused-mlp bench --host`: what a call of one module costs Python and the driver, whatever the GPU does."""
 
 import random
 import statistics
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_fused_mlp.cli.results import Row
 from hf_fused_mlp.cli.shapes import Shape, build, fused_twin
@@ -20,12 +21,12 @@ SMALL = (
 
 @torch.no_grad()
 def host(tokens: list[int], dtype: torch.dtype, rounds: int = 30) -> Iterator[list[Row]]:
-    """Microseconds of the host for a call of the original and of the fused module, sizes at which the GPU keeps up."""
-    for shape in SMALL:
-        original = build(shape, dtype)
-        forms = {"original": original, "fused": fused_twin(original)}
+    """Microseconds of the host for a call of the original and of the fused module."""
+    for kind, original in _small(dtype):
+        is_norm = kind == "norm"
+        forms = {"original": original, "fused": fused_twin(original, strict=not is_norm, norms=is_norm)}
         for m in tokens:
-            x = torch.randn(1, m, shape.hidden, device=next(original.parameters()).device, dtype=dtype)
+            x = torch.randn(1, m, SMALL[0].hidden, device=next(original.parameters()).device, dtype=dtype)
             times: dict[str, list[float]] = {impl: [] for impl in forms}
             for round_ in range(1 + rounds):
                 for impl in random.sample(list(forms), 2):
@@ -33,9 +34,17 @@ def host(tokens: list[int], dtype: torch.dtype, rounds: int = 30) -> Iterator[li
                     if round_:
                         times[impl].append(us)
             yield [
-                {"kind": shape.name, "m": m, "impl": impl, "host_us": round(statistics.median(values), 2)}
+                {"kind": kind, "m": m, "impl": impl, "host_us": round(statistics.median(values), 2)}
                 for impl, values in times.items()
             ]
+
+
+def _small(dtype: torch.dtype) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules by kind, so small that the GPU keeps up with the host."""
+    for shape in SMALL:
+        mlp = build(shape, dtype)
+        yield shape.name, mlp
+    yield "norm", LlamaRMSNorm(SMALL[0].hidden).to(next(mlp.parameters())).eval()
 
 
 def host_us(module: torch.nn.Module, x: torch.Tensor) -> float:

@@ -72,7 +72,7 @@ def _compiled(function: Callable[..., Tensor], mode: str | None = None) -> Calla
 
 def liger_elementwise(eager, fused, x):
     """Liger's drop-in module for this one: the same GEMMs, one kernel for activation and product."""
-    kind, activation = fused.mlp_spec.kind, fused.operands()[-1]
+    kind, activation = fused.fused_spec.kind, fused.operands()[-1]
     if (kind, activation) not in LIGER_MODULES:
         raise Unavailable(f"has no {kind.value} MLP with {activation}")
     return partial(_liger_module(LIGER_MODULES[kind, activation], eager), x)
@@ -80,7 +80,7 @@ def liger_elementwise(eager, fused, x):
 
 def liger_mlp(eager, fused, x):
     """Liger's module whose gate and up GEMMs, activation and product are one kernel."""
-    kind, activation = fused.mlp_spec.kind, fused.operands()[-1]
+    kind, activation = fused.fused_spec.kind, fused.operands()[-1]
     if (kind, activation) != (MLPKind.GATED, "silu"):
         raise Unavailable(f"has no {kind.value} MLP with {activation}")
     module = _liger_module("LigerMLP", eager)
@@ -102,7 +102,7 @@ def quack(eager, fused, x):
     """QuACK's GEMM with SwiGLU in its epilogue, on interleaved rows, and its plain GEMM; both tuned by itself."""
     gate, up, down, *biases, activation = fused.operands()
     if gate is None or activation not in QUACK_ACTIVATIONS or any(bias is not None for bias in biases):
-        raise Unavailable(f"has no {fused.mlp_spec.kind.value} MLP with {activation}")
+        raise Unavailable(f"has no {fused.fused_spec.kind.value} MLP with {activation}")
     with _requires("quack-kernels==0.4.1 nvidia-cutlass-dsl==4.4.2"):
         from quack.gemm_interface import gemm, gemm_gated
     rows = torch.stack((gate, up), dim=1).flatten(0, 1)

@@ -18,6 +18,7 @@ COLUMNS = 3
 # Okabe and Ito's colours, which the colour-blind tell apart; the markers tell them apart too
 STYLES: dict[str, dict[str, Any]] = {
     "fused": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
+    "fused-norms": {"color": "#56B4E9", "marker": "v"},
     "eager": {"color": "#000000", "marker": "x"},
     "compile": {"color": "#E69F00", "marker": "s"},
     "compile-max-autotune": {"color": "#D55E00", "marker": "D"},
@@ -142,14 +143,13 @@ def _models(header: Header, rows: list[Row]) -> Figure:
     forms = list(pairs(rows))[::-1]  # bars are drawn upwards
     figure = Figure(figsize=(3.3 * COLUMNS, 1.2 + 0.15 * len(forms)), layout="constrained")
     for axis, phase in zip(figure.subplots(1, len(PHASES), sharex=True, sharey=True), PHASES, strict=True):
-        found = {problem: (original, fused) for problem, original, fused in forms if problem[2] == phase}
-        names = [f"{model}, {mode}, {batch} x {prompt}" for model, mode, _, batch, prompt in found]
-        gains = [original["median_ms"] / fused["median_ms"] for original, fused in found.values()]
-        bars = axis.barh(names, gains, color=STYLES["fused"]["color"])
-        busy = [
-            f"{gain:.2f}x, GPU {original['gpu_busy']:.0%}"
-            for gain, (original, _) in zip(gains, found.values(), strict=True)
-        ]
+        found = [(*problem, original, fused) for problem, original, fused in forms if problem[2] == phase]
+        names, gains, busy = [], [], []
+        for model, mode, _, batch, prompt, original, fused in found:
+            names.append(f"{model}, {mode}, {batch} x {prompt}: {fused['impl']}")
+            gains.append(original["median_ms"] / fused["median_ms"])
+            busy.append(f"{gains[-1]:.2f}x, GPU {original['gpu_busy']:.0%}")
+        bars = axis.barh(names, gains, color=[STYLES[fused["impl"]]["color"] for *_, fused in found])
         axis.bar_label(bars, busy, padding=3, fontsize=8)
         axis.axvline(1, **REFERENCE)
         axis.set_xlim(0, 1.6 * max(gains, default=1))

@@ -57,7 +57,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
     return mlp
 
 
-def fused_twin(original: nn.Module, strict: bool = True) -> Any:
+def fused_twin(original: nn.Module, strict: bool = True, norms: bool = False) -> Any:
     """`original` fused, sharing its parameters, which are packed for both, and its buffers."""
     shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
-    return fuse_model(copy.deepcopy(original, shared), strict=strict)
+    return fuse_model(copy.deepcopy(original, shared), strict=strict, norms=norms)

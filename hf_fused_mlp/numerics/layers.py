@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_fused_mlp import ops
-from hf_fused_mlp.modules import FusedMLP, no_kernels, original_form
+from hf_fused_mlp.modules import FusedMLP, no_kernels
 from hf_fused_mlp.numerics.report import LayerNumerics, severity
+from hf_fused_mlp.swap import original_form
 from hf_fused_mlp.validation import Errors, excess, mismatch, rms
 
 SMALL_CALLS = (1, 16)  # tokens; other kernels serve them than a whole text

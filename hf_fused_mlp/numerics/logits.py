@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fused_mlp.modules import FusedMLP, original_form
 from hf_fused_mlp.numerics.report import Divergence, LogitsNumerics
+from hf_fused_mlp.swap import Fused, original_form
 
 PROMPTS, PROMPT_TOKENS = 4, 16
 ROWS = 64  # logits at a time in float64
@@ -108,7 +108,7 @@ def compare_greedy(model: nn.Module, source: nn.Module, text: Tensor, new_tokens
 
 
 def _originals_of(model: nn.Module) -> AbstractContextManager[None]:
-    return original_form(module for module in model.modules() if isinstance(module, FusedMLP))
+    return original_form(module for module in model.modules() if isinstance(module, Fused))
 
 
 def _greedy(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from hf_fused_mlp.fuse import FusionReport, MLPStatus
+from hf_fused_mlp.fuse import FusionReport, ModuleStatus
 from hf_fused_mlp.validation import Errors
 
 _PATHS = {
@@ -82,7 +82,7 @@ class NumericsReport:
     device: str
     dtype: str
     layers: tuple[LayerNumerics, ...]
-    unfused: tuple[MLPStatus, ...]
+    unfused: tuple[ModuleStatus, ...]
     unreached: tuple[str, ...]
     logits: LogitsNumerics | None
     greedy: tuple[Divergence, ...]

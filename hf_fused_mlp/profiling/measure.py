@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_fused_mlp.modules import FusedMLP, evaluating, fuse_module, unfuse_module
+from hf_fused_mlp.modules import FusedMLP, evaluating, fuse_module
 from hf_fused_mlp.profiling.request import Request
 from hf_fused_mlp.profiling.trace import Breakdown, record
+from hf_fused_mlp.swap import unfuse_module
 from hf_fused_mlp.types import MLPSpec
 
 PROFILED_STEPS = {"prefill": 1, "decode": 8}  # at most
@@ -21,7 +22,7 @@ Forms = dict[str, Callable[[], None]]
 def as_it_came(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards the same modules are fused, and the same in training mode, as before."""
     modules = dict(model.named_modules())
-    fused = {name: module.mlp_spec for name, module in modules.items() if isinstance(module, FusedMLP)}
+    fused = {name: module.fused_spec for name, module in modules.items() if isinstance(module, FusedMLP)}
     with evaluating(model):
         try:
             yield

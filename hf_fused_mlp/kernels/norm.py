@@ -1,0 +1,70 @@
+"""``rms_norm(x) * weight``: one kernel for the eight that PyTorch launches for an RMSNorm of Transformers.
+
+It is no family of GEMM launches and no plan names it: `hf_fused_mlp.norms` runs it in eager mode. Launches: 1. Bytes:
+`x` read, the result written, and the weight once, which stays in the L2.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fused_mlp.kernels._common import allocator, launcher
+from hf_fused_mlp.types import GPU, LinearCall, next_power_of_two
+
+LONGEST = 1 << 15  # elements a row, all of which one program holds
+
+
+def supports(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes tensors like these."""
+    alike = weight.dtype == x.dtype and weight.device == x.device and weight.shape == x.shape[-1:]
+    computes = x.dtype in (torch.float16, torch.bfloat16, torch.float32) and 0 < x.shape[-1] <= LONGEST
+    runs = not x.is_cuda or GPU.of(x.device).capability >= (8, 0)  # on a CPU it is interpreted
+    return runs and alike and computes and weight.is_contiguous() and x.numel() > 0
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    M,
+    H,
+    stride_xm,
+    EPS: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`ROWS` whole rows, in fp32; `FORM` says where it rounds, as `hf_fused_mlp.norms.FORMS` has it."""
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    mask = (rows < M) & (cols < H)
+    x = tl.load(x_ptr + rows.to(tl.int64) * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    normed = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + EPS)
+    if FORM == "rounded":
+        out = normed.to(out_ptr.dtype.element_ty).to(tl.float32) * weight
+    elif FORM == "offset":
+        out = normed * (1.0 + weight)
+    else:
+        tl.static_assert(FORM == "weighed", "unknown form")
+        out = normed * weight
+    tl.store(out_ptr + rows.to(tl.int64) * H + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def rms_norm(call: LinearCall, eps: float, form: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The launch for `x` as `call` has it, whatever it has of a weight: a function of `x` and the norm's weight."""
+    block = next_power_of_two(call.k)
+    rows = max(1, 1024 // block)
+    grid, values = (-(-call.m // rows), 1, 1), (call.m, call.k, call.stride_xm, eps, form, rows, block)
+    launch = launcher(_rms_norm_kernel, call.device, grid, values, num_warps=min(16, max(1, rows * block // 512)))
+    empty = allocator((*call.lead, call.k), call.dtype, call.device)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        out = empty()
+        launch((x, weight, out))
+        return out
+
+    return run
