@@ -1,16 +1,21 @@
 """Every kernel family against the oracle: interpreted on the CPU, compiled on a GPU."""
 
+import importlib
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from numerics import assert_accurate, oracle_of, random_halves, random_mlp, run_plan
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.dispatch import act_mul_backward_cuda, act_mul_cuda
-from hf_fused_mlp.kernels import FAMILIES, LAUNCHERS, _common, call_of, gemm, linear
+from hf_fused_mlp.kernels import FAMILIES, LAUNCHERS, _launch, call_of, gemm, linear
+from hf_fused_mlp.kernels._launch import allocator, launcher
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.tuner import candidates
@@ -117,14 +122,9 @@ def test_gemm_halves_the_last_tiles(gated, bias, group_m, device, monkeypatch):
     """The CPU counts as four multiprocessors: six tiles are a round of four, and two that run as four halves."""
     wholes = []
 
-    def spy(kernel, device, grid, values, **options):
-        launch = _common.launcher(kernel, device, grid, values, **options)
-
-        def run(tensors, descriptors):
-            wholes.append(values[3] if descriptors[3] is not None else None)
-            launch(tensors, descriptors)
-
-        return run
+    def spy(kernel, device, grid, values, tilings, **options):
+        wholes.append(values[3] if tilings[3] is not None else None)
+        return launcher(kernel, device, grid, values, tilings, **options)
 
     monkeypatch.setattr(gemm, "launcher", spy)
     sms = GPU.of(device).num_sms
@@ -165,31 +165,87 @@ def test_every_candidate(shape, gated):
 def test_new_memory_holds_nan(device):
     """Or else a tile that no program writes could go unseen."""
     for lead in ((), (2,)):
-        assert _common.allocator((*lead, 3, 8), torch.float16, torch.device(device.type, 0))().isnan().all()
+        assert allocator((*lead, 3, 8), torch.float16, torch.device(device.type, 0))().isnan().all()
 
 
-def test_a_launcher_keeps_its_binary(monkeypatch):
+class Kernel:
+    """In place of Triton's function: to compile it is to give `binary`."""
+
+    def __init__(self, binary):
+        self.binary, self.compiled = binary, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.compiled.append(args) or self.binary
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream of {index}", raising=False)
+    return "stream of 3"
+
+
+def test_a_launcher_keeps_its_binary(stream):
     """The first launch compiles, and the next run what it compiled."""
     calls = []
-
-    class Binary:
-        function, packed_metadata = "function", "metadata"
-
-        def run(self, *args):
-            calls.append(args)
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: calls.append("compiled") or Binary()
-
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream of {index}", raising=False)
+    kernel = Kernel(SimpleNamespace(function="f", packed_metadata="metadata", run=lambda *args: calls.append(args)))
     tensors = torch.zeros(64), torch.zeros(64)
-    launch = _common.launcher(Kernel(), torch.device("cuda", 3), (1, 2, 3), (7,))
+    launch = launcher(kernel, torch.device("cuda", 3), (1, 2, 3), (7,))
     for tensor in (*tensors, *tensors):
-        launch((tensor, None), ("descriptor",))
-    fixed = 1, 2, 3, "stream of 3", "function", "metadata", None, None, None, "descriptor"
+        launch((tensor, None))
+    fixed = 1, 2, 3, stream, "f", "metadata", None, None, None
     first, second = ((*fixed, tensor.data_ptr(), None, 7) for tensor in tensors)
-    assert calls == ["compiled", second, first, second]
+    assert calls == [second, first, second]
+    assert len(kernel.compiled) == 1
+
+
+def test_a_launcher_keeps_tensor_maps(stream, monkeypatch):
+    """The driver's launch gets what Triton would make of the descriptors, which is made once for an address."""
+    driver, runtime = pytest.importorskip("triton.backends.nvidia.driver"), importlib.import_module("triton.runtime")
+    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [16, 64], "fp4_padded": False}
+    calls, maps = [], []
+    utils = SimpleNamespace(fill_tma_descriptor=lambda *args: maps.append(args) or ("map", *args))
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(_launch, "_bind_context", lambda device: None)
+
+    class CudaLauncher:
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid, launch_pdl = False, True
+        signature: ClassVar = {"x": "tensordesc<fp16[16,64]>", "half": "constexpr", "bias": "*fp16", "K": "i32"}
+        launch = staticmethod(driver.wrap_handle_tensordesc(lambda *args: calls.append(args), signature, [meta]))
+
+    run = CudaLauncher()
+    kernel = Kernel(SimpleNamespace(function="f", packed_metadata="metadata", run=run))
+    tiling = [32, 128], [128, 1], [16, 64]
+    x, other, bias = (torch.zeros(32, 128, dtype=torch.float16) for _ in range(3))
+    launch = launcher(kernel, torch.device("cuda", 3), (1, 2, 3), (7,), (tiling, None))
+    for tensor in (x, x, other, x, other):
+        launch((bias,), (tensor, None))
+    kept = len(maps)
+    expected = []
+    for tensor in (x, other, x, other):
+        whole = TensorDescriptor(tensor, *tiling)
+        run.launch(
+            1,
+            2,
+            3,
+            stream,
+            "f",
+            False,
+            True,
+            None,
+            None,
+            "metadata",
+            None,
+            None,
+            None,
+            whole,
+            None,
+            bias.data_ptr(),
+            7,
+        )
+        expected.append(calls.pop())
+    assert calls == expected
+    assert kept == 2
 
 
 def test_plans_fit_the_problem():

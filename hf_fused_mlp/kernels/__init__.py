@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import Tensor
 
 from hf_fused_mlp.kernels import elementwise, gemm, gemv, skinny
-from hf_fused_mlp.kernels._common import Linear
+from hf_fused_mlp.kernels._launch import Linear
 from hf_fused_mlp.reference import linear_ref
 from hf_fused_mlp.types import GPU, TORCH, LinearCall, Plan, TileConfig
 

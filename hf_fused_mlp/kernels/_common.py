@@ -1,89 +1,8 @@
 """Triton helpers that the kernel families share."""
 
-import math
-import threading
-from collections.abc import Callable
-from functools import partial
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra import libdevice
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-# what a family makes of a `LinearCall`: the function of x, weight, bias, gate and gate_bias that gives `[*lead, n]`
-Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-
-_thread = threading.local()
-
-
-def bind_context(device: torch.device) -> None:
-    """Gives the thread the GPU's context, as any work of PyTorch's on it does; the driver's tensor maps need one."""
-    if not hasattr(_thread, "bound"):
-        torch.zeros(1, device=device)
-        _thread.bound = True
-
-
-def descriptor(base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> TensorDescriptor:
-    """A `TensorDescriptor` without the checks of its constructor, which take the host longer than to launch a kernel.
-
-    What they check, a family's `supports` has checked.
-    """
-    made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape, made.padding = base, shape, strides, block_shape, "zero"
-    return made
-
-
-def launcher(
-    kernel, device: torch.device, grid: tuple[int, int, int], values: tuple, overlap: bool = False, **options
-) -> Callable[..., None]:
-    """Gives ``launch(tensors, descriptors=())``: ``kernel[grid](*descriptors, *tensors, *values, **options)``.
-
-    Triton looks at every argument of every launch to find the binary, which takes the host longer than to launch it.
-    Here the first launch finds it for all. Triton's launch hooks, which some profilers set, see that one only.
-
-    Args:
-        device: where the tensors are, which must be the current one.
-        values: the arguments after the tensors, constants included.
-        overlap: begin while the launch before is finishing; the kernel must wait before it reads what that one wrote.
-
-    The tensors of all launches must be of one dtype and None in the same places, and if there is more than one launch,
-    their addresses multiples of 16, which lets the binary read 16 bytes at a time; on AMD also on one side of 2 GB.
-    """
-    if overlap:
-        options["launch_pdl"] = True
-    kept: tuple[Callable, tuple] | None = None
-
-    def launch(tensors: tuple[Tensor | None, ...], descriptors: tuple = ()) -> None:
-        nonlocal kept
-        if kept is not None:
-            run, fixed = kept
-            addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-            run(*grid, torch._C._cuda_getCurrentRawStream(device.index), *fixed, *descriptors, *addresses, *values)
-        elif binary := kernel[grid](*descriptors, *tensors, *values, **options):  # the interpreter has none
-            kept = _driver_call(binary)
-
-    return launch
-
-
-def _driver_call(binary) -> tuple[Callable, tuple]:
-    """What launches a compiled kernel, and what it takes between the stream and the kernel's own arguments."""
-    run, function, rest = binary.run, binary.function, (binary.packed_metadata, None, None, None)
-    # the Python around the driver's launch has nothing to do but find that no scratch memory is wanted
-    known = type(run).__name__ == "CudaLauncher" and triton.__version__.startswith(("3.5.", "3.6."))
-    if known and run.global_scratch_size == run.profile_scratch_size == 0:
-        return run.launch, (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
-    return run, (function, *rest)
-
-
-def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    """Gives ``torch.empty(shape, dtype=dtype, device=device)``; a GPU must be the current one."""
-    # Inductor's own, which neither reads arguments of every kind nor goes through PyTorch's dispatcher
-    empty_strided = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
-    if empty_strided is None:
-        return partial(torch.empty, shape, dtype=dtype, device=device)
-    return partial(empty_strided, shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), dtype)
 
 
 @triton.jit

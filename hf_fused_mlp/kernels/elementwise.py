@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from hf_fused_mlp.kernels._common import Linear, activate, launcher
+from hf_fused_mlp.kernels._common import activate
+from hf_fused_mlp.kernels._launch import Linear, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 BLOCK = 1024

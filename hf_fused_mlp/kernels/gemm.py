@@ -11,20 +11,10 @@ Launches: 1. Bytes: x, the weights and out once, if tiles that share them meet i
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_fused_mlp.kernels._common import (
-    Linear,
-    activate,
-    add_bias,
-    allocator,
-    bind_context,
-    descriptor,
-    grouped_tile,
-    launcher,
-)
+from hf_fused_mlp.kernels._common import activate, add_bias, grouped_tile
+from hf_fused_mlp.kernels._launch import Linear, Tiling, allocator, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 
@@ -154,33 +144,36 @@ def gemm(call: LinearCall, config: TileConfig) -> Linear:
     halved = tiles > gpu.num_sms and 0 < 2 * rest <= gpu.num_sms
     whole = tiles - rest if halved else tiles
     constants = call.activation, call.gated, *tile, config.group_m, gpu.num_sms, gpu.is_nvidia, gpu.can_overlap
+
+    are_apart = call.stride_xm * call.dtype.itemsize % 16 != 0  # too oddly for a tensor descriptor
+    stride = K if are_apart else call.stride_xm
+
+    def tilings(columns: int) -> tuple[Tiling, Tiling]:
+        """Of the weights and of the output, for tiles of so many columns."""
+        stored = columns if call.gated else columns // 2
+        return ([planes, N, K], [N * K, K, 1], [planes, columns, block_k]), ([M, N], [N, 1], [block_m, stored])
+
     launch = launcher(
         _gemm_kernel,
         call.device,
         (min(gpu.num_sms, tiles), 1, 1),
         (M, N, K, whole, *constants),
+        (
+            ([M, K], [stride, 1], [block_m, block_k]),
+            *tilings(block_n),
+            *(tilings(block_n // 2) if halved else (None, None)),
+        ),
         overlap=call.overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
-    def descriptors(block: Tensor, out: Tensor, columns: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Of the weights and of the output, for tiles of so many columns."""
-        stored = columns if call.gated else columns // 2
-        return (
-            descriptor(block, [planes, N, K], [N * K, K, 1], [planes, columns, block_k]),
-            descriptor(out, [M, N], [N, 1], [block_m, stored]),
-        )
-
     def run(x, weight, bias, gate, gate_bias):
-        bind_context(call.device)
-        out, stride = empty(), call.stride_xm
-        if stride * x.itemsize % 16 or x.data_ptr() % 16:
-            x, stride = x.clone(memory_format=torch.contiguous_format), K
+        out = empty()
+        if are_apart or x.data_ptr() % 16:
+            x = torch.empty_strided((M, K), (stride, 1), dtype=x.dtype, device=x.device).copy_(x.reshape(M, K))
         block = weight if gate is None else gate
-        half = descriptors(block, out, block_n // 2) if halved else (None, None)
-        x_descriptor = descriptor(x, [M, K], [stride, 1], [block_m, block_k])
-        launch((bias, gate_bias), (x_descriptor, *descriptors(block, out, block_n), *half))
+        launch((bias, gate_bias), (x, block, out, block, out) if halved else (x, block, out, None, None))
         return out
 
     return run

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fused_mlp.kernels._common import Linear, activate, add_bias, allocator, launcher
+from hf_fused_mlp.kernels._common import activate, add_bias
+from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig, next_power_of_two
 
 

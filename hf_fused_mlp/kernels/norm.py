@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fused_mlp.kernels._common import allocator, launcher
+from hf_fused_mlp.kernels._launch import allocator, launcher
 from hf_fused_mlp.types import GPU, LinearCall, next_power_of_two
 
 LONGEST = 1 << 15  # elements a row, all of which one program holds
