@@ -102,7 +102,7 @@ class _Descriptors:
         _bind_context(self.device)
         made = object.__new__(TensorDescriptor)
         made.base, made.padding = tensor, "zero"
-        made.shape, made.strides, made.block_shape = self.tilings[place]
+        made.shape, made.strides, made.block_shape = self.tilings[place]  # type: ignore[misc]
         return made
 
 
