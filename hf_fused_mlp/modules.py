@@ -44,7 +44,7 @@ class FusedMLP(Fused):
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) and _is_ordinary(x):
             bypassed, called = self.reasons(x.device)
             if bypassed is None:
-                reads_all = called is None and not ops.autocasts()
+                reads_all = called is None and not _autocasts()
                 # None where the kernels do not take these tensors: PyTorch answers for them, errors included
                 if reads_all and (out := ops.mlp_if_fits(x, *self.operands())) is not None:
                     return out
@@ -63,7 +63,6 @@ class FusedMLP(Fused):
             not ops.HAS_TRITON
             or not ops.runs_now(x)
             or _has_any_global_hook()
-            or ops.autocasts()
             or own["training"]
             or "forward" in own
             or self.original_class.forward is not self.original_forward
@@ -115,7 +114,7 @@ class FusedMLP(Fused):
     def _first_half(self, x: Tensor) -> Tensor | None:
         """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
         spec, activation = self.fused_spec, self._activation()
-        if not torch.is_grad_enabled() and not ops.autocasts() and reads_first(self, spec):
+        if not torch.is_grad_enabled() and not _autocasts() and reads_first(self, spec):
             gate, up, _, gate_bias, up_bias, _ = self._tensors()
             h = ops.mlp_if_fits(x, gate, up, None, gate_bias, up_bias, None, activation)
             if h is not None:
@@ -207,6 +206,10 @@ def no_kernels(device: torch.device) -> str | None:
     if not torch.compiler.is_compiling() and GPU.of(device).capability < (8, 0):
         return f"no kernels for {GPU.of(device).name}; they need CUDA compute capability 8.0 or later"
     return None
+
+
+def _autocasts() -> bool:
+    return torch.is_autocast_enabled("cuda")
 
 
 def _is_ordinary(x: Tensor) -> bool:

@@ -67,7 +67,7 @@ def mlp_if_fits(x: Tensor, *operands: Tensor | str | None) -> Tensor | None:
 
 
 def runs_now(x: Tensor) -> bool:
-    """Whether nothing but the result is wanted of this call: no graph, no trace, no gradient, on a GPU.
+    """Whether nothing but the result is wanted of this call: no graph, no trace, no gradient, no cast, on a GPU.
 
     Then it need not go through PyTorch's dispatcher, which costs as much of the host's time as a launch.
     """
@@ -80,14 +80,10 @@ def runs_now(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        and not torch._C._is_any_autocast_enabled()
         and not is_transformed()
     )
-
-
-def autocasts() -> bool:
-    """Whether operations on a GPU choose their dtypes."""
-    return torch.is_autocast_enabled("cuda")
 
 
 def is_transformed() -> bool:
