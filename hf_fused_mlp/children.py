@@ -129,18 +129,17 @@ def is_hooked(module: nn.Module) -> bool:
         has_own_forward(module) or ("_hf_hook" in own and not _only_aligns(module))
     ):
         return True
-    return (cls.forward is not _FORWARDS.get(cls) and _is_patched(cls)) or _has_hooks(module)
-
-
-def _is_patched(cls: type[nn.Module]) -> bool:
-    return not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward)
+    if not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward):
+        return True
+    return _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
     own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return True
+    # not asked in vain, since compiled code checks before each call that it still is what it was
+    return torch.is_grad_enabled() and bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def has_own_forward(module: nn.Module) -> bool:

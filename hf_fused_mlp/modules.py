@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from hf_fused_mlp import ops
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
 from hf_fused_mlp.children import is_left_alone, local_tensors, parameters_at_a_glance
-from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first
+from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse
 from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack
@@ -39,17 +39,18 @@ class FusedMLP(Fused):
         if not isinstance(self, FusedMLP):
             return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(self.input_name)
-        if len(args) == 1 and not kwargs and (out := self._again(x)) is not None:
+        if not torch.compiler.is_compiling() and args and not kwargs and (out := self._again(x)) is not None:
             return out
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) and _is_ordinary(x):
-            bypassed, called = self.reasons(x.device)
+            spec = self.fused_spec
+            bypassed, called = _reasons(self, spec, x.device)
             if bypassed is None:
                 reads_all = called is None and not _autocasts()
                 # None where the kernels do not take these tensors: PyTorch answers for them, errors included
-                if reads_all and (out := ops.mlp_if_fits(x, *self.operands())) is not None:
+                if reads_all and (out := ops.mlp_if_fits(x, *_operands(self, spec))) is not None:
                     return out
-                if can_call(self, self.fused_spec) and (h := self._first_half(x)) is not None:
-                    return self._modules[self.fused_spec.down](h)
+                if can_call(self, spec) and (h := self._first_half(x)) is not None:
+                    return self._modules[spec.down](h)
         return super().forward(*args, **kwargs)
 
     def _again(self, x) -> Tensor | None:
@@ -81,7 +82,7 @@ class FusedMLP(Fused):
             if not is_left_alone(module := children.get(spec.activation)):
                 return None
             activation = find_activation(module)
-        return ops.on_gpu().mlp_again(x, (*self._read(*read), activation))
+        return ops.on_gpu().mlp_again(x, (*_read(spec, *read), activation))
 
     def reasons(self, device: torch.device | None = None) -> tuple[str | None, str | None]:
         """Why a call with tokens on `device`, that of the weights unless given, would not run the kernels alone.
@@ -89,18 +90,7 @@ class FusedMLP(Fused):
         The first is why the original forward would run, all of it; the second why projections would be called, and the
         kernels do the rest. One call may still go either way for what it is: under autocast, say.
         """
-        spec = self.fused_spec
-        if reason := altered_reason(self, self.original_class, self.original_forward, spec):
-            return reason, None
-        called = "in training mode" if self.training else call_reason(self, spec.projections)
-        if called is None and self._parameters_of(spec.up)["weight"].dtype == torch.float64:
-            called = "no kernels for float64; load as bfloat16 or float16"
-        if called is not None:
-            if not can_call(self, spec):
-                return called, None
-            if self.training and any(getattr(self._modules[name], "p", 0) > 0 for name in spec.dropouts):
-                return "in training mode, where it drops out", None
-        return no_kernels(device or self._device()), called
+        return _reasons(self, self.fused_spec, device)
 
     def _device(self) -> torch.device:
         """Where the next call will run, as far as the first projection tells."""
@@ -113,9 +103,9 @@ class FusedMLP(Fused):
 
     def _first_half(self, x: Tensor) -> Tensor | None:
         """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
-        spec, activation = self.fused_spec, self._activation()
+        spec, activation = self.fused_spec, _activation(self, self.fused_spec)
         if not torch.is_grad_enabled() and not _autocasts() and reads_first(self, spec):
-            gate, up, _, gate_bias, up_bias, _ = self._tensors()
+            gate, up, _, gate_bias, up_bias, _ = _tensors(self, spec)
             h = ops.mlp_if_fits(x, gate, up, None, gate_bias, up_bias, None, activation)
             if h is not None:
                 return h
@@ -130,24 +120,9 @@ class FusedMLP(Fused):
         """What the projections for gate and up give when they are called."""
         raise NotImplementedError
 
-    def _parameters_of(self, name: str | None) -> dict[str, Tensor | None]:
-        return _NONE if name is None else local_tensors(self._modules[name])
-
     def operands(self) -> Operands:
         """What `ops.mlp` takes after `x`: weights of gate, up and down, their biases, the activation's name."""
-        return *self._tensors(), self._activation()
-
-    def _activation(self) -> str:
-        return self.fused_spec.function or find_activation(self._modules[self.fused_spec.activation])
-
-    def _tensors(self) -> Tensors:
-        spec, of = self.fused_spec, self._parameters_of
-        return self._read(of(spec.gate), of(spec.up), of(spec.down))
-
-    def _read(self, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
-        """Weights and biases out of what the projections hold, which for one that is not there is nothing."""
-        weights = gate.get("weight"), up["weight"], down.get("weight")
-        return *weights, gate.get("bias"), up.get("bias"), down.get("bias")
+        return _operands(self, self.fused_spec)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -174,18 +149,11 @@ class FusedGatedMLP(FusedMLP):
     def _on_weights(self, function) -> None:
         # projections that were wrapped or quantized after fusing keep their weights where they are
         if reads_first(self, self.fused_spec):
-            function(*(self._parameters_of(name)["weight"] for name in self.fused_spec.first))
+            function(*(_parameters_of(self, name)["weight"] for name in self.fused_spec.first))
 
 
 class FusedPackedMLP(FusedMLP):
     """``down(act(gate) * up)`` with gate and up the halves of one projection's output, as the checkpoint has it."""
-
-    def _read(self, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
-        weights = up["weight"].chunk(2)
-        biases = (None, None) if up["bias"] is None else up["bias"].chunk(2)
-        if self.fused_spec.up_first:
-            weights, biases = weights[::-1], biases[::-1]
-        return *weights, down.get("weight"), *biases, down.get("bias")
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = self._modules[self.fused_spec.up](x).chunk(2, dim=-1)
@@ -194,6 +162,57 @@ class FusedPackedMLP(FusedMLP):
 
 class FusedPlainMLP(FusedMLP):
     """``down(act(up(x)))``, or half of it; there is nothing to pack."""
+
+
+# functions rather than methods: `torch.compile` guards each name that it looks up in a module, and the host checks all
+# guards before each replay of a graph
+
+
+def _reasons(module: FusedMLP, spec: MLPSpec, device: torch.device | None) -> tuple[str | None, str | None]:
+    # the compiler of torch 2.11 misreads functions of classes; what it traces was checked when it was fused
+    if not torch.compiler.is_compiling() and (
+        reason := replaced_reason(module.original_class, module.original_forward)
+    ):
+        return reason, None
+    if reason := altered_reason(module, spec):
+        return reason, None
+    called = "in training mode" if module.training else call_reason(module, spec.projections)
+    if called is None and _parameters_of(module, spec.up)["weight"].dtype == torch.float64:
+        called = "no kernels for float64; load as bfloat16 or float16"
+    if called is not None:
+        if not can_call(module, spec):
+            return called, None
+        if module.training and any(getattr(module._modules[name], "p", 0) > 0 for name in spec.dropouts):
+            return "in training mode, where it drops out", None
+    return no_kernels(device or module._device()), called
+
+
+def _operands(module: FusedMLP, spec: MLPSpec) -> Operands:
+    return *_tensors(module, spec), _activation(module, spec)
+
+
+def _activation(module: FusedMLP, spec: MLPSpec) -> str:
+    return spec.function or find_activation(module._modules[spec.activation])
+
+
+def _tensors(module: FusedMLP, spec: MLPSpec) -> Tensors:
+    return _read(spec, *(_parameters_of(module, name) for name in (spec.gate, spec.up, spec.down)))
+
+
+def _parameters_of(module: FusedMLP, name: str | None) -> Parameters:
+    return _NONE if name is None else local_tensors(module._modules[name])
+
+
+def _read(spec: MLPSpec, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
+    """Weights and biases out of what the projections hold, which for one that is not there is nothing."""
+    if spec.kind is not MLPKind.PACKED:
+        weights = gate.get("weight"), up["weight"], down.get("weight")
+        return *weights, gate.get("bias"), up.get("bias"), down.get("bias")
+    halves = up["weight"].chunk(2)
+    biases = (None, None) if up["bias"] is None else up["bias"].chunk(2)
+    if spec.up_first:
+        halves, biases = halves[::-1], biases[::-1]
+    return *halves, down.get("weight"), *biases, down.get("bias")
 
 
 def no_kernels(device: torch.device) -> str | None:

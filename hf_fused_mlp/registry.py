@@ -111,7 +111,7 @@ def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str
     """Why `module`, an instance of `cls`, cannot be fused as `spec` says, with the remedy, or None if it can."""
     if taken := RESERVED & module._modules.keys():
         return f"its child {min(taken)!r} has a name that a fused module uses itself; pass exclude=[...]"
-    if reason := altered_reason(module, cls, _forward_of_spec(cls), spec):
+    if reason := replaced_reason(cls, _forward_of_spec(cls)) or altered_reason(module, spec):
         return reason
     linears = {name: module._modules[name] for name in spec.projections}
     if reason := call_reason(module, spec.projections):
@@ -120,22 +120,22 @@ def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str
     return _mismatch(linears, spec)
 
 
-def altered_reason(module: nn.Module, cls: type[nn.Module], forward: Callable | None, spec: MLPSpec) -> str | None:
+def replaced_reason(cls: type[nn.Module], forward: Callable | None) -> str | None:
+    """Why a spec does not hold for `cls`: its forward is another than `forward`, which the spec is about."""
+    if cls.forward is forward:
+        return None
+    path = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
+    return (
+        f"the forward of {cls.__name__} was replaced by {path}; undo the patch, or, if it computes the same, "
+        f"call register_mlp({cls.__name__}, MLPSpec(...))"
+    )
+
+
+def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
     """Why the kernels may not stand in for a call of `module`: something in it is, or has become, not plain.
 
     A fused module asks at every call, so the way to None is short and the words are found only when they are needed.
-
-    Args:
-        cls: the module's class, or what it was before it was fused.
-        forward: the forward that `spec` is about.
     """
-    # the compiler of torch 2.11 misreads functions of classes; what it traces was checked when it was fused
-    if not torch.compiler.is_compiling() and cls.forward is not forward:
-        path = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
-        return (
-            f"the forward of {cls.__name__} was replaced by {path}; undo the patch, or, if it computes the same, "
-            f"call register_mlp({cls.__name__}, MLPSpec(...))"
-        )
     if has_own_forward(module):
         return (
             "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass "

@@ -12,6 +12,7 @@ from hf_fused_mlp import fuse_model, fusion_report
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.recognition import recognise
 from hf_fused_mlp.registry import RESERVED
+from hf_fused_mlp.swap import Fused
 from hf_fused_mlp.types import MLPSpec
 
 H, I = 12, 20
@@ -402,8 +403,8 @@ def test_changes_after_fusing_count(change, monkeypatch):
 
 
 def test_no_name_of_a_fused_module_is_a_childs():
-    own = {name for name in vars(FusedMLP) if not name.startswith("_")} - {"forward"}
-    assert own | set(FusedMLP.__annotations__) == RESERVED
+    own = {name for cls in (Fused, FusedMLP) for name in (*vars(cls), *cls.__annotations__)} - {"forward"}
+    assert {name for name in own if not name.startswith("_")} == RESERVED
     module = Gated()
     module.repack = nn.Identity()
     assert "'repack' has a name" in fusion_report(nn.ModuleList([module])).mlps[0].reason
