@@ -43,6 +43,8 @@ def test_the_page_of_a_gpu(report):
     assert "the GPU waits" in text
     assert "the GPU waits" not in page(report)
     assert any("would gain up to 2.00x" in sentence for sentence in advise(gpu))
+    assert any("5 RMSNorms are about eight launches each" in sentence for sentence in advise(gpu))
+    assert not any("RMSNorms" in sentence for sentence in (*advise(report), *advise(replace(gpu, fusable_norms=0))))
 
 
 def test_names_are_no_markup(report):

@@ -17,8 +17,8 @@ from hf_fused_mlp.cli import app, end_to_end, host
 from hf_fused_mlp.cli.block import block_table
 from hf_fused_mlp.cli.results import read
 from hf_fused_mlp.cli.tables import markdown_table, speedup_table
-from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.registry import MLP_SPECS
+from hf_fused_mlp.swap import Fused
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(hf_fused_mlp.__file__).parent
@@ -66,7 +66,10 @@ def test_code_runs(page, namespace, tmp_path, capsys):
         run(block, tmp_path / f"{page.stem}_{number}.py", namespace)
     if page.name == "README.md":
         assert "2 of 2 MLPs are fused" in capsys.readouterr().out
-        assert [isinstance(layer.mlp, FusedMLP) for layer in namespace["model"].model.layers] == [False, True]
+        model = namespace["model"].model
+        assert all(
+            isinstance(module, Fused) for layer in model.layers for module in (layer.mlp, layer.input_layernorm)
+        )
 
 
 def test_all_code_is_of_a_known_language():

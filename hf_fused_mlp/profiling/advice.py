@@ -24,6 +24,11 @@ def _about_model(report: AuditReport) -> Iterator[str]:
             yield f"{group.count} x {group.class_name} run their kernels in part or not at all: {group.reason}"
     if report.attention == "eager":
         yield "Attention is the eager implementation; load with attn_implementation='sdpa' or a flash kernel."
+    if report.fusable_norms and any(phase.bound == "host-bound" for phase in report.phases):
+        yield (
+            f"{report.fusable_norms} RMSNorms are about eight launches each, and one each with fuse_model(model, "
+            "norms=True), where eager mode stays."
+        )
     if report.on_gpu and report.dtype == "float32":
         yield "Weights are float32; in bfloat16 they are half the bytes, and products run on the tensor cores."
 

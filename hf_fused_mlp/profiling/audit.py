@@ -87,6 +87,7 @@ def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, fo
         device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}",
         dtype=str(model.dtype).removeprefix("torch."),
         attention=getattr(model.config, "_attn_implementation", None),
+        fusable_norms=sum(norm.state == "fusable" for norm in fusion_report(model).norms),
         batch=request.ids.shape[0],
         prompt_tokens=request.ids.shape[1],
         new_tokens=request.new_tokens,

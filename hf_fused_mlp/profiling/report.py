@@ -114,6 +114,7 @@ class AuditReport:
     Args:
         on_gpu: kernels are those of a GPU, not operators on a CPU.
         attention: the implementation that the model's config names.
+        fusable_norms: RMSNorms that `fuse_model(model, norms=True)` would fuse, and that are not fused.
         price_per_hour: dollars, or None.
         advice: what the figures say should be done, most important first.
     """
@@ -122,6 +123,7 @@ class AuditReport:
     device: str
     dtype: str
     attention: str | None
+    fusable_norms: int
     batch: int
     prompt_tokens: int
     new_tokens: int
