@@ -200,3 +200,12 @@ def why_not_plain(linear: nn.Module) -> str:
 def is_loaded(projection: nn.Module) -> bool:
     """Whether a call will find weights: they are in memory, or a hook of accelerate's fetches them."""
     return "_hf_hook" in projection.__dict__ or not any(tensor.is_meta for tensor in projection.parameters())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the next call of `module` will run, as far as its parameters tell."""
+    hook = module.__dict__.get("_hf_hook")  # accelerate's; the weights may be elsewhere until they are called
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = next((parameter.device for parameter in module.parameters()), "cpu")
+    return torch.device(device)

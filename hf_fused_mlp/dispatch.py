@@ -139,13 +139,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
         return None
     attributes = form, eps, x.shape, x.stride(), x.dtype, x.get_device()
     attributes += weight.shape, weight.is_contiguous(), weight.dtype, weight.get_device()
-    run = remembered.get(attributes)
-    if run is None:
-        if not (norm.supports(x, weight) and has_rows(x)):
-            return None
-        run = norm.rms_norm(call_of(x, weight[None], False, "identity"), eps, form)
-        _remember(attributes, run)
-    return _on_its_gpu(run, x, weight)
+    if (run := remembered.get(attributes)) is not None:
+        return _on_its_gpu(run, x, weight)
+    with torch.cuda.device_of(x):
+        return _first_norm(attributes, x, weight, eps, form)
+
+
+def _first_norm(attributes, x, weight, eps, form):
+    """Finds the way for norms like this one, which is remembered, also if there is none."""
+    run, out = _no_norm, None
+    if norm.supports(x, weight):
+        rows = x if has_rows(x) else x.contiguous()
+        launch = norm.rms_norm(call_of(rows, weight[None], False, "identity"), eps, form)
+        run = launch if rows is x else lambda x, weight: launch(x.contiguous(), weight)
+        try:
+            out = run(x, weight)
+        except TritonError as error:
+            logger.warning("the kernel for RMSNorms does not run here (%s); the original forward does", error)
+            run = _no_norm
+    _remember(attributes, run)
+    return out
+
+
+def _no_norm(x, weight) -> None:
+    """The answer where there is no kernel."""
 
 
 def act_mul_cuda(gate, up, activation):

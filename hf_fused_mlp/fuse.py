@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hf_fused_mlp.children import device_of
 from hf_fused_mlp.modules import FusedMLP, fuse_module, no_kernels
 from hf_fused_mlp.norms import FusedRMSNorm, find_norm, fuse_norm, looks_like_norm, norm_reject_reason
 from hf_fused_mlp.registry import find_spec, looks_like_mlp, reject_reason, row_of
-from hf_fused_mlp.swap import Fused, unfuse_module
+from hf_fused_mlp.swap import Fused, unfuse_module, was_changed
 
 logger = logging.getLogger("hf_fused_mlp")
 
@@ -40,16 +41,16 @@ class FusionReport:
     mlps: tuple[ModuleStatus, ...]
     norms: tuple[ModuleStatus, ...] = ()
 
-    def select(self, state: str) -> tuple[ModuleStatus, ...]:
-        """The MLPs that are `"fused"`, `"fusable"` or `"skipped"`."""
-        return _select(self.mlps, state)
+    def select(self, state: str, norms: bool = False) -> tuple[ModuleStatus, ...]:
+        """The MLPs, or else the norms, that are `"fused"`, `"fusable"` or `"skipped"`."""
+        return _select(self.norms if norms else self.mlps, state)
 
     def grouped(self) -> dict[tuple[str, str, str | None], int]:
         """How many MLPs share a class name, state and reason, in the order of the model."""
         return _grouped(self.mlps)
 
     def to_dict(self) -> dict:
-        """Plain types, for JSON."""
+        """Plain types, for JSON; `fused` and `total` count MLPs."""
         return {
             "fused": len(self.select("fused")),
             "total": len(self.mlps),
@@ -88,7 +89,7 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
         strict: raise if any MLP that is not excluded would stay unfused, or if there is none to fuse.
         exclude: names of MLPs to leave alone, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
         norms: fuse RMSNorms too, each into one launch in eager mode without gradients; compiled code is as fast
-            without. `strict` and `exclude` are then about norms as well.
+            without. `strict` and `exclude` are then about the report's `norms` as well.
 
     Returns:
         `model`.
@@ -104,25 +105,34 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
         raise TypeError(f"exclude={exclude!r} is a string; pass a list of module names: exclude=[{exclude!r}]")
 
     exclude = tuple(exclude)
-    report = _wanted(fusion_report(model), exclude, norms)
+    found = fusion_report(model)
+    report = _wanted(found, exclude, norms)
     if strict:
-        _require_fusable("MLP", report.mlps)
-        if norms:
-            _require_fusable("norm", report.norms)
+        _require_fusable(found, report, norms)
     _fuse_all(model, [status.name for status in _select(report.mlps + report.norms, "fusable")])
     for module in model.modules():
         if isinstance(module, Fused):
             module.repack()
 
-    _log(_wanted(fusion_report(model), exclude, norms), norms)
+    _log(_wanted(fusion_report(model), exclude, norms), exclude, norms)
     return model
 
 
 def unfuse_model(model: M) -> M:
-    """Undoes `fuse_model` in place, bit for bit; every parameter owns its memory again. Returns `model`."""
-    for module in model.modules():
-        if isinstance(module, Fused):
-            unfuse_module(module)
+    """Undoes `fuse_model` in place, bit for bit; every parameter owns its memory again. Returns `model`.
+
+    Raises:
+        ValueError: a fused module was given another class since; the model is as it was.
+    """
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    for name, module in fused.items():
+        if was_changed(module):
+            raise ValueError(
+                f"unfuse_model: {name or 'the model'} has become a {type(module).__name__} since it was fused, by "
+                "FSDP or a parametrization, for example; undo that first"
+            )
+    for module in fused.values():
+        unfuse_module(module)
     return model
 
 
@@ -135,7 +145,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
         if isinstance(module, FusedMLP):
             mlps.append(ModuleStatus(name, module.original_class.__name__, "fused", _why_not_all(module)))
         elif isinstance(module, FusedRMSNorm):
-            reason = no_kernels(module.weight.device)
+            reason = module.reason() or no_kernels(device_of(module))
             norms.append(ModuleStatus(name, module.original_class.__name__, "fused", reason))
         elif spec := find_spec(module):
             reason = reject_reason(module, type(module), spec)
@@ -185,8 +195,9 @@ def _wanted(report: FusionReport, excluded: tuple[str, ...], norms: bool) -> Fus
         report = replace(report, norms=())
     for pattern in excluded:
         if not any(fnmatchcase(module.name, pattern) for module in report.mlps + report.norms):
-            names = ", ".join(mlp.name for mlp in report.mlps[:3]) or "none"
-            raise ValueError(f"exclude: {pattern!r} matches no MLP of this model; its MLPs are {names}, ...")
+            what = "MLP or norm" if norms else "MLP"
+            names = ", ".join(module.name for module in (*report.mlps[:3], *report.norms[:3])) or "none"
+            raise ValueError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
 
     def kept(modules: tuple[ModuleStatus, ...]) -> tuple[ModuleStatus, ...]:
         return tuple(module for module in modules if not any(fnmatchcase(module.name, one) for one in excluded))
@@ -194,17 +205,19 @@ def _wanted(report: FusionReport, excluded: tuple[str, ...], norms: bool) -> Fus
     return FusionReport(kept(report.mlps), kept(report.norms))
 
 
-def _require_fusable(what: str, modules: tuple[ModuleStatus, ...]) -> None:
-    if skipped := _select(modules, "skipped"):
-        listed = "\n".join(f"  {module.name} ({module.class_name}): {module.reason}" for module in skipped[:5])
-        more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        raise ValueError(
-            f"strict: {len(skipped)} of {len(modules)} {what}s cannot be fused; nothing was changed\n{listed}{more}"
-        )
-    if not modules and what == "MLP":
+def _require_fusable(found: FusionReport, report: FusionReport, norms: bool) -> None:
+    """Raises unless there is something to fuse in what was `found`, and all of it that `report` has can be."""
+    if not found.mlps:
         raise ValueError("strict: found no MLP to fuse; register_mlp teaches a class that is not known")
-    if not modules:
+    if norms and not found.norms:
         raise ValueError("strict: found no RMSNorm to fuse; call fuse_model without norms=True")
+    for what, modules in (("MLPs", report.mlps), ("norms", report.norms)):
+        if skipped := _select(modules, "skipped"):
+            listed = "\n".join(f"  {module.name} ({module.class_name}): {module.reason}" for module in skipped[:5])
+            more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+            raise ValueError(
+                f"strict: {len(skipped)} of {len(modules)} {what} cannot be fused; nothing was changed\n{listed}{more}"
+            )
 
 
 def _fuse_all(model: nn.Module, names: list[str]) -> None:
@@ -226,8 +239,9 @@ def _fuse_all(model: nn.Module, names: list[str]) -> None:
         raise
 
 
-def _log(report: FusionReport, norms: bool) -> None:
-    complete = report.mlps and not report.select("skipped")
-    logger.log(logging.INFO if complete else logging.WARNING, "%s", report)
-    if norms and (not report.norms or _select(report.norms, "skipped")):
-        logger.warning("%s", _text("norms", report.norms))
+def _log(report: FusionReport, excluded: tuple[str, ...], norms: bool) -> None:
+    wanted = (("MLPs", report.mlps), ("norms", report.norms)) if norms else (("MLPs", report.mlps),)
+    # there may be none since all are excluded
+    said = [(what, modules) for what, modules in wanted if modules or not excluded]
+    complete = all(modules and not _select(modules, "skipped") for _, modules in said)
+    logger.log(logging.INFO if complete else logging.WARNING, "\n".join(_text(*part) for part in said))

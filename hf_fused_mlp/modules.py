@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import ops
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
-from hf_fused_mlp.children import is_left_alone, local_tensors, parameters_at_a_glance
+from hf_fused_mlp.children import device_of, is_left_alone, local_tensors, parameters_at_a_glance
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse
 from hf_fused_mlp.types import GPU, MLPKind
@@ -91,15 +91,6 @@ class FusedMLP(Fused):
         kernels do the rest. One call may still go either way for what it is: under autocast, say.
         """
         return _reasons(self, self.fused_spec, device)
-
-    def _device(self) -> torch.device:
-        """Where the next call will run, as far as the first projection tells."""
-        projection = self._modules[self.fused_spec.first[0]]
-        hook = projection.__dict__.get("_hf_hook")  # accelerate's; the weights may be elsewhere until they are called
-        device = getattr(hook, "execution_device", None)
-        if device is None:
-            device = next((parameter.device for parameter in projection.parameters()), "cpu")
-        return torch.device(device)
 
     def _first_half(self, x: Tensor) -> Tensor | None:
         """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
@@ -184,7 +175,7 @@ def _reasons(module: FusedMLP, spec: MLPSpec, device: torch.device | None) -> tu
             return called, None
         if module.training and any(getattr(module._modules[name], "p", 0) > 0 for name in spec.dropouts):
             return "in training mode, where it drops out", None
-    return no_kernels(device or module._device()), called
+    return no_kernels(device or device_of(module._modules[spec.first[0]])), called
 
 
 def _operands(module: FusedMLP, spec: MLPSpec) -> Operands:

@@ -2,7 +2,7 @@
 
 An RMSNorm of Transformers is about eight operations, each launched by itself. Compiled code needs nothing of this, and
 where gradients are wanted the original forward runs too. What a class computes is read from its forward: once the
-names of intermediate results are gone it has to be, word for word, one of `FORMS`.
+names of intermediate results are gone it has to be, word for word, one of `FORMS` or a spelling of it.
 """
 
 import ast
@@ -13,7 +13,6 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_fused_mlp import ops
 from hf_fused_mlp.children import has_own_forward
-from hf_fused_mlp.recognition import Unreadable, is_source_of
+from hf_fused_mlp.recognition import Unreadable, is_source_of, is_usual
 from hf_fused_mlp.swap import Fused, fuse
 
 
@@ -51,20 +50,24 @@ def _offset(self, x: Tensor) -> Tensor:
     return (normed * (1.0 + self.weight.to(torch.float32))).to(x.dtype)
 
 
-# what the kernel's constant FORM may be, as classes of Transformers write it
-FORMS: dict[str, tuple[Callable[[Any, Tensor], Tensor], ...]] = {
-    "rounded": (_rounded,),
-    "weighed": (_weighed, _weighed_wide),
-    "offset": (_offset,),
-}
+# what the kernel's constant FORM may be, as classes of Transformers write it; the oracle of tests
+FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {"rounded": _rounded, "weighed": _weighed, "offset": _offset}
+SPELLINGS = (*FORMS.items(), ("weighed", _weighed_wide))
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """What an RMSNorm class computes: a key of `FORMS`, and the name of the attribute that is its epsilon."""
+    """What an RMSNorm class computes.
+
+    Args:
+        form: key of `FORMS`.
+        eps: name of the attribute that is its epsilon.
+        helpers: names of the methods that its forward calls, and what they were when it was read.
+    """
 
     form: str
     eps: str
+    helpers: tuple[tuple[str, Callable], ...] = ()
 
 
 class FusedRMSNorm(Fused):
@@ -76,32 +79,53 @@ class FusedRMSNorm(Fused):
         # who wraps a module's forward may call it after the module was unfused
         if not isinstance(self, FusedRMSNorm):
             return type(self).forward(self, *args, **kwargs)
-        if len(args) == 1 and not kwargs and (out := self._launched(args[0])) is not None:
+        if args and not kwargs and len(args) == 1 and (out := self._launched(args[0])) is not None:
             return out
         return super().forward(*args, **kwargs)
 
     def _launched(self, x: Any) -> Tensor | None:
         """The kernel's answer, or None where it cannot stand for the original forward."""
-        if not ops.HAS_TRITON or not ops.runs_now(x):
+        if not ops.HAS_TRITON or not ops.runs_now(x) or (operands := self._operands()) is None:
             return None
-        spec, own = self.fused_spec, self.__dict__
+        return ops.on_gpu().rms_norm(x, *operands, self.fused_spec.form)
+
+    def _operands(self) -> tuple[nn.Parameter, float] | None:
+        """Weight and epsilon, or None if the module or its class is no longer what was read."""
+        spec, own, cls = self.fused_spec, self.__dict__, self.original_class
         weight, eps = own["_parameters"].get("weight"), own.get(spec.eps)
-        if (
-            self.original_class.forward is not self.original_forward
-            or type(weight) is not nn.Parameter
-            or type(eps) is not float
-        ):
+        if cls.forward is not self.original_forward or type(weight) is not nn.Parameter or type(eps) is not float:
             return None
-        return ops.on_gpu().rms_norm(x, weight, eps, spec.form)
+        for name, function in spec.helpers:
+            if name in own or getattr(cls, name, None) is not function:
+                return None
+        return weight, eps
+
+    def reason(self) -> str | None:
+        """Why the next call would run another forward whatever it is given, or None."""
+        if has_own_forward(self) or self._operands() is None:
+            return (
+                "its forward, its weight or its epsilon was replaced since it was fused, so the original forward runs"
+            )
+        return None
+
+
+# a class with such names of its own would lose them
+_TAKEN = {
+    name for cls in (Fused, FusedRMSNorm) for name in (*vars(cls), *cls.__annotations__) if not name.startswith("__")
+} - {"forward"}
 
 
 def find_norm(module: nn.Module) -> NormSpec | None:
     """What `module` computes, or None if that is no RMSNorm or cannot be told."""
     cls: Any = type(module)
-    usual = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
-    if not usual or cls.__call__ is not nn.Module.__call__ or type(cls.forward) is not FunctionType:
+    if not is_usual(cls):
         return None
-    return _spec_of(cls, cls.forward)
+    spec = _spec_of(cls, cls.forward)
+    if spec is not None and any(inspect.getattr_static(cls, name) is not function for name, function in spec.helpers):
+        spec = _spec_of.__wrapped__(cls, cls.forward)  # a helper was replaced since it was read
+    # a class may have a descriptor where the module seems to have a weight
+    on_classes = {name for base in cls.__mro__ if base is not nn.Module for name in vars(base)}
+    return None if spec is None or on_classes & {*_TAKEN, "weight", spec.eps} else spec
 
 
 def looks_like_norm(module: nn.Module) -> bool:
@@ -111,7 +135,7 @@ def looks_like_norm(module: nn.Module) -> bool:
 
 def norm_reject_reason(module: nn.Module, spec: NormSpec) -> str | None:
     """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
-    if has_own_forward(module):
+    if has_own_forward(module) or any(name in module.__dict__ for name, _ in spec.helpers):
         return (
             "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass "
             "exclude=[...]"
@@ -131,21 +155,27 @@ def fuse_norm(module: nn.Module, spec: NormSpec) -> None:
 def _spec_of(cls: Any, forward: Callable) -> NormSpec | None:
     """What `forward`, that of `cls`, computes, or None."""
     try:
-        text, eps = _read(cls, forward)
+        text, eps, helpers = _read(cls, forward)
+        return NormSpec(_forms_by_text()[text], eps, helpers)
     except Exception:  # no source, among others; what is not understood is left alone
         return None
-    form = _TEXTS.get(text)
-    return None if form is None or eps is None else NormSpec(form, eps)
 
 
-_EPSILON = re.compile(r"(?<=\+ self\.)(?!weight\b)\w+")
+@cache
+def _forms_by_text() -> dict[str, str]:
+    return {_read(None, function)[0]: form for form, function in SPELLINGS}
 
 
-def _read(cls: type | None, forward: Callable) -> tuple[str, str | None]:
-    """What `forward` returns as one expression of `self` and `x`, its epsilon named so, and that one's own name."""
-    text = ast.unparse(_Inliner(cls).returned(forward, [ast.Name("x")]))
-    found = _EPSILON.search(text)
-    return _EPSILON.sub("eps", text), found and found[0]
+def _read(cls: type | None, forward: Callable) -> tuple[str, str, tuple[tuple[str, Callable], ...]]:
+    """The text of what `forward` returns, the name of its epsilon, which is `eps` in the text, and its helpers.
+
+    Of Llama's the text is ``(torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.eps) *
+    x.to(torch.float32)).to(x.dtype) * self.weight``.
+    """
+    reader = _Inliner(cls)
+    text = ast.unparse(reader.returned(forward, [ast.Name("x")]))
+    (name,) = set(re.findall(r"\+ self\.(?!weight\b)(\w+)", text))
+    return text.replace(f"+ self.{name}", "+ self.eps"), name, tuple(reader.helpers.items())
 
 
 class _Inliner(ast.NodeTransformer):
@@ -153,24 +183,34 @@ class _Inliner(ast.NodeTransformer):
 
     def __init__(self, cls: type | None):
         self.cls = cls
+        self.helpers: dict[str, Callable] = {}
         self.values: dict[str, ast.expr] = {}
+        self.unread: set[str] = set()
 
     def returned(self, function: Any, arguments: list[ast.expr]) -> ast.expr:
         """What a call of `function`, a method, gives."""
-        source: Any = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        names = [argument.arg for argument in source.args.args]
-        if not is_source_of(function, source) or function.__globals__.get("torch") is not torch:
+        source = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        if not isinstance(source, ast.FunctionDef) or not is_source_of(function, source):
             raise Unreadable
-        outer, self.values = self.values, dict(zip(names, [ast.Name("self"), *arguments], strict=True))
+        if function.__globals__.get("torch") is not torch:
+            raise Unreadable
+        outer = self.values, self.unread
+        names = [argument.arg for argument in source.args.args]
+        self.values, self.unread = dict(zip(names, [ast.Name("self"), *arguments], strict=True)), set()
         for statement in source.body:
             match statement:
                 case ast.Expr(ast.Constant()):  # a docstring
                     pass
                 case ast.Assign([ast.Name(name)], value):
                     self.values[name] = self.visit(value)
+                    if name in self.unread:
+                        raise Unreadable
+                    self.unread.add(name)
                 case ast.Return(value) if value is not None:
                     result = self.visit(value)
-                    self.values = outer
+                    if self.unread:  # what is not used may be there for what else it does
+                        raise Unreadable
+                    self.values, self.unread = outer
                     return result
                 case _:
                     raise Unreadable
@@ -179,6 +219,7 @@ class _Inliner(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if node.id not in self.values and node.id != "torch":
             raise Unreadable
+        self.unread.discard(node.id)
         return copy.deepcopy(self.values.get(node.id, node))
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
@@ -191,12 +232,10 @@ class _Inliner(ast.NodeTransformer):
         node = self.generic_visit(node)  # type: ignore[assignment]
         match node:
             case ast.Call(ast.Attribute(ast.Name("self"), name), arguments, []):
-                return self.returned(inspect.getattr_static(self.cls, name), arguments)
+                self.helpers[name] = inspect.getattr_static(self.cls, name)
+                return self.returned(self.helpers[name], arguments)
             case ast.Call(ast.Attribute(of, "float"), [], []):
                 return ast.Call(ast.Attribute(of, "to"), [ast.parse("torch.float32", mode="eval").body], [])
             case ast.Call(ast.Attribute(of, "type_as"), [like], []):
                 return ast.Call(ast.Attribute(of, "to"), [ast.Attribute(like, "dtype")], [])
         return node
-
-
-_TEXTS = {_read(None, function)[0]: form for form, functions in FORMS.items() for function in functions}

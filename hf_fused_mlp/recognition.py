@@ -135,8 +135,7 @@ def _steps(code: CodeType) -> list[tuple[str, object]]:
 def recognise(module: nn.Module) -> MLPSpec | None:
     """What `module` computes, by the names of its children, or None if that is no MLP or cannot be told."""
     cls = type(module)
-    usual = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
-    if not usual or cls.__call__ is not nn.Module.__call__ or type(cls.forward) is not FunctionType:
+    if not is_usual(cls):
         return None
     sequence: tuple[str, ...] = ()
     equation: object = INPUT
@@ -154,6 +153,12 @@ def recognise(module: nn.Module) -> MLPSpec | None:
     if spec is None or not {step.name for step in removed if isinstance(step, Cast)} <= set(spec.projections):
         return None
     return replace(spec, sequence=sequence, other_steps=any(not isinstance(step, Call) for step in removed))
+
+
+def is_usual(cls: type[nn.Module]) -> bool:
+    """Whether a call runs the forward that the class has, and attributes are where modules keep them."""
+    usual = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
+    return usual and cls.__call__ is nn.Module.__call__ and type(cls.forward) is FunctionType
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:

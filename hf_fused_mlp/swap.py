@@ -20,6 +20,7 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     original_class: ClassVar[type[nn.Module]]
     original_forward: ClassVar[Callable]
     input_name: ClassVar[str]
+    _made_of: ClassVar[tuple]
 
     def repack(self) -> None:
         """Restores the packing that copying or moving the parameters undid."""
@@ -29,8 +30,7 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol):
         # generated classes have no importable name: copies and pickles name what they are generated from
-        made_of = type(self).__bases__[0], self.original_class, self.fused_spec
-        return (_new, made_of, *super().__reduce_ex__(protocol)[2:])
+        return (_new, self._made_of, *super().__reduce_ex__(protocol)[2:])
 
 
 @cache
@@ -41,6 +41,7 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
         "original_class": original,
         "original_forward": staticmethod(original.forward),
         "input_name": list(inspect.signature(original.forward).parameters)[1],
+        "_made_of": (mixin, original, spec),
         "__module__": mixin.__module__,
         "__doc__": original.__doc__,
     }
@@ -62,8 +63,13 @@ def fuse(module: nn.Module, mixin: type[Fused], spec: Any) -> None:
         raise
 
 
+def was_changed(module: Fused) -> bool:
+    """Whether another class was put on top of the generated one, as FSDP and parametrizations do."""
+    return "_made_of" not in vars(type(module))
+
+
 def unfuse_module(module: Fused) -> None:
-    """The inverse of `fuse`, bit for bit."""
+    """The inverse of `fuse`, bit for bit, unless it `was_changed`."""
     module._unpack()
     _give_class(module, module.original_class)
 

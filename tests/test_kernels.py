@@ -162,6 +162,14 @@ def test_every_candidate(shape, gated):
     assert ran == {"torch"} | expected[M]
 
 
+def test_one_token_for_many_rows(device):
+    """Rows that share memory, at an address that no tensor descriptor can have."""
+    token = torch.randn(65, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)[1:]
+    gate, up, *_ = random_mlp(64, 104, True, False, torch.float16, device)
+    out = linear(token.expand(70, 64), up, None, gate, None, "silu", SMALL["gemm"])
+    assert torch.equal(out, linear(token.repeat(70, 1), up, None, gate, None, "silu", SMALL["gemm"]))
+
+
 def test_new_memory_holds_nan(device):
     """Or else a tile that no program writes could go unseen."""
     for lead in ((), (2,)):

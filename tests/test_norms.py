@@ -13,15 +13,18 @@ import torch
 import transformers
 from models import tiny_model, token_ids
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from triton.runtime.errors import OutOfResources
 
 from hf_fused_mlp import dispatch, fuse_model, fusion_report, modules, ops, unfuse_model
 from hf_fused_mlp.norms import FORMS, FusedRMSNorm, NormSpec, find_norm
 from hf_fused_mlp.tuning import cache
 
 CLASSES = {"rounded": LlamaRMSNorm, "weighed": Olmo2RMSNorm, "offset": GemmaRMSNorm}
+CPU = modules.no_kernels(torch.device("cpu"))
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 
@@ -62,15 +65,15 @@ def norm_classes():
 @torch.no_grad()
 def test_classes_of_transformers():
     read = Counter()
+    x = tokens(3, 64, dtype=torch.bfloat16)  # in which the forms differ by where they round
     for cls in norm_classes():
         norm = object.__new__(cls)
         nn.Module.__init__(norm)
         if spec := find_norm(norm):
-            norm.weight = nn.Parameter(torch.randn(8))
-            setattr(norm, spec.eps, 0.1)
-            x = torch.randn(3, 8)
+            norm.weight = nn.Parameter(tokens(64, dtype=torch.bfloat16))
             norm.eps = 0.1
-            torch.testing.assert_close(norm(x), FORMS[spec.form][0](norm, x), msg=cls.__name__)
+            setattr(norm, spec.eps, 0.1)
+            assert torch.equal(norm(x), FORMS[spec.form](norm, x)), cls.__name__
         read[spec and spec.form] += 1
     assert read["rounded"] > 100
     assert read["weighed"] > 10
@@ -109,6 +112,30 @@ class Inner(GemmaRMSNorm):
         return torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps) * hidden
 
 
+class Unused(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        changed = hidden_states.add_(1.0)  # noqa: F841
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+class Later(LlamaRMSNorm):
+    async def forward(self, hidden_states):
+        return super().forward(hidden_states)
+
+
+class EpsilonOfTheClass(LlamaRMSNorm):
+    variance_epsilon = property(lambda self: 0.5, lambda self, value: None)
+
+
+class OwnRepack(LlamaRMSNorm):
+    def repack(self):
+        return self.weight
+
+
 class NotTorch:
     """A forward that says `torch` and means something else."""
 
@@ -119,7 +146,11 @@ class NotTorch:
     "cls, expected",
     [
         (Subclass, NormSpec("rounded", "variance_epsilon")),
-        (Inner, NormSpec("offset", "eps")),
+        (Inner, NormSpec("offset", "eps", (("_norm", Inner._norm),))),
+        (Unused, None),
+        (Later, None),
+        (EpsilonOfTheClass, None),
+        (OwnRepack, None),
         (ScaledRMSNorm, None),
         (Centred, None),
         (OtherAxis, None),
@@ -160,6 +191,26 @@ def test_rows_that_are_apart(device):
     torch.testing.assert_close(launched(norm, x), norm(x))
 
 
+@torch.no_grad()
+def test_heads_that_were_transposed(device):
+    """As Gemma 3 has them: the rows' distance varies, so they are copied first."""
+    norm, x = norm_of("offset", 64, device=device), tokens(2, 9, 3, 64, device=device).transpose(1, 2)
+    for _ in range(2):
+        torch.testing.assert_close(launched(norm, x), norm(x))
+
+
+@torch.no_grad()
+def test_a_kernel_that_does_not_run(monkeypatch, caplog):
+    def fails(x, weight):
+        raise OutOfResources(1, 0, "shared memory")
+
+    monkeypatch.setattr(dispatch.norm, "rms_norm", lambda call, eps, form: fails)
+    norm, x = norm_of("rounded", 64), tokens(4, 64)
+    assert launched(norm, x) is None
+    assert launched(norm, x) is None
+    assert caplog.text.count("the kernel for RMSNorms does not run here") == 1
+
+
 @pytest.mark.parametrize("ends", [float("inf"), float("nan"), 1e30, 0.0])
 @torch.no_grad()
 def test_extreme_values(ends, device):
@@ -175,7 +226,8 @@ def test_no_kernel_for_it(device):
     wide = copy.deepcopy(norm).double()
     apart = nn.Parameter(tokens(128, device=device)[::2])
     assert launched(norm, x) is not None
-    for cannot in (x.double(), x.half(), x[:, :32], x[:0], x[:, 1:], x.T.contiguous().T):
+    for cannot in (x.double(), x.half(), x[:, :32], x[:0], x[:, 1:], x[0, 0]):
+        assert launched(norm, cannot) is None
         assert launched(norm, cannot) is None
     assert launched(wide, x.double()) is None
     norm.weight = apart
@@ -190,7 +242,7 @@ def kernel_runs(monkeypatch):
     def rms_norm(x, weight, eps, form):
         norm = nn.Module()
         norm.weight, norm.eps = weight, eps
-        answers.append(FORMS[form][0](norm, x))
+        answers.append(FORMS[form](norm, x))
         return answers[-1]
 
     monkeypatch.setattr(dispatch, "rms_norm", rms_norm)
@@ -227,7 +279,7 @@ def test_only_when_asked():
     assert "norm" not in str(fusion_report(model))
     fuse_model(model, norms=True)
     assert {norm.state for norm in fusion_report(model).norms} == {"fused"}
-    assert {norm.reason for norm in fusion_report(model).norms} == {modules.no_kernels(torch.device("cpu"))}
+    assert {norm.reason for norm in fusion_report(model).norms} == {CPU}
     assert len(fusion_report(model).to_dict()["norms"]) == 5
 
 
@@ -254,6 +306,73 @@ def test_strict_and_norms_that_cannot_be_fused(caplog):
     with caplog.at_level(logging.WARNING):
         fuse_model(tiny_model("gpt_neox"), norms=True)
     assert "0 of 0 norms" in caplog.text
+
+
+def test_none_that_is_not_excluded(caplog):
+    """Is no reason to complain: whoever excluded them knows."""
+    with caplog.at_level(logging.INFO):
+        fuse_model(tiny_model(), strict=True, norms=True, exclude=["*.mlp"])
+    assert caplog.messages == ["5 of 5 norms are fused\n  5 x LlamaRMSNorm: fused (" + CPU + ")"]
+    with pytest.raises(ValueError, match="matches no MLP or norm of this model"):
+        fuse_model(tiny_model(), norms=True, exclude=["model.nrom"])
+    with pytest.raises(ValueError, match="found no MLP to fuse"):
+        fuse_model(nn.ModuleList([norm_of("rounded")]), strict=True, norms=True)
+
+
+def helper_of_the_instance(norm, monkeypatch):
+    norm._norm = lambda x: x
+
+
+def helper_of_the_class(norm, monkeypatch):
+    monkeypatch.setattr(GemmaRMSNorm, "_norm", lambda self, x: x)
+
+
+@pytest.mark.parametrize("change", [helper_of_the_instance, helper_of_the_class])
+@torch.no_grad()
+def test_a_helper_that_was_replaced(change, kernel_runs, monkeypatch):
+    norm, x = norm_of("offset"), tokens(2, 72)
+    fused = fuse_model(nn.ModuleList([copy.deepcopy(norm)]), norms=True)[0]
+    before = norm(x)
+    assert fused._launched(x) is not None
+    for module in (norm, fused):
+        change(module, monkeypatch)
+    assert not torch.equal(norm(x), before)
+    assert torch.equal(fused(x), norm(x))
+    assert "was replaced since it was fused" in fusion_report(nn.ModuleList([fused])).norms[0].reason
+    assert fusion_report(nn.ModuleList([norm])).norms[0].state == "skipped"
+
+
+def test_what_a_report_says_of_fused_norms(monkeypatch):
+    model = fuse_model(tiny_model(), norms=True)
+
+    def reason():
+        return fusion_report(model).norms[-1].reason
+
+    assert reason() == CPU
+    model.model.norm.forward = lambda x: x
+    assert "its forward, its weight or its epsilon was replaced" in reason()
+    del model.model.norm.forward
+    model.model.norm._parameters["weight"] = None
+    assert "its forward, its weight or its epsilon was replaced" in reason()
+
+
+def test_a_class_put_on_top():
+    """Unfusing would take it away."""
+    model = fuse_model(tiny_model(), norms=True)
+    parametrize.register_parametrization(model.model.norm, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"model.norm has become a ParametrizedFusedLlamaRMSNorm since it was fused"):
+        unfuse_model(model)
+    assert len(fusion_report(model).select("fused")) == 2
+    parametrize.remove_parametrizations(model.model.norm, "weight")
+    assert not fusion_report(unfuse_model(model)).select("fused", norms=True)
+
+
+@torch.no_grad()
+def test_compiles_as_it_is():
+    model, ids = tiny_model(), token_ids(1, 5)
+    expected = model(ids).logits
+    fuse_model(model, norms=True)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(ids).logits, expected)
 
 
 def test_norms_that_hold_more():
@@ -283,12 +402,12 @@ def test_when_the_original_forward_runs(kernel_runs, monkeypatch):
         assert not takes_kernel()
         fused.variance_epsilon = norm.variance_epsilon = 0.2
         assert takes_kernel()
-        monkeypatch.setattr(ops, "HAS_TRITON", False)
+        with monkeypatch.context() as without:
+            without.setattr(ops, "HAS_TRITON", False)
+            assert not takes_kernel()
+        assert takes_kernel()
+        monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: x)
         assert not takes_kernel()
-        monkeypatch.undo()
-    monkeypatch.setattr(ops, "runs_now", lambda x: True)
-    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: x)
-    assert fused(x) is x
 
 
 def test_hooks_see_the_call(kernel_runs):
@@ -307,7 +426,13 @@ def test_a_model_on_a_gpu(model_type, dtype):
     model, ids = tiny_model(model_type, dtype=dtype).cuda(), token_ids(2, 33).cuda()
     expected = model(ids).logits
     fuse_model(model, norms=True, exclude=["*.mlp"])
+    calls = []
+    for module in model.modules():
+        if isinstance(module, FusedRMSNorm):
+            module.register_forward_hook(lambda module, args, output: calls.append(module._launched(args[0])))
     out = model(ids).logits
+    assert len(calls) == len(fusion_report(model).norms)
+    assert all(call is not None for call in calls)
     torch.testing.assert_close(out, expected, atol={torch.float32: 1e-5}.get(dtype, 0.03), rtol=1e-2)
     greedy = {"max_new_tokens": 6, "do_sample": False}
     if dtype == torch.float32:

@@ -12,10 +12,11 @@ from hf_fused_mlp.cli.results import Row
 from hf_fused_mlp.cli.shapes import Shape, build, fused_twin
 
 CALLS = 100  # few enough that the GPU's queue never is full
+HIDDEN = 576
 SMALL = (
-    Shape("gated", "llama.LlamaMLP", 576, 1536, "silu"),
-    Shape("packed", "phi3.Phi3MLP", 576, 1536, "silu"),
-    Shape("plain", "gpt_neox.GPTNeoXMLP", 576, 1536, "gelu"),
+    Shape("gated", "llama.LlamaMLP", HIDDEN, 1536, "silu"),
+    Shape("packed", "phi3.Phi3MLP", HIDDEN, 1536, "silu"),
+    Shape("plain", "gpt_neox.GPTNeoXMLP", HIDDEN, 1536, "gelu"),
 )
 
 
@@ -26,7 +27,7 @@ def host(tokens: list[int], dtype: torch.dtype, rounds: int = 30) -> Iterator[li
         is_norm = kind == "norm"
         forms = {"original": original, "fused": fused_twin(original, strict=not is_norm, norms=is_norm)}
         for m in tokens:
-            x = torch.randn(1, m, SMALL[0].hidden, device=next(original.parameters()).device, dtype=dtype)
+            x = torch.randn(1, m, HIDDEN, device=next(original.parameters()).device, dtype=dtype)
             times: dict[str, list[float]] = {impl: [] for impl in forms}
             for round_ in range(1 + rounds):
                 for impl in random.sample(list(forms), 2):
@@ -41,10 +42,9 @@ def host(tokens: list[int], dtype: torch.dtype, rounds: int = 30) -> Iterator[li
 
 def _small(dtype: torch.dtype) -> Iterator[tuple[str, torch.nn.Module]]:
     """Modules by kind, so small that the GPU keeps up with the host."""
-    for shape in SMALL:
-        mlp = build(shape, dtype)
-        yield shape.name, mlp
-    yield "norm", LlamaRMSNorm(SMALL[0].hidden).to(next(mlp.parameters())).eval()
+    mlps = [build(shape, dtype) for shape in SMALL]
+    yield from zip((shape.name for shape in SMALL), mlps, strict=True)
+    yield "norm", LlamaRMSNorm(HIDDEN).to(next(mlps[0].parameters())).eval()
 
 
 def host_us(module: torch.nn.Module, x: torch.Tensor) -> float:

@@ -18,7 +18,6 @@ COLUMNS = 3
 # Okabe and Ito's colours, which the colour-blind tell apart; the markers tell them apart too
 STYLES: dict[str, dict[str, Any]] = {
     "fused": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
-    "fused-norms": {"color": "#56B4E9", "marker": "v"},
     "eager": {"color": "#000000", "marker": "x"},
     "compile": {"color": "#E69F00", "marker": "s"},
     "compile-max-autotune": {"color": "#D55E00", "marker": "D"},
@@ -28,6 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "packed-gemm": {"color": "#7A5C00", "marker": "d"},
     "two-gemms": {"color": "#777777", "linestyle": "--"},
 }
+FORMS = {"fused": "#0072B2", "fused-norms": "#56B4E9"}  # of whole models
 REFERENCE: dict[str, Any] = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
 # by shape and dtype, and there by implementation, the points
 Panels = dict[tuple[str, str | None], dict[str, list[tuple[int, float]]]]
@@ -149,7 +149,7 @@ def _models(header: Header, rows: list[Row]) -> Figure:
             names.append(f"{model}, {mode}, {batch} x {prompt}: {fused['impl']}")
             gains.append(original["median_ms"] / fused["median_ms"])
             busy.append(f"{gains[-1]:.2f}x, GPU {original['gpu_busy']:.0%}")
-        bars = axis.barh(names, gains, color=[STYLES[fused["impl"]]["color"] for *_, fused in found])
+        bars = axis.barh(names, gains, color=[FORMS[fused["impl"]] for *_, fused in found])
         axis.bar_label(bars, busy, padding=3, fontsize=8)
         axis.axvline(1, **REFERENCE)
         axis.set_xlim(0, 1.6 * max(gains, default=1))

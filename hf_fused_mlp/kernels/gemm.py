@@ -145,7 +145,8 @@ def gemm(call: LinearCall, config: TileConfig) -> Linear:
     whole = tiles - rest if halved else tiles
     constants = call.activation, call.gated, *tile, config.group_m, gpu.num_sms, gpu.is_nvidia, gpu.can_overlap
 
-    are_apart = call.stride_xm * call.dtype.itemsize % 16 != 0  # too oddly for a tensor descriptor
+    # by what no tensor descriptor has, or so that rows share memory
+    are_apart = call.stride_xm * call.dtype.itemsize % 16 != 0 or call.stride_xm < K
     stride = K if are_apart else call.stride_xm
 
     def tilings(columns: int) -> tuple[Tiling, Tiling]:

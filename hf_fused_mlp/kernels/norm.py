@@ -20,9 +20,10 @@ LONGEST = 1 << 15  # elements a row, all of which one program holds
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes tensors like these."""
     alike = weight.dtype == x.dtype and weight.device == x.device and weight.shape == x.shape[-1:]
-    computes = x.dtype in (torch.float16, torch.bfloat16, torch.float32) and 0 < x.shape[-1] <= LONGEST
+    if not alike or not weight.is_contiguous() or not 0 < weight.numel() <= LONGEST or x.numel() == 0:
+        return False
     runs = not x.is_cuda or GPU.of(x.device).capability >= (8, 0)  # on a CPU it is interpreted
-    return runs and alike and computes and weight.is_contiguous() and x.numel() > 0
+    return runs and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit

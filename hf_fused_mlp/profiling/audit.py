@@ -35,7 +35,7 @@ def audit(
 ) -> AuditReport:
     """Finds where the time of prefill and decode goes, and what fusing the MLPs does about it.
 
-    The model may come fused or not, and is left as it came. Prompts are random tokens. A loop of forwards with the
+    The model may come fused or not, and is left as it came; norms that are fused stay so in both forms. Prompts are random tokens. A loop of forwards with the
     default cache stands for `generate`, in which the host does a little more.
 
     Args:
