@@ -35,8 +35,9 @@ def audit(
 ) -> AuditReport:
     """Finds where the time of prefill and decode goes, and what fusing the MLPs does about it.
 
-    The model may come fused or not, and is left as it came; norms that are fused stay so in both forms. Prompts are random tokens. A loop of forwards with the
-    default cache stands for `generate`, in which the host does a little more.
+    The model may come fused or not, and is left as it came; norms that are fused stay so in both forms. Prompts are
+    random tokens. A loop of forwards with the default cache stands for `generate`, in which the host does a little
+    more.
 
     Args:
         model: a causal language model of Transformers, on the CPU or on CUDA GPUs.
