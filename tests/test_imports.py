@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "swap": {"torch"},
     "modules": {"torch", "types", "activations", "children", "weights", "registry", "swap", "ops"},
     "norms": {"torch", "children", "recognition", "swap", "ops"},
-    "fuse": {"torch", "registry", "swap", "modules", "norms"},
+    "fuse": {"torch", "children", "registry", "swap", "modules", "norms"},
     "numerics": {"torch", "validation", "ops", "swap", "modules", "fuse"},
     "integrations": {"torch", "transformers", "fuse"},
     "profiling": {
