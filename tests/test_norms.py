@@ -76,7 +76,7 @@ def test_classes_of_transformers():
             assert torch.equal(norm(x), FORMS[spec.form](norm, x)), cls.__name__
         read[spec and spec.form] += 1
     assert read["rounded"] > 100
-    assert read["weighed"] > 10
+    assert read["weighed"] >= 10
     assert read["offset"] > 5
     if transformers.__version__.startswith("5.23."):
         page = (Path(__file__).parent.parent / "docs/how-it-works.md").read_text()
