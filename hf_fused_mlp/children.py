@@ -22,6 +22,12 @@ _FORWARDS: dict[type[nn.Module], Callable] = {
 }
 
 
+# why a module whose forward is not its class's is left alone
+OWN_FORWARD = (
+    "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass exclude=[...]"
+)
+
+
 def class_path(cls: type) -> str:
     """Module path and qualified name."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -39,9 +39,10 @@ class FusedMLP(Fused):
         if not isinstance(self, FusedMLP):
             return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(self.input_name)
-        if not torch.compiler.is_compiling() and args and not kwargs and (out := self._again(x)) is not None:
+        is_alone = len(args) + len(kwargs) == 1
+        if is_alone and args and not torch.compiler.is_compiling() and (out := self._again(x)) is not None:
             return out
-        if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) and _is_ordinary(x):
+        if is_alone and isinstance(x, Tensor) and _is_ordinary(x):
             spec = self.fused_spec
             bypassed, called = _reasons(self, spec, x.device)
             if bypassed is None:

@@ -9,7 +9,6 @@ import ast
 import copy
 import inspect
 import re
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_fused_mlp import ops
-from hf_fused_mlp.children import has_own_forward
-from hf_fused_mlp.recognition import Unreadable, is_source_of, is_usual
+from hf_fused_mlp.children import OWN_FORWARD, has_own_forward
+from hf_fused_mlp.recognition import Unreadable, is_usual, source_of
 from hf_fused_mlp.swap import Fused, fuse
 
 
@@ -79,7 +78,7 @@ class FusedRMSNorm(Fused):
         # who wraps a module's forward may call it after the module was unfused
         if not isinstance(self, FusedRMSNorm):
             return type(self).forward(self, *args, **kwargs)
-        if args and not kwargs and len(args) == 1 and (out := self._launched(args[0])) is not None:
+        if len(args) == 1 and not kwargs and (out := self._launched(args[0])) is not None:
             return out
         return super().forward(*args, **kwargs)
 
@@ -136,10 +135,7 @@ def looks_like_norm(module: nn.Module) -> bool:
 def norm_reject_reason(module: nn.Module, spec: NormSpec) -> str | None:
     """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
     if has_own_forward(module) or any(name in module.__dict__ for name, _ in spec.helpers):
-        return (
-            "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass "
-            "exclude=[...]"
-        )
+        return OWN_FORWARD
     if module._modules or module._buffers or module._parameters.keys() != {"weight"}:
         held = ", ".join((*module._modules, *module._buffers, *module._parameters)) or "nothing"
         return f"it holds {held}, expected a weight alone; pass exclude=[...] to leave this module as it is"
@@ -189,9 +185,7 @@ class _Inliner(ast.NodeTransformer):
 
     def returned(self, function: Any, arguments: list[ast.expr]) -> ast.expr:
         """What a call of `function`, a method, gives."""
-        source = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        if not isinstance(source, ast.FunctionDef) or not is_source_of(function, source):
-            raise Unreadable
+        source = source_of(function)
         if function.__globals__.get("torch") is not torch:
             raise Unreadable
         outer = self.values, self.unread

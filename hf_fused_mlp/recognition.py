@@ -105,15 +105,25 @@ class Unreadable(Exception):
 def equation_of(function: FunctionType) -> object | None:
     """What a forward returns, as an expression of `Input`, or None if it does anything that is not known here."""
     try:
-        source = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        if isinstance(source, ast.FunctionDef) and is_source_of(function, source):
-            return _Reader(function, source).result()
+        return _Reader(function, source_of(function)).result()
     except Exception:  # no source, among others; what is not understood is left alone
         return None
-    return None
 
 
-def is_source_of(function: FunctionType, source: ast.FunctionDef) -> bool:
+def source_of(function: FunctionType) -> ast.FunctionDef:
+    """What `function` was compiled from.
+
+    Raises:
+        OSError: there is no source.
+        Unreadable: it is not that of a plain function, or not of this one.
+    """
+    source = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    if not isinstance(source, ast.FunctionDef) or not _is_source_of(function, source):
+        raise Unreadable
+    return source
+
+
+def _is_source_of(function: FunctionType, source: ast.FunctionDef) -> bool:
     """Whether `function` does what `source` says: the file may have changed since, or a wrapper point to another."""
     compiled = compile(ast.Module([source], []), "", "exec").co_consts
     code = next(code for code in compiled if isinstance(code, CodeType))

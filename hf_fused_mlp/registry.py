@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
 from hf_fused_mlp.children import (
+    OWN_FORWARD,
     class_path,
     has_own_forward,
     is_column_shard,
@@ -137,10 +138,7 @@ def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
     A fused module asks at every call, so the way to None is short and the words are found only when they are needed.
     """
     if has_own_forward(module):
-        return (
-            "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass "
-            "exclude=[...]"
-        )
+        return OWN_FORWARD
     children = module._modules
     for name in spec.children:
         if name not in children:

@@ -47,6 +47,17 @@ def test_a_call_like_one_before_takes_the_short_way(model_type, short_way):
         assert mlp._again(other) is None
 
 
+@torch.no_grad()
+def test_another_argument(short_way):
+    """What it would mean is for the original forward to say."""
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    with pytest.raises(TypeError, match="positional arguments"):
+        mlp(x, x)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        mlp(x, residual=x)
+
+
 @KINDS
 @torch.no_grad()
 def test_the_long_way_has_nothing_against_it(model_type, short_way):

@@ -17,6 +17,7 @@ from hf_fused_mlp.cli import app, end_to_end, host
 from hf_fused_mlp.cli.block import block_table
 from hf_fused_mlp.cli.results import read
 from hf_fused_mlp.cli.tables import markdown_table, speedup_table
+from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.registry import MLP_SPECS
 from hf_fused_mlp.swap import Fused
 
@@ -64,6 +65,8 @@ def test_code_runs(page, namespace, tmp_path, capsys):
         if "from peft" in block:
             pytest.importorskip("peft")
         run(block, tmp_path / f"{page.stem}_{number}.py", namespace)
+        if page.name == "README.md" and "exclude=" in block:
+            assert [isinstance(layer.mlp, FusedMLP) for layer in namespace["model"].model.layers] == [False, True]
     if page.name == "README.md":
         assert "2 of 2 MLPs are fused" in capsys.readouterr().out
         model = namespace["model"].model

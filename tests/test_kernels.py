@@ -229,28 +229,11 @@ def test_a_launcher_keeps_tensor_maps(stream, monkeypatch):
     for tensor in (x, x, other, x, other):
         launch((bias,), (tensor, None))
     kept = len(maps)
+    before = 1, 2, 3, stream, "f", False, True, None, None, "metadata", None, None, None
     expected = []
     for tensor in (x, other, x, other):
         whole = TensorDescriptor(tensor, *tiling)
-        run.launch(
-            1,
-            2,
-            3,
-            stream,
-            "f",
-            False,
-            True,
-            None,
-            None,
-            "metadata",
-            None,
-            None,
-            None,
-            whole,
-            None,
-            bias.data_ptr(),
-            7,
-        )
+        run.launch(*before, whole, None, bias.data_ptr(), 7)
         expected.append(calls.pop())
     assert calls == expected
     assert kept == 2

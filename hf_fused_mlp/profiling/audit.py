@@ -83,12 +83,13 @@ def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, fo
     for name, tokens in (("prefill", request.ids.numel()), ("decode", request.ids.shape[0])):
         original, fused = (_form(walls[name][form], steps[name][form], tokens, on_gpu, gpu_price) for form in forms)
         phases.append(_phase(name, tokens, mlps, best.flops_per_byte, steps[name]["original"], original, fused))
+    fused_report = fusion_report(model)
     return AuditReport(
         model=type(model).__name__,
         device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}",
         dtype=str(model.dtype).removeprefix("torch."),
         attention=getattr(model.config, "_attn_implementation", None),
-        fusable_norms=sum(norm.state == "fusable" for norm in fusion_report(model).norms),
+        fusable_norms=sum(norm.state == "fusable" for norm in fused_report.norms),
         batch=request.ids.shape[0],
         prompt_tokens=request.ids.shape[1],
         new_tokens=request.new_tokens,
@@ -99,7 +100,7 @@ def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, fo
         roofline=best,
         mlps=tuple(
             MLPGroup(class_name, count, state, reason)
-            for (class_name, state, reason), count in fusion_report(model).grouped().items()
+            for (class_name, state, reason), count in fused_report.grouped().items()
         ),
         phases=tuple(phases),
     )
