@@ -50,11 +50,18 @@ ACTIVATIONS = {
 
 _NAME_BY_CLASS = {path: row.name for row in ACTIVATIONS.values() for path in row.classes}
 
+# of the classes seen, since compiled code checks before each call whatever was read of a class
+_PATHS: dict[type, str] = {}
+
 
 def find_activation(module: nn.Module) -> str | None:
     """The key in `ACTIVATIONS` of what `module` computes, or None where that is not certain."""
     cls = type(module)
-    path = f"{cls.__module__}.{cls.__qualname__}"
+    path = _PATHS.get(cls)
+    if path is None:
+        path = f"{cls.__module__}.{cls.__qualname__}"
+        if not torch.compiler.is_compiling():
+            _PATHS[cls] = path
     if cls is nn.GELU:
         path += f"({module.approximate})"
     return _NAME_BY_CLASS.get(path)

@@ -40,10 +40,10 @@ def _is_linear(cls: type[nn.Module]) -> bool:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a projection's weights may be read in place of calling it."""
-    cls, own = type(linear), linear.__dict__
+    cls = type(linear)
     if cls is not nn.Linear and not _is_linear(cls):
         return False
-    parameters = own["_parameters"]
+    parameters = linear._parameters
     weight = parameters.get("weight")
     return (
         type(weight) in _PARAMETERS
@@ -52,10 +52,20 @@ def is_plain(linear: nn.Module) -> bool:
         and (type(bias := parameters.get("bias")) in _PARAMETERS or bias is None)
         and not weight.is_meta
         and len(parameters) == 2
-        and not own["_modules"]
-        and not own["_buffers"]
+        and not linear._modules
+        and not linear._buffers
         and not is_hooked(linear)
     )
+
+
+def plain_parameters(linear: nn.Module | None) -> Mapping[str, torch.Tensor | None] | None:
+    """Weight and bias of a projection that `is_plain`, or None."""
+    return linear._parameters if linear is not None and is_plain(linear) else None
+
+
+def is_bare(module: nn.Module | None) -> bool:
+    """Whether there is a module, and not `is_hooked`."""
+    return module is not None and not is_hooked(module)
 
 
 def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tensor | None] | None:
@@ -135,17 +145,18 @@ def is_hooked(module: nn.Module) -> bool:
         has_own_forward(module) or ("_hf_hook" in own and not _only_aligns(module))
     ):
         return True
-    if not torch.compiler.is_compiling() and cls.forward is not _FORWARDS.setdefault(cls, cls.forward):
+    if torch.compiler.is_compiling():
+        _ = module.forward  # so that compiled code notices when the instance is given another
+    elif cls.forward is not _FORWARDS.setdefault(cls, cls.forward):
         return True
     return _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if module._forward_hooks or module._forward_pre_hooks:
         return True
     # not asked in vain, since compiled code checks before each call that it still is what it was
-    return torch.is_grad_enabled() and bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
+    return torch.is_grad_enabled() and bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def has_own_forward(module: nn.Module) -> bool:

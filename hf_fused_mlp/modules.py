@@ -4,7 +4,7 @@ Projections that have to be called are called, with one kernel between them; wha
 goes to the original forward.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -14,7 +14,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import ops
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
-from hf_fused_mlp.children import device_of, is_left_alone, local_tensors, parameters_at_a_glance
+from hf_fused_mlp.children import (
+    device_of,
+    is_bare,
+    is_left_alone,
+    local_tensors,
+    parameters_at_a_glance,
+    plain_parameters,
+)
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse
 from hf_fused_mlp.types import GPU, MLPKind
@@ -33,26 +40,27 @@ class FusedMLP(Fused):
     """What all fused MLPs share."""
 
     fused_spec: ClassVar[MLPSpec]
+    # what a usual call reads of it: to `torch.compile` a tuple of names is a constant, an object is not
+    _usual: ClassVar[tuple | None]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if spec := vars(cls).get("fused_spec"):
+            names = spec.gate, spec.up, spec.down, spec.activation, spec.function, spec.halves
+            cls._usual = None if spec.sequence or spec.dropouts else names
 
     def forward(self, *args, **kwargs):
         # who wraps a module's forward may call it after the module was unfused
         if not isinstance(self, FusedMLP):
             return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(self.input_name)
-        is_alone = len(args) + len(kwargs) == 1
-        if is_alone and args and not torch.compiler.is_compiling() and (out := self._again(x)) is not None:
-            return out
-        if is_alone and isinstance(x, Tensor) and _is_ordinary(x):
-            spec = self.fused_spec
-            bypassed, called = _reasons(self, spec, x.device)
-            if bypassed is None:
-                reads_all = called is None and not _autocasts()
-                # None where the kernels do not take these tensors: PyTorch answers for them, errors included
-                if reads_all and (out := ops.mlp_if_fits(x, *_operands(self, spec))) is not None:
-                    return out
-                if can_call(self, spec) and (h := self._first_half(x)) is not None:
-                    return self._modules[spec.down](h)
-        return super().forward(*args, **kwargs)
+        if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
+            out = _compiled(self, x) if torch.compiler.is_compiling() else self._again(x)
+            if out is None and _is_ordinary(x):
+                out = self._looked_into(x)
+            if out is not None:
+                return out
+        return self.original_class.forward(self, *args, **kwargs)  # not `super()`, which compiled code checks anew
 
     def _again(self, x) -> Tensor | None:
         """The kernels' answer to a call like one they have answered; None for any other, which takes the long way.
@@ -60,30 +68,29 @@ class FusedMLP(Fused):
         In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then
         `reasons` has none, the operands fit, and nothing but the result is wanted.
         """
-        spec, own = self.fused_spec, self.__dict__
         if (
             not ops.HAS_TRITON
             or not ops.runs_now(x)
             or _has_any_global_hook()
-            or own["training"]
-            or "forward" in own
             or self.original_class.forward is not self.original_forward
-            or spec.sequence
-            or spec.dropouts
         ):
             return None
-        children, read = own["_modules"], []
-        for name in (spec.gate, spec.up, spec.down):
-            parameters = _NONE if name is None else parameters_at_a_glance(children.get(name))
-            if parameters is None:
-                return None
-            read.append(parameters)
-        activation = spec.function
-        if activation is None:
-            if not is_left_alone(module := children.get(spec.activation)):
-                return None
-            activation = find_activation(module)
-        return ops.on_gpu().mlp_again(x, (*_read(spec, *read), activation))
+        operands = _usual_operands(self, parameters_at_a_glance, is_left_alone)
+        return None if operands is None else ops.on_gpu().mlp_again(x, operands)
+
+    def _looked_into(self, x: Tensor) -> Tensor | None:
+        """The answer of the kernels to as much as they can do here; None where the original forward has to."""
+        spec = self.fused_spec
+        bypassed, called = _reasons(self, spec, x.device)
+        if bypassed is not None:
+            return None
+        reads_all = called is None and not _autocasts()
+        # None where the kernels do not take these tensors: PyTorch answers for them, errors included
+        if reads_all and (out := ops.mlp_if_fits(x, *_operands(self, spec))) is not None:
+            return out
+        if can_call(self, spec) and (h := self._first_half(x)) is not None:
+            return self._modules[spec.down](h)
+        return None
 
     def reasons(self, device: torch.device | None = None) -> tuple[str | None, str | None]:
         """Why a call with tokens on `device`, that of the weights unless given, would not run the kernels alone.
@@ -160,6 +167,18 @@ class FusedPlainMLP(FusedMLP):
 # guards before each replay of a graph
 
 
+def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
+    """The operator's answer where all is as usual; None for any other call, which takes the long way.
+
+    Whatever is read here `torch.compile` checks before each replay. It is spared that where all is names, tensors and
+    attributes of modules, each under one name, of which dictionaries tell whether anything changed.
+    """
+    if not _is_ordinary(x) or _autocasts() or no_kernels(x.device) is not None or x.dtype == torch.float64:
+        return None
+    operands = _usual_operands(module, plain_parameters, is_bare)
+    return None if operands is None else ops.mlp_if_fits(x, *operands)
+
+
 def _reasons(module: FusedMLP, spec: MLPSpec, device: torch.device | None) -> tuple[str | None, str | None]:
     # the compiler of torch 2.11 misreads functions of classes; what it traces was checked when it was fused
     if not torch.compiler.is_compiling() and (
@@ -188,23 +207,43 @@ def _activation(module: FusedMLP, spec: MLPSpec) -> str:
 
 
 def _tensors(module: FusedMLP, spec: MLPSpec) -> Tensors:
-    return _read(spec, *(_parameters_of(module, name) for name in (spec.gate, spec.up, spec.down)))
+    return _read(spec.halves, *(_parameters_of(module, name) for name in (spec.gate, spec.up, spec.down)))
 
 
 def _parameters_of(module: FusedMLP, name: str | None) -> Parameters:
     return _NONE if name is None else local_tensors(module._modules[name])
 
 
-def _read(spec: MLPSpec, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
+def _usual_operands(module: FusedMLP, parameters_of: Callable, is_bare: Callable) -> Operands | None:
+    """The operands of a module in which all is as usual, or None to look closer.
+
+    `parameters_of` gives what a projection holds, or None, and `is_bare` says whether an activation may be left out.
+    """
+    if module.training or module._usual is None or "forward" in module.__dict__:
+        return None
+    gate, up, down, activation, function, halves = module._usual
+    children, read = module._modules, []
+    for name in (gate, up, down):
+        parameters = _NONE if name is None else parameters_of(children.get(name))
+        if parameters is None:
+            return None
+        read.append(parameters)
+    if function is None:
+        child = children.get(activation)
+        if not is_bare(child) or (function := find_activation(child)) is None:
+            return None
+    return *_read(halves, *read), function
+
+
+def _read(halves: tuple[int, int] | None, gate: Parameters, up: Parameters, down: Parameters) -> Tensors:
     """Weights and biases out of what the projections hold, which for one that is not there is nothing."""
-    if spec.kind is not MLPKind.PACKED:
+    if halves is None:
         weights = gate.get("weight"), up["weight"], down.get("weight")
         return *weights, gate.get("bias"), up.get("bias"), down.get("bias")
-    halves = up["weight"].chunk(2)
+    gates, ups = halves
+    weights = up["weight"].chunk(2)
     biases = (None, None) if up["bias"] is None else up["bias"].chunk(2)
-    if spec.up_first:
-        halves, biases = halves[::-1], biases[::-1]
-    return *halves, down.get("weight"), *biases, down.get("bias")
+    return weights[gates], weights[ups], down.get("weight"), biases[gates], biases[ups], down.get("bias")
 
 
 def no_kernels(device: torch.device) -> str | None:

@@ -77,6 +77,13 @@ class MLPSpec:
         """The names of all children that the forward calls."""
         return (*self.projections, *self.dropouts) + (() if self.activation is None else (self.activation,))
 
+    @cached_property
+    def halves(self) -> tuple[int, int] | None:
+        """Of a packed projection's output, which half is gate's and which is up's; None where none is packed."""
+        if self.kind is not MLPKind.PACKED:
+            return None
+        return (1, 0) if self.up_first else (0, 1)
+
 
 @dataclass(frozen=True)
 class GPU:

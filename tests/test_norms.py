@@ -427,10 +427,14 @@ def test_a_model_on_a_gpu(model_type, dtype):
     expected = model(ids).logits
     fuse_model(model, norms=True, exclude=["*.mlp"])
     calls = []
-    for module in model.modules():
-        if isinstance(module, FusedRMSNorm):
-            module.register_forward_hook(lambda module, args, output: calls.append(module._launched(args[0])))
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: calls.append(module._launched(args[0])))
+        for module in model.modules()
+        if isinstance(module, FusedRMSNorm)
+    ]
     out = model(ids).logits
+    for hook in hooks:
+        hook.remove()
     assert len(calls) == len(fusion_report(model).norms)
     assert all(call is not None for call in calls)
     torch.testing.assert_close(out, expected, atol={torch.float32: 1e-5}.get(dtype, 0.03), rtol=1e-2)

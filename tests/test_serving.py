@@ -1,11 +1,13 @@
 """A fused model where it is served: compiled, in CUDA graphs, batched continuously, in streams and threads."""
 
 import gc
+import re
 import threading
 
 import pytest
 import torch
 from models import as_on_gpu, tiny_model, token_ids
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, GenerationConfig
 
@@ -88,6 +90,60 @@ def test_token_counts_do_not_recompile(where, model_type, models):
         torch.testing.assert_close(mlp(x), expected(x), atol=1e-5, rtol=1e-4)
     assert 1 <= counter.frame_count <= 3
     assert all("hf_fused_mlp.mlp" in graph.code for graph in counter.graphs)
+
+
+@TYPES
+@pytest.mark.parametrize("where", ["cpu"])
+@pytest.mark.parametrize("norms", [False, True])
+@torch.no_grad()
+def test_compiled_code_takes_an_unchanged_layer_for_one_thing(where, model_type, norms, models):
+    """PyTorch can skip the guards of a module in which no dictionary changed; fusing leaves it able to."""
+    original, fused = models(model_type)
+    fuse_model(fused, norms=norms)
+    expected, found = (wholes(model.base_model) for model in (original, fused))
+    # norms find their class's forward by way of the first layer's
+    first = {name for name in expected if name.endswith("._modules['layers']._modules['0']")}
+    assert found >= (expected - first if norms else expected)
+    assert any("['layers']" in name for name in found)
+
+
+def wholes(model):
+    """The modules that the guards of the compiled model skip as a whole."""
+    torch.compiler.reset()
+    if not hasattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards"):
+        pytest.skip("this PyTorch skips no guards")
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)  # guards go with it
+        compiled(token_ids(1, 5), use_cache=False)
+    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(type(model).forward.__code__)
+    return set(re.findall(r"source=(\S+), .*tag_safe=\(True, True\)", str(entry.guard_manager)))
+
+
+def patch_instance(module, monkeypatch):
+    monkeypatch.setattr(module, "forward", lambda x: 2 * type(module).forward(module, x), raising=False)
+
+
+def replace_parameters(module, monkeypatch):
+    for name, parameter in module.named_parameters():
+        monkeypatch.setattr(module.get_submodule(name.rpartition(".")[0]), "weight", nn.Parameter(2 * parameter))
+
+
+CHANGES = [(patch_instance, name) for name in ("", "up_proj", "down_proj", "act_fn")] + [
+    (replace_parameters, name) for name in ("", "up_proj", "down_proj")
+]
+
+
+@pytest.mark.parametrize("where", ["cpu"])
+@pytest.mark.parametrize(("change", "name"), CHANGES)
+@torch.no_grad()
+def test_compiled_code_notices_a_change(where, change, name, models, monkeypatch):
+    _, fused = models()
+    mlp, x = fused.get_submodule(mlp_name(fused)), torch.randn(3, 64)
+    compiled = torch.compile(mlp, backend="eager")
+    before = compiled(x)
+    change(mlp.get_submodule(name), monkeypatch)
+    torch.testing.assert_close(compiled(x), mlp(x))
+    assert not torch.allclose(mlp(x), before, rtol=0.1, atol=0)
 
 
 def mlp_name(model):
