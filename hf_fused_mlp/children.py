@@ -5,6 +5,7 @@ put something around it.
 """
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from types import FunctionType, NoneType
 
 import torch
@@ -79,20 +80,18 @@ def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tenso
     return parameters if bias is None or type(bias) is nn.Parameter else None
 
 
+_usually_empty = itemgetter(
+    "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+
+
 def is_left_alone(module: nn.Module | None) -> bool:
     """Whether a module certainly is as its class made it: no hook around it, no child or buffer added, no patch."""
     if module is None:
         return False
     own, cls = module.__dict__, type(module)
     return cls.forward is _FORWARDS.get(cls) and not (
-        "forward" in own
-        or "_hf_hook" in own
-        or own["_modules"]
-        or own["_buffers"]
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
+        any(_usually_empty(own)) or "forward" in own or "_hf_hook" in own
     )
 
 

@@ -12,8 +12,9 @@ from triton.errors import TritonError
 
 from hf_fused_mlp.kernels import call_of, has_rows, norm, prepare
 from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
+from hf_fused_mlp.memory import answer, mlp_kind, remember
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.tuning.cache import remembered, shipped_plan, unusable, user_plan
+from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.types import GPU, UNFUSED, Plan, ProblemKey, next_power_of_two
 from hf_fused_mlp.weights import is_packed
@@ -52,45 +53,11 @@ def problem_key(
 
 def mlp_cuda(x, *operands):
     """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
-    out = mlp_again(x, operands)
+    out = answer(mlp_kind(*operands), x, *operands[:-1])
     if out is None:
         with torch.cuda.device_of(x):  # kernels launch on the current device
             out = _first_call(x, *operands)
     return out
-
-
-def mlp_again(x, operands):
-    """The answer to a call like one that was answered before, or None: then the operands may not fit together."""
-    run = remembered.get(_attributes(x, operands))
-    return None if run is None else _on_its_gpu(run, x, *operands[:-1])
-
-
-def _on_its_gpu(run, x, *tensors):
-    """`run(x, *tensors)`, whose kernels launch on the current device."""
-    if x.get_device() == torch.cuda.current_device():
-        return run(x, *tensors)
-    with torch.cuda.device_of(x):
-        return run(x, *tensors)
-
-
-def _attributes(x, operands) -> tuple | None:
-    """All that the way to an answer depends on, and whether there is one; None for what is not to be remembered.
-
-    They are asked for at every call, so they are cheap to read and to hash, and tell apart more than they need to. Of
-    the addresses they say whether gate and up are packed. Kept launches rely on multiples of 16: calls with others,
-    which neither PyTorch's allocator nor a published shape gives, find their way anew each time.
-    """
-    *tensors, activation = operands
-    attributes, together = [activation, x.shape, x.stride(), x.dtype, x.get_device()], x.data_ptr()
-    for tensor in tensors:
-        if tensor is None:
-            attributes.append(None)
-        else:
-            attributes += tensor.shape, tensor.dtype, tensor.get_device(), tensor.is_contiguous()
-            together |= tensor.data_ptr()
-    gate, up, *_ = tensors
-    attributes.append(gate is not None and up.data_ptr() - gate.data_ptr() == gate.nbytes)
-    return None if together % 16 else tuple(attributes)
 
 
 def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
@@ -112,17 +79,8 @@ def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         unusable.add(plan)
         run = prepare(UNFUSED, x, gate, up, down, activation)
         out = run(x, *operands)
-    _remember(_attributes(x, (*operands, activation)), run)
+    remember(run, mlp_kind(*operands, activation), x, *operands)
     return out
-
-
-def _remember(attributes: tuple | None, run: Callable) -> None:
-    """Keeps `run` for later calls, though not of endlessly many kinds."""
-    if attributes is None:
-        return
-    if len(remembered) >= 4096:
-        remembered.clear()
-    remembered[attributes] = run
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
@@ -135,19 +93,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
     Returns:
         `[..., H]`, contiguous.
     """
-    if (x.data_ptr() | weight.data_ptr()) % 16:
-        return None
-    attributes = form, eps, x.shape, x.stride(), x.dtype, x.get_device()
-    attributes += weight.shape, weight.is_contiguous(), weight.dtype, weight.get_device()
-    if (run := remembered.get(attributes)) is not None:
-        return _on_its_gpu(run, x, weight)
-    with torch.cuda.device_of(x):
-        return _first_norm(attributes, x, weight, eps, form)
+    out = answer((form, eps), x, weight)
+    if out is None:
+        with torch.cuda.device_of(x):
+            out = _first_norm(x, weight, eps, form)
+    return None if out is NotImplemented else out
 
 
-def _first_norm(attributes, x, weight, eps, form):
+def _first_norm(x, weight, eps, form):
     """Finds the way for norms like this one, which is remembered, also if there is none."""
-    run, out = _no_norm, None
+    run, out = _no_norm, NotImplemented
     if norm.supports(x, weight):
         rows = x if has_rows(x) else x.contiguous()
         launch = norm.rms_norm(call_of(rows, weight[None], False, "identity"), eps, form)
@@ -157,12 +112,13 @@ def _first_norm(attributes, x, weight, eps, form):
         except TritonError as error:
             logger.warning("the kernel for RMSNorms does not run here (%s); the original forward does", error)
             run = _no_norm
-    _remember(attributes, run)
+    remember(run, (form, eps), x, weight)
     return out
 
 
-def _no_norm(x, weight) -> None:
+def _no_norm(x, weight):
     """The answer where there is no kernel."""
+    return NotImplemented
 
 
 def act_mul_cuda(gate, up, activation):
@@ -176,17 +132,15 @@ def act_mul_backward_cuda(grad, gate, up, activation):
 
 
 def _elementwise(make, activation, *tensors):
-    rows = [_rows(tensor) for tensor in tensors]
-    first, strides = rows[0], tuple(tensor.stride(0) for tensor in rows)
-    attributes = make, activation, first.shape, strides, first.dtype, first.get_device()
-    if any(tensor.data_ptr() % 16 for tensor in rows):
-        attributes = None
-    run = remembered.get(attributes)
-    if run is None:
+    rows = tuple(_rows(tensor) for tensor in tensors)
+    out = answer((make, activation), *rows)
+    if out is None:
+        first, strides = rows[0], tuple(tensor.stride(0) for tensor in rows)
         run = make(Rows(*first.shape, strides, first.dtype, first.device), activation)
-        _remember(attributes, run)
-    with torch.cuda.device_of(first):
-        return run(*rows)
+        with torch.cuda.device_of(first):
+            out = run(*rows)
+        remember(run, (make, activation), *rows)
+    return out
 
 
 def _rows(tensor: Tensor) -> Tensor:

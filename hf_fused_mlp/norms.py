@@ -78,15 +78,22 @@ class FusedRMSNorm(Fused):
         # who wraps a module's forward may call it after the module was unfused
         if not isinstance(self, FusedRMSNorm):
             return type(self).forward(self, *args, **kwargs)
-        if len(args) == 1 and not kwargs and (out := self._launched(args[0])) is not None:
-            return out
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            out = self._launched(args[0])
+            if out is not None:
+                return out
         return self.original_class.forward(self, *args, **kwargs)  # not `super()`, which compiled code checks anew
 
     def _launched(self, x: Any) -> Tensor | None:
         """The kernel's answer, or None where it cannot stand for the original forward."""
-        if not ops.HAS_TRITON or not ops.runs_now(x) or (operands := self._operands()) is None:
+        if (operands := self._operands()) is None:
             return None
-        return ops.on_gpu().rms_norm(x, *operands, self.fused_spec.form)
+        weight, eps = operands
+        form = self.fused_spec.form
+        out = ops.again((form, eps), x, weight)
+        if out is None and ops.HAS_TRITON and ops.runs_now(x):
+            return ops.on_gpu().rms_norm(x, weight, eps, form)
+        return None if out is NotImplemented else out
 
     def _operands(self) -> tuple[nn.Parameter, float] | None:
         """Weight and epsilon, or None if the module or its class is no longer what was read."""

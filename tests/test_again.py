@@ -5,13 +5,15 @@ import torch
 from models import as_on_gpu, tiny_model
 from test_wrapped import PROJECTIONS, WRAPPERS, attach_hook
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_fused_mlp import dispatch, fuse_model, ops
+from hf_fused_mlp import fuse_model, memory
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.tuning import cache
 
@@ -23,7 +25,6 @@ KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
 def short_way(monkeypatch):
     """Lets tokens on the CPU take the short way, and the way that is remembered give `ANSWER`."""
     as_on_gpu(monkeypatch)
-    monkeypatch.setattr(ops, "runs_now", lambda x: not torch.is_grad_enabled())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     yield
     cache.forget()
@@ -32,7 +33,8 @@ def short_way(monkeypatch):
 def answered_mlp(x, model_type="llama"):
     """A fused MLP that has answered a call with `x`."""
     mlp = next(m for m in fuse_model(tiny_model(model_type)).modules() if isinstance(m, FusedMLP))
-    dispatch.remembered[dispatch._attributes(x, mlp.operands())] = lambda *tensors: ANSWER
+    *tensors, _ = operands = mlp.operands()
+    memory.remember(lambda *tensors: ANSWER, memory.mlp_kind(*operands), x, *tensors)
     return mlp
 
 
@@ -190,13 +192,84 @@ def test_hooks_that_come_and_go(short_way):
     assert mlp._again(x) is None
 
 
+def test_pytorch_can_compare_tensors_at_once():
+    assert memory.TensorGuards is not None, "each call would find its way anew"
+
+
+STATES = {
+    "grad": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "mode": lambda: FlopCounterMode(display=False),
+    "fake": FakeTensorMode,
+    "dual": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
 @torch.no_grad()
-def test_without_triton(short_way, monkeypatch):
+def test_a_state_of_pytorch(state, short_way):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x)
-    monkeypatch.setattr(ops, "HAS_TRITON", False)
-    monkeypatch.setattr(ops, "on_gpu", lambda: pytest.fail("imports Triton"))
-    assert mlp._again(x) is None
+    with STATES[state]():
+        assert mlp._again(x) is None
+    assert mlp._again(x) is ANSWER
+
+
+TRANSFORMS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+    "make_fx": lambda f, x: make_fx(f)(x),
+    "make_fx before dispatch": lambda f, x: make_fx(f, pre_dispatch=True)(x),
+    "trace": lambda f, x: torch.jit.trace(f, (x,), check_trace=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@torch.no_grad()
+def test_a_transformed_call(transform, short_way):
+    """Of what is given to it, and of what it is not about."""
+    x, found = torch.randn(3, 64), []
+    mlp = answered_mlp(x)
+
+    def call(y):
+        found.extend((mlp._again(x), mlp._again(y)))
+        return 2 * y
+
+    TRANSFORMS[transform](call, x)
+    assert found
+    assert all(out is None for out in found)
+
+
+@torch.no_grad()
+def test_other_kinds_of_tokens(short_way):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    nested = torch.nested.nested_tensor([torch.randn(3, 64)])
+    jagged = torch.nested.nested_tensor([torch.randn(3, 64)], layout=torch.jagged)
+    for other in (x.to("meta"), x.to_sparse(), x.bfloat16(), x[:2], nn.Parameter(x), nested, jagged):
+        assert mlp._again(other) is None
+
+
+def test_one_tensor_as_two(short_way):
+    """PyTorch's comparison takes such calls for unlike any; they are answered all the same."""
+    weight = torch.randn(64, 64)
+    operands = weight, weight, weight.clone(), None, None, None
+    memory.remember(lambda *tensors: ANSWER, memory.mlp_kind(*operands, "silu"), torch.randn(3, 64), *operands)
+    assert memory.answer(memory.mlp_kind(*operands, "silu"), torch.randn(3, 64), *operands) is None
+
+
+def test_memory_is_bounded(short_way):
+    one = lambda x: ANSWER  # noqa: E731
+    for m in range(1, 5000):
+        memory.remember(one, "kind", torch.empty(m, 1))
+        memory.remember(one, "kind", torch.empty(m + 4096, 16)[4096:, :1])
+    assert len(memory.remembered) <= 4096
+    for stride in range(4, 400, 4):
+        memory.remember(one, "kind", torch.empty(2, stride)[:, :1])
+    assert all(len(runs) <= 64 for runs in memory.remembered.values())
 
 
 @pytest.mark.gpu
@@ -239,13 +312,13 @@ def test_what_a_call_is_made_under():
 def test_operands_that_do_not_fit(short_way):
     """What was answered fits, so what is like it does; nothing else is taken for it."""
     x, gate, up = torch.randn(3, 64), torch.randn(96, 64), torch.randn(96, 64)
-    down, wide, narrow = torch.randn(64, 96), torch.randn(96), torch.randn(64)
-    call = [x, gate, up, down, wide, wide, narrow, "silu"]
-    dispatch.remembered[dispatch._attributes(call[0], call[1:])] = lambda *tensors: ANSWER
-    assert dispatch.mlp_again(call[0], call[1:]) is ANSWER
+    down, biases = torch.randn(64, 96), [torch.randn(96), torch.randn(96), torch.randn(64)]
+    call = [x, gate, up, down, *biases, "silu"]
+    memory.remember(lambda *tensors: ANSWER, memory.mlp_kind(*call[1:]), *call[:-1])
+    again = lambda x, *operands: memory.answer(memory.mlp_kind(*operands), x, *operands[:-1])  # noqa: E731
+    assert again(*call) is ANSWER
     for i, operand in enumerate(call[:-1]):
         others = [operand.double(), operand[:2], operand[..., :32], operand[None]]
         for other in others if i == 0 or operand is up else [*others, None]:
-            x, *operands = *call[:i], other, *call[i + 1 :]
-            assert dispatch.mlp_again(x, operands) is None
-    assert dispatch.mlp_again(call[0], [*call[1:-1], "relu"]) is None
+            assert again(*call[:i], other, *call[i + 1 :]) is None
+    assert again(*call[:-1], "relu") is None

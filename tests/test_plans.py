@@ -11,7 +11,7 @@ import torch
 from numerics import assert_accurate, oracle_of, random_mlp
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from hf_fused_mlp import dispatch
+from hf_fused_mlp import dispatch, memory
 from hf_fused_mlp.kernels import FAMILIES
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning import cache, plan_files
@@ -338,7 +338,7 @@ def test_what_is_remembered_tells_calls_apart(monkeypatch):
         (x.float(), gate.float(), up.float(), down.float(), None, None, None, "silu"),
     ]
     answers = [dispatch.mlp_cuda(*call) for call in calls]
-    assert len(dispatch.remembered) == len(calls)
+    assert sum(map(len, memory.remembered.values())) == len(calls)
     for call, answer in zip(calls, answers, strict=True):
         assert dispatch.mlp_cuda(*call) is answer
         x, gate, up, down, *biases, activation = call
@@ -368,17 +368,19 @@ def test_what_kernels_do_not_take_is_not_remembered(monkeypatch):
         dispatch.mlp_cuda(x[..., :64], gate, up, down, *biases, "silu"),
     )
     assert seen == [True, True, False]
-    dispatch.remembered.clear()
+    memory.remembered.clear()
     shifted = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
     for _ in range(2):
         dispatch.mlp_cuda(shifted[..., :64], gate, up, down, *biases, "silu")
-    assert not dispatch.remembered, "what is kept reads 16 bytes at a time"
+    assert not memory.remembered, "what is kept reads 16 bytes at a time"
 
 
-def test_a_look_up_takes_no_time():
+def test_a_look_up_takes_no_time(monkeypatch):
     """About two microseconds where nothing else runs; the bound is for a machine that is busy."""
     operands = random_mlp(64, 96, True, False, torch.float16)
     x = torch.randn(17, 64).half()
-    dispatch.remembered[dispatch._attributes(x, (*operands, "silu"))] = "the way"
-    look_up = lambda: dispatch.remembered[dispatch._attributes(x, (*operands, "silu"))]  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    memory.remember(lambda *tensors: "the answer", memory.mlp_kind(*operands, "silu"), x, *operands)
+    look_up = lambda: memory.answer(memory.mlp_kind(*operands, "silu"), x, *operands)  # noqa: E731
+    assert look_up() == "the answer"
     assert min(timeit.repeat(look_up, number=1000, repeat=20)) / 1000 < 10e-6

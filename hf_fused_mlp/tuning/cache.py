@@ -6,7 +6,7 @@ A file is read when its GPU is first asked for, and kept for the life of the pro
 import logging
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import triton
 from platformdirs import user_cache_dir
 
+from hf_fused_mlp.memory import remembered
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
 from hf_fused_mlp.types import GPU, Plan, ProblemKey
 
@@ -22,8 +23,7 @@ logger = logging.getLogger("hf_fused_mlp")
 
 SHIPPED = Path(__file__).parent / "plans"
 
-# what dispatch found before, and the plans that did not run; here because a new plan must empty them
-remembered: dict[Hashable, Callable] = {}
+# the plans that did not run
 unusable: set[Plan] = set()
 
 
