@@ -5,7 +5,6 @@ put something around it.
 """
 
 from collections.abc import Callable, Mapping
-from operator import itemgetter
 from types import FunctionType, NoneType
 
 import torch
@@ -53,8 +52,6 @@ def is_plain(linear: nn.Module) -> bool:
         and (type(bias := parameters.get("bias")) in _PARAMETERS or bias is None)
         and not weight.is_meta
         and len(parameters) == 2
-        and not linear._modules
-        and not linear._buffers
         and not is_hooked(linear)
     )
 
@@ -70,29 +67,28 @@ def is_bare(module: nn.Module | None) -> bool:
 
 
 def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tensor | None] | None:
-    """Weight and bias where `is_plain` certainly holds, but for the weight's dtype and device; None to look closer."""
-    if type(linear) is not nn.Linear or not is_left_alone(linear):
+    """Weight and bias where, without gradients, `is_plain` certainly holds but for the weight's dtype and device.
+
+    None to look closer. It is asked at every call of an MLP in eager mode, so it touches as little as it can.
+    """
+    if type(linear) is not nn.Linear or nn.Linear.forward is not _FORWARDS[nn.Linear]:
         return None
-    parameters = linear.__dict__["_parameters"]
+    own = linear.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
+        return None
+    parameters = own["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or len(parameters) != 2:
         return None
     return parameters if bias is None or type(bias) is nn.Parameter else None
 
 
-_usually_empty = itemgetter(
-    "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
-
-
 def is_left_alone(module: nn.Module | None) -> bool:
-    """Whether a module certainly is as its class made it: no hook around it, no child or buffer added, no patch."""
-    if module is None:
+    """Whether, without gradients, a call of `module` certainly runs the forward of its class, as that first was."""
+    if module is None or type(module).forward is not _FORWARDS.get(type(module)):
         return False
-    own, cls = module.__dict__, type(module)
-    return cls.forward is _FORWARDS.get(cls) and not (
-        any(_usually_empty(own)) or "forward" in own or "_hf_hook" in own
-    )
+    own = module.__dict__
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
 
 
 def is_column_shard(linear: nn.Module) -> bool:
@@ -209,7 +205,7 @@ def why_not_plain(linear: nn.Module) -> str:
         return (
             "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
         )
-    extra = [*linear._modules, *linear._buffers, *(linear._parameters.keys() - {"weight", "bias"})]
+    extra = linear._parameters.keys() - {"weight", "bias"}
     return f"carries {', '.join(extra)} besides weight and bias; load without quantization, or pass exclude=[...]"
 
 

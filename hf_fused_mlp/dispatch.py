@@ -53,7 +53,7 @@ def problem_key(
 
 def mlp_cuda(x, *operands):
     """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
-    out = answer(mlp_kind(*operands), x, *operands[:-1])
+    out = answer(mlp_kind(*operands), (x, *operands[:-1]))
     if out is None:
         with torch.cuda.device_of(x):  # kernels launch on the current device
             out = _first_call(x, *operands)
@@ -79,7 +79,7 @@ def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         unusable.add(plan)
         run = prepare(UNFUSED, x, gate, up, down, activation)
         out = run(x, *operands)
-    remember(run, mlp_kind(*operands, activation), x, *operands)
+    remember(mlp_kind(*operands, activation), (x, *operands), run)
     return out
 
 
@@ -93,7 +93,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
     Returns:
         `[..., H]`, contiguous.
     """
-    out = answer((form, eps), x, weight)
+    out = answer((form, eps), (x, weight))
     if out is None:
         with torch.cuda.device_of(x):
             out = _first_norm(x, weight, eps, form)
@@ -112,7 +112,7 @@ def _first_norm(x, weight, eps, form):
         except TritonError as error:
             logger.warning("the kernel for RMSNorms does not run here (%s); the original forward does", error)
             run = _no_norm
-    remember(run, (form, eps), x, weight)
+    remember((form, eps), (x, weight), run)
     return out
 
 
@@ -133,13 +133,13 @@ def act_mul_backward_cuda(grad, gate, up, activation):
 
 def _elementwise(make, activation, *tensors):
     rows = tuple(_rows(tensor) for tensor in tensors)
-    out = answer((make, activation), *rows)
+    out = answer((make, activation), rows)
     if out is None:
         first, strides = rows[0], tuple(tensor.stride(0) for tensor in rows)
         run = make(Rows(*first.shape, strides, first.dtype, first.device), activation)
         with torch.cuda.device_of(first):
             out = run(*rows)
-        remember(run, (make, activation), *rows)
+        remember((make, activation), rows, run)
     return out
 
 

@@ -17,34 +17,37 @@ TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 remembered: dict[Hashable, list[tuple[Callable[..., bool], Callable]]] = {}
 
 
-def answer(kind: Hashable, x: Tensor, *others: Tensor | None) -> Any:
+def answer(kind: Hashable, arguments: tuple) -> Any:
     """The result of a call like one that was answered before; None for any other.
 
-    Alike are calls of one `kind`, which says which of `others` are None, with tensors of the same classes, shapes,
+    Alike are calls of one `kind`, which says which arguments are None, with tensors of the same classes, shapes,
     strides, dtypes and devices, where PyTorch would run the same code: autocast, `torch.func` and traces change that.
-    A call that is given one tensor twice is like no other.
+    A call that is given one tensor twice is like no other. The first argument is a tensor.
     """
+    x = arguments[0]
     runs = remembered.get((kind, x.shape))
     if runs is None:
         return None
-    tensors = [x, *(tensor for tensor in others if tensor is not None)]
+    tensors = [argument for argument in arguments if argument is not None]
     for are_alike, run in runs:
-        if are_alike(*tensors) and _aligned(tensors):
+        if are_alike(*tensors):
+            if not _aligned(tensors):
+                return None
             if x.get_device() == torch.cuda.current_device():
-                return run(x, *others)
+                return run(*arguments)
             with torch.cuda.device_of(x):  # kernels launch on the current device
-                return run(x, *others)
+                return run(*arguments)
     return None
 
 
-def remember(run: Callable, kind: Hashable, x: Tensor, *others: Tensor | None) -> None:
+def remember(kind: Hashable, arguments: tuple, run: Callable) -> None:
     """Keeps `run`, which has answered this call, for those like it, though not of endlessly many kinds."""
-    tensors = [x, *(tensor for tensor in others if tensor is not None)]
+    tensors = [argument for argument in arguments if argument is not None]
     if TensorGuards is None or not _aligned(tensors):
         return
     if len(remembered) >= 4096:
         remembered.clear()
-    runs = remembered.setdefault((kind, x.shape), [])
+    runs = remembered.setdefault((kind, tensors[0].shape), [])
     if len(runs) >= 64:
         runs.clear()
     runs.append((TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check, run))

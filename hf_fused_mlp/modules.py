@@ -22,7 +22,7 @@ from hf_fused_mlp.children import (
     parameters_at_a_glance,
     plain_parameters,
 )
-from hf_fused_mlp.memory import mlp_kind
+from hf_fused_mlp.memory import answer, mlp_kind
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse
 from hf_fused_mlp.types import GPU, MLPKind
@@ -63,16 +63,20 @@ class FusedMLP(Fused):
                 return out
         return self.original_class.forward(self, *args, **kwargs)  # not `super()`, which compiled code checks anew
 
-    def _again(self, x) -> Tensor | None:
+    def _again(self, x: Tensor) -> Tensor | None:
         """The kernels' answer to a call like one they have answered; None for any other, which takes the long way.
 
         In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then
         `reasons` has none, the operands fit, and nothing but the result is wanted.
         """
-        if _has_any_global_hook() or self.original_class.forward is not self.original_forward:
+        if (
+            not ops.only_results(x)
+            or _has_any_global_hook()
+            or self.original_class.forward is not self.original_forward
+            or (operands := _usual_operands(self, parameters_at_a_glance, is_left_alone)) is None
+        ):
             return None
-        operands = _usual_operands(self, parameters_at_a_glance, is_left_alone)
-        return None if operands is None else ops.again(mlp_kind(*operands), x, *operands[:-1])
+        return answer(mlp_kind(*operands), (x, *operands[:-1]))
 
     def _looked_into(self, x: Tensor) -> Tensor | None:
         """The answer of the kernels to as much as they can do here; None where the original forward has to."""

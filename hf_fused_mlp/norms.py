@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_fused_mlp import ops
 from hf_fused_mlp.children import OWN_FORWARD, has_own_forward
+from hf_fused_mlp.memory import answer
 from hf_fused_mlp.recognition import Unreadable, is_usual, source_of
 from hf_fused_mlp.swap import Fused, fuse
 
@@ -86,11 +87,11 @@ class FusedRMSNorm(Fused):
 
     def _launched(self, x: Any) -> Tensor | None:
         """The kernel's answer, or None where it cannot stand for the original forward."""
-        if (operands := self._operands()) is None:
+        if not ops.only_results(x) or (operands := self._operands()) is None:
             return None
         weight, eps = operands
         form = self.fused_spec.form
-        out = ops.again((form, eps), x, weight)
+        out = answer((form, eps), (x, weight))
         if out is None and ops.HAS_TRITON and ops.runs_now(x):
             return ops.on_gpu().rms_norm(x, weight, eps, form)
         return None if out is NotImplemented else out

@@ -3,17 +3,14 @@
 Being operators, they are one node to `torch.compile` and `torch.export`, with shapes known without running them.
 """
 
-from collections.abc import Hashable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.memory import answer
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
 from hf_fused_mlp.types import GPU
 
@@ -69,16 +66,15 @@ def mlp_if_fits(x: Tensor, *operands: Tensor | str | None) -> Tensor | None:
     return call(x, *operands)
 
 
-def again(kind: Hashable, x: Tensor, *others: Tensor | None) -> Any:
-    """The result of a call like one that was answered before (`memory.answer`); None for any other."""
-    if type(x) is not Tensor or x.is_nested or not only_results():
-        return None
-    return answer(kind, x, *others)
-
-
-def only_results() -> bool:
-    """Whether nothing but results is wanted, as far as it is not to be seen from the tensors (`memory.answer`)."""
-    return not torch.is_grad_enabled() and torch._C._len_torch_dispatch_stack() == 0 and forward_ad._current_level < 0
+def only_results(x: Tensor) -> bool:
+    """Whether nothing but the result is wanted of a call with `x`, as far as `memory.answer` will not find out."""
+    return (
+        type(x) is Tensor
+        and not x.is_nested
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+    )
 
 
 def runs_now(x: Tensor) -> bool:
@@ -88,11 +84,9 @@ def runs_now(x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and type(x) is Tensor
+        and only_results(x)
         and x.is_cuda
         and x.layout is torch.strided
-        and not x.is_nested
-        and only_results()
         and torch._C._get_tracing_state() is None
         and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         and not torch._C._is_any_autocast_enabled()

@@ -380,7 +380,7 @@ def test_a_look_up_takes_no_time(monkeypatch):
     operands = random_mlp(64, 96, True, False, torch.float16)
     x = torch.randn(17, 64).half()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    memory.remember(lambda *tensors: "the answer", memory.mlp_kind(*operands, "silu"), x, *operands)
-    look_up = lambda: memory.answer(memory.mlp_kind(*operands, "silu"), x, *operands)  # noqa: E731
+    memory.remember(memory.mlp_kind(*operands, "silu"), (x, *operands), lambda *tensors: "the answer")
+    look_up = lambda: memory.answer(memory.mlp_kind(*operands, "silu"), (x, *operands))  # noqa: E731
     assert look_up() == "the answer"
     assert min(timeit.repeat(look_up, number=1000, repeat=20)) / 1000 < 10e-6

@@ -75,8 +75,8 @@ def wrap_weight(mlp, name):
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(QuantizedTensor))
 
 
-def attach_buffer(mlp, name):
-    getattr(mlp, name).register_buffer("scale", torch.ones(1))
+def attach_parameter(mlp, name):
+    getattr(mlp, name).register_parameter("scale", nn.Parameter(torch.ones(1)))
 
 
 def attach_hook(mlp, name):
@@ -106,7 +106,7 @@ WRAPPERS = {
     prune_half: "holds a NoneType as weight",
     replace_linear: "TaggedLinear, expected nn.Linear",
     wrap_weight: "holds a",
-    attach_buffer: "carries scale",
+    attach_parameter: "carries scale",
     attach_hook: "has hooks",
     patch_forward: "has hooks or a forward of its own",
 }
