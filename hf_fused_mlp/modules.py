@@ -23,6 +23,7 @@ from hf_fused_mlp.children import (
     plain_parameters,
 )
 from hf_fused_mlp.memory import answer, mlp_kind
+from hf_fused_mlp.recognition import IDENTITIES
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse
 from hf_fused_mlp.types import GPU, MLPKind
@@ -42,13 +43,13 @@ class FusedMLP(Fused):
 
     fused_spec: ClassVar[MLPSpec]
     # what a usual call reads of it: to `torch.compile` a tuple of names is a constant, an object is not
-    _usual: ClassVar[tuple | None]
+    _names: ClassVar[tuple]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if spec := vars(cls).get("fused_spec"):
-            names = spec.gate, spec.up, spec.down, spec.activation, spec.function, spec.halves
-            cls._usual = None if spec.sequence or spec.dropouts else names
+            projections = spec.gate, spec.up, spec.down
+            cls._names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
 
     def forward(self, *args, **kwargs):
         # who wraps a module's forward may call it after the module was unfused
@@ -214,24 +215,31 @@ def _parameters_of(module: FusedMLP, name: str | None) -> Parameters:
     return _NONE if name is None else local_tensors(module._modules[name])
 
 
-def _usual_operands(module: FusedMLP, parameters_of: Callable, is_bare: Callable) -> Operands | None:
+def _usual_operands(module: FusedMLP, parameters_of: Callable, is_untouched: Callable) -> Operands | None:
     """The operands of a module in which all is as usual, or None to look closer.
 
-    `parameters_of` gives what a projection holds, or None, and `is_bare` says whether an activation may be left out.
+    `parameters_of` gives what a projection holds, or None; `is_untouched` says whether calling another child would do
+    what its class does.
     """
-    if module.training or module._usual is None or "forward" in module.__dict__:
+    if module.training or "forward" in module.__dict__:
         return None
-    gate, up, down, activation, function, halves = module._usual
+    projections, halves, activation, function, dropouts, sequence = module._names
     children, read = module._modules, []
-    for name in (gate, up, down):
+    for name in projections:
         parameters = _NONE if name is None else parameters_of(children.get(name))
         if parameters is None:
             return None
         read.append(parameters)
+    for name in dropouts:
+        child = children.get(name)
+        if type(child) not in IDENTITIES or not is_untouched(child) or child.training:
+            return None
     if function is None:
         child = children.get(activation)
-        if not is_bare(child) or (function := find_activation(child)) is None:
+        if not is_untouched(child) or (function := find_activation(child)) is None:
             return None
+    if sequence and tuple(children) != sequence:
+        return None
     return *_read(halves, *read), function
 
 

@@ -167,6 +167,37 @@ def test_a_module_that_was_changed(change, short_way):
     assert mlp._again(x) is None
 
 
+class Dropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.drop, self.fc2 = nn.Linear(64, 96), nn.GELU(), nn.Dropout(0.5), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+@pytest.mark.parametrize("make", [Dropped, lambda: nn.Sequential(*Dropped().children())], ids=["module", "sequential"])
+@torch.no_grad()
+def test_dropout_on_the_way(make, short_way):
+    x = torch.randn(3, 64)
+    (mlp,) = fuse_model(nn.ModuleList([make()]).eval(), strict=True)
+    *tensors, _ = operands = mlp.operands()
+    memory.remember(memory.mlp_kind(*operands), (x, *tensors), lambda *tensors: ANSWER)
+    dropout = next(name for name, child in mlp.named_children() if isinstance(child, nn.Dropout))
+    assert mlp(x) is ANSWER
+    mlp.get_submodule(dropout).train()
+    assert mlp._again(x) is None
+    mlp.eval()
+    assert mlp._again(x) is ANSWER
+    mlp.set_submodule(dropout, nn.Tanh())
+    assert mlp._again(x) is None
+    mlp.set_submodule(dropout, nn.Identity().eval())
+    assert mlp._again(x) is ANSWER
+    if isinstance(mlp, nn.Sequential):
+        mlp.append(nn.Tanh())
+        assert mlp._again(x) is None
+
+
 @pytest.mark.parametrize("cls", [LlamaMLP, nn.Linear, SiLUActivation], ids=lambda cls: cls.__name__)
 @torch.no_grad()
 def test_a_class_that_was_patched(cls, short_way, monkeypatch):
