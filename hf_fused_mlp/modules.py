@@ -43,13 +43,13 @@ class FusedMLP(Fused):
 
     fused_spec: ClassVar[MLPSpec]
     # what a usual call reads of it: to `torch.compile` a tuple of names is a constant, an object is not
-    _names: ClassVar[tuple]
+    _fused_names: ClassVar[tuple]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if spec := vars(cls).get("fused_spec"):
             projections = spec.gate, spec.up, spec.down
-            cls._names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
+            cls._fused_names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
 
     def forward(self, *args, **kwargs):
         # who wraps a module's forward may call it after the module was unfused
@@ -223,7 +223,7 @@ def _usual_operands(module: FusedMLP, parameters_of: Callable, is_untouched: Cal
     """
     if module.training or "forward" in module.__dict__:
         return None
-    projections, halves, activation, function, dropouts, sequence = module._names
+    projections, halves, activation, function, dropouts, sequence = module._fused_names
     children, read = module._modules, []
     for name in projections:
         parameters = _NONE if name is None else parameters_of(children.get(name))
