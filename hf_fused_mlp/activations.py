@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_fused_mlp.children import class_path
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -50,18 +52,12 @@ ACTIVATIONS = {
 
 _NAME_BY_CLASS = {path: row.name for row in ACTIVATIONS.values() for path in row.classes}
 
-# of the classes seen, since compiled code checks before each call whatever was read of a class
-_PATHS: dict[type, str] = {}
-
 
 def find_activation(module: nn.Module) -> str | None:
     """The key in `ACTIVATIONS` of what `module` computes, or None where that is not certain."""
     cls = type(module)
-    path = _PATHS.get(cls)
-    if path is None:
-        path = f"{cls.__module__}.{cls.__qualname__}"
-        if not torch.compiler.is_compiling():
-            _PATHS[cls] = path
+    path = class_path(cls)
     if cls is nn.GELU:
         path += f"({module.approximate})"
-    return _NAME_BY_CLASS.get(path)
+    name = _NAME_BY_CLASS.get(path)
+    return None if name is None or module._modules else name  # one given a child may call that

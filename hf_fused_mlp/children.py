@@ -5,7 +5,8 @@ put something around it.
 """
 
 from collections.abc import Callable, Mapping
-from types import FunctionType, NoneType
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ OWN_FORWARD = (
 )
 
 
+@torch.compiler.assume_constant_result  # whose name compiled code would check before each call
 def class_path(cls: type) -> str:
     """Module path and qualified name."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -49,11 +51,16 @@ def is_plain(linear: nn.Module) -> bool:
         type(weight) in _PARAMETERS
         and weight.dtype in _PLAIN_DTYPES
         and weight.layout is torch.strided
-        and (type(bias := parameters.get("bias")) in _PARAMETERS or bias is None)
         and not weight.is_meta
+        and _has_plain_bias(parameters, weight)
         and len(parameters) == 2
         and not is_hooked(linear)
     )
+
+
+def _has_plain_bias(parameters: Mapping[str, torch.Tensor | None], weight: torch.Tensor) -> bool:
+    bias: Any = parameters.get("bias", False)  # a buffer, say, is not found here
+    return bias is None or (type(bias) in _PARAMETERS and bias.shape == weight.shape[:1])
 
 
 def plain_parameters(linear: nn.Module | None) -> Mapping[str, torch.Tensor | None] | None:
@@ -67,9 +74,10 @@ def is_bare(module: nn.Module | None) -> bool:
 
 
 def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tensor | None] | None:
-    """Weight and bias where, without gradients, `is_plain` certainly holds but for the weight's dtype and device.
+    """Weight and bias where, without gradients, `is_plain` holds but for the weight's dtype and device, and shapes.
 
-    None to look closer. It is asked at every call of an MLP in eager mode, so it touches as little as it can.
+    None to look closer. It is asked at every call of an MLP in eager mode, so it touches as little as it can; of
+    the rest PyTorch finds out when it compares the tensors with those of an earlier call.
     """
     if type(linear) is not nn.Linear or nn.Linear.forward is not _FORWARDS[nn.Linear]:
         return None
@@ -77,7 +85,7 @@ def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tenso
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
         return None
     parameters = own["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    weight, bias = parameters.get("weight"), parameters.get("bias", False)
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or len(parameters) != 2:
         return None
     return parameters if bias is None or type(bias) is nn.Parameter else None
@@ -87,7 +95,7 @@ def is_left_alone(module: nn.Module | None) -> bool:
     """Whether, without gradients, a call of `module` certainly runs the forward of its class, as that first was."""
     if module is None or type(module).forward is not _FORWARDS.get(type(module)):
         return False
-    own = module.__dict__
+    own = module.__dict__  # what follows is also in `parameters_at_a_glance`, where a call would cost as much
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
 
 
@@ -111,8 +119,6 @@ def is_column_shard(linear: nn.Module) -> bool:
         and original.__self__ is linear
         and type(linear) is nn.Linear
         and linear._parameters.keys() == {"weight", "bias"}
-        and not linear._buffers
-        and not linear._modules
         and all(p is None or _is_float_shard(p) for p in linear._parameters.values())
         and not _has_hooks(linear)
     )
@@ -199,8 +205,8 @@ def why_not_plain(linear: nn.Module) -> str:
         return (
             f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"
         )
-    if weight.layout is not torch.strided or type(linear._parameters.get("bias")) not in (nn.Parameter, NoneType):
-        return "has a sparse weight or a bias of another class than nn.Parameter; load without either"
+    if weight.layout is not torch.strided or not _has_plain_bias(linear._parameters, weight):
+        return "has a sparse weight, or a bias that is no nn.Parameter or not one value a row; load without either"
     if is_hooked(linear):
         return (
             "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"

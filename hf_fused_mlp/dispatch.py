@@ -53,11 +53,17 @@ def problem_key(
 
 def mlp_cuda(x, *operands):
     """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
-    out = answer(mlp_kind(*operands), (x, *operands[:-1]))
+    out = answer(_kind(*operands), (x, *operands[:-1]))
     if out is None:
         with torch.cuda.device_of(x):  # kernels launch on the current device
             out = _first_call(x, *operands)
     return out
+
+
+def _kind(*operands):
+    """Under autocast another than `mlp_kind`, which modules ask for: they cast then, and the operator does not."""
+    kind = mlp_kind(*operands)
+    return ("under autocast", kind) if torch._C._is_any_autocast_enabled() else kind
 
 
 def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
@@ -79,7 +85,7 @@ def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
         unusable.add(plan)
         run = prepare(UNFUSED, x, gate, up, down, activation)
         out = run(x, *operands)
-    remember(mlp_kind(*operands, activation), (x, *operands), run)
+    remember(_kind(*operands, activation), (x, *operands), run)
     return out
 
 

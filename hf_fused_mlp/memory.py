@@ -21,8 +21,8 @@ def answer(kind: Hashable, arguments: tuple) -> Any:
     """The result of a call like one that was answered before; None for any other.
 
     Alike are calls of one `kind`, which says which arguments are None, with tensors of the same classes, shapes,
-    strides, dtypes and devices, where PyTorch would run the same code: autocast, `torch.func` and traces change that.
-    A call that is given one tensor twice is like no other. The first argument is a tensor.
+    strides, dtypes and devices, where PyTorch would run the same code: traces, autocast and most of `torch.func`
+    change that. The first argument is a tensor.
     """
     x = arguments[0]
     runs = remembered.get((kind, x.shape))
@@ -41,16 +41,22 @@ def answer(kind: Hashable, arguments: tuple) -> Any:
 
 
 def remember(kind: Hashable, arguments: tuple, run: Callable) -> None:
-    """Keeps `run`, which has answered this call, for those like it, though not of endlessly many kinds."""
+    """Keeps `run`, which has answered this call, for those like it, though not of endlessly many kinds.
+
+    A call that is given one tensor twice is like no other, not even itself.
+    """
     tensors = [argument for argument in arguments if argument is not None]
     if TensorGuards is None or not _aligned(tensors):
+        return
+    are_alike = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    if not are_alike(*tensors):
         return
     if len(remembered) >= 4096:
         remembered.clear()
     runs = remembered.setdefault((kind, tensors[0].shape), [])
     if len(runs) >= 64:
         runs.clear()
-    runs.append((TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check, run))
+    runs.append((are_alike, run))
 
 
 def _aligned(tensors: list[Tensor]) -> bool:
@@ -62,6 +68,6 @@ def _aligned(tensors: list[Tensor]) -> bool:
 
 
 def mlp_kind(gate, up, down, gate_bias, up_bias, down_bias, activation: str) -> Hashable:
-    """The kind of an MLP's call: which operands it has, and how far apart gate and up are, which may be packed."""
-    gap = None if gate is None else up.data_ptr() - gate.data_ptr()
-    return activation, gap, down is None, gate_bias is None, up_bias is None, down_bias is None
+    """The kind of an MLP's call: which operands it has, and whether gate and up are packed."""
+    packed = None if gate is None else up.data_ptr() - gate.data_ptr() == gate.nbytes
+    return activation, packed, down is None, gate_bias is None, up_bias is None, down_bias is None

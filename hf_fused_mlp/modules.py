@@ -22,7 +22,7 @@ from hf_fused_mlp.children import (
     parameters_at_a_glance,
     plain_parameters,
 )
-from hf_fused_mlp.memory import answer, mlp_kind
+from hf_fused_mlp.memory import answer, mlp_kind, remembered
 from hf_fused_mlp.recognition import IDENTITIES
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse
@@ -71,7 +71,8 @@ class FusedMLP(Fused):
         `reasons` has none, the operands fit, and nothing but the result is wanted.
         """
         if (
-            not ops.only_results(x)
+            not remembered
+            or not ops.only_results(x)
             or _has_any_global_hook()
             or self.original_class.forward is not self.original_forward
             or (operands := _usual_operands(self, parameters_at_a_glance, is_left_alone)) is None
@@ -82,6 +83,8 @@ class FusedMLP(Fused):
     def _looked_into(self, x: Tensor) -> Tensor | None:
         """The answer of the kernels to as much as they can do here; None where the original forward has to."""
         spec = self.fused_spec
+        if no_kernels(x.device) is not None:  # the last of the reasons, but a CPU need not wait for it
+            return None
         bypassed, called = _reasons(self, spec, x.device)
         if bypassed is not None:
             return None
@@ -219,7 +222,7 @@ def _usual_operands(module: FusedMLP, parameters_of: Callable, is_untouched: Cal
     """The operands of a module in which all is as usual, or None to look closer.
 
     `parameters_of` gives what a projection holds, or None; `is_untouched` says whether calling another child would do
-    what its class does.
+    what its class does. Compiled code asks both in full, once; eager calls ask at a glance each time.
     """
     if module.training or "forward" in module.__dict__:
         return None
@@ -236,10 +239,12 @@ def _usual_operands(module: FusedMLP, parameters_of: Callable, is_untouched: Cal
             return None
     if function is None:
         child = children.get(activation)
-        if not is_untouched(child) or (function := find_activation(child)) is None:
+        if child is None or (function := find_activation(child)) is None or not is_untouched(child):
             return None
     if sequence and tuple(children) != sequence:
         return None
+    if halves is not None and (bias := read[1]["bias"]) is not None and bias.shape != read[1]["weight"].shape[:1]:
+        return None  # what cannot be halved, which a glance lets through
     return *_read(halves, *read), function
 
 

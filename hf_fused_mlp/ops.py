@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from hf_fused_mlp.activations import ACTIVATIONS
@@ -67,13 +68,16 @@ def mlp_if_fits(x: Tensor, *operands: Tensor | str | None) -> Tensor | None:
 
 
 def only_results(x: Tensor) -> bool:
-    """Whether nothing but the result is wanted of a call with `x`, as far as `memory.answer` will not find out."""
+    """Whether nothing but the result is wanted of a call with `x`, as far as `memory.answer` does not see it.
+
+    It sees what changes the dispatch keys of tensors, such as traces and autocast.
+    """
     return (
         type(x) is Tensor
         and not x.is_nested
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
+        and not is_transformed()
     )
 
 
@@ -90,13 +94,12 @@ def runs_now(x: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         and not torch._C._is_any_autocast_enabled()
-        and not is_transformed()
     )
 
 
 def is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work; the operator has rules for neither."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _fits(x, gate, up, down, gate_bias, up_bias, down_bias, activation) -> bool:

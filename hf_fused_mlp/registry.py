@@ -135,7 +135,7 @@ def replaced_reason(cls: type[nn.Module], forward: Callable | None) -> str | Non
 def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
     """Why the kernels may not stand in for a call of `module`: something in it is, or has become, not plain.
 
-    A fused module asks at every call, so the way to None is short and the words are found only when they are needed.
+    A fused module asks whenever a call is unlike those before, so the words are found only when they are needed.
     """
     if has_own_forward(module):
         return OWN_FORWARD

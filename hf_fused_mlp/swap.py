@@ -91,6 +91,9 @@ def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Changes the class, and with it the forward that accelerate keeps on the instance."""
     before = type(module).forward
     module.__class__ = cls
+    # compiled code of torch 2.11 looks at a module again only when a dictionary of it has changed
+    module.__dict__["_class_given"] = None
+    del module.__dict__["_class_given"]
     for name in ("forward", "_old_forward"):
         bound = module.__dict__.get(name)
         if getattr(bound, "__func__", None) is before and bound.__self__ is module:

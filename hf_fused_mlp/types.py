@@ -61,7 +61,7 @@ class MLPSpec:
             given = f"activation={self.activation!r}, function={self.function!r}"
             raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
 
-    # these are asked for at every call, so they are made once: a cached property keeps its value beside the fields
+    # these are asked for over and over, so they are made once: a cached property keeps its value beside the fields
     @cached_property
     def first(self) -> tuple[str, ...]:
         """The names of the `nn.Linear` children before the activation, gate first where there is one."""

@@ -1,5 +1,7 @@
 """The short way of a fused module's call: taken when such a call was answered before, and nothing has changed."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from models import as_on_gpu, tiny_model
@@ -12,10 +14,12 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from hf_fused_mlp import fuse_model, memory
+from hf_fused_mlp import dispatch, fuse_model, memory
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.tuning import cache
+from hf_fused_mlp.types import UNFUSED
 
 ANSWER = torch.zeros(1)
 KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
@@ -103,6 +107,14 @@ def activation_of_none(mlp):
     mlp.act_fn = None
 
 
+def scripted_activation(mlp):
+    mlp.act_fn = torch.jit.script(nn.SiLU())
+
+
+def child_of_the_activation(mlp):
+    mlp.act_fn.child = nn.ReLU()
+
+
 def no_projection(mlp):
     del mlp.up_proj
 
@@ -139,6 +151,12 @@ def new_bias(mlp):
     mlp.gate_proj.bias = nn.Parameter(torch.zeros(176))
 
 
+def bias_that_is_a_buffer(mlp):
+    del mlp.gate_proj.bias
+    mlp.gate_proj.register_parameter("scale", None)
+    mlp.gate_proj.register_buffer("bias", torch.zeros(176))
+
+
 CHANGES = [
     nn.Module.train,
     own_forward,
@@ -147,6 +165,8 @@ CHANGES = [
     forward_of_the_activation,
     no_activation,
     activation_of_none,
+    scripted_activation,
+    child_of_the_activation,
     no_projection,
     pruned_rows,
     pruned_columns,
@@ -155,9 +175,11 @@ CHANGES = [
     shifted_by_a_value,
     sparse,
     new_bias,
+    bias_that_is_a_buffer,
 ]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @torch.no_grad()
 def test_a_module_that_was_changed(change, short_way):
@@ -165,6 +187,18 @@ def test_a_module_that_was_changed(change, short_way):
     mlp = answered_mlp(x)
     change(mlp)
     assert mlp._again(x) is None
+
+
+@pytest.mark.parametrize("bias", [torch.ones(1), torch.tensor(1.0), torch.ones(176)], ids=["one", "scalar", "half"])
+@torch.no_grad()
+def test_a_packed_bias_that_cannot_be_halved(bias, short_way):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x, "phi3")
+    mlp.gate_up_proj.bias = nn.Parameter(bias)
+    assert mlp._again(x) is None
+    assert mlp.reasons(torch.device("cuda", 0))[1].startswith("gate_up_proj has a sparse weight, or a bias that")
+    if bias.numel() == 1:
+        torch.testing.assert_close(mlp(x), Phi3MLP.forward(mlp, x))
 
 
 class Dropped(nn.Module):
@@ -252,14 +286,31 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("state", STATES)
-@torch.no_grad()
-def test_a_state_of_pytorch(state, short_way):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("state", [*STATES])
+def test_a_state_of_pytorch(state, mode, short_way):
+    with mode():
+        x = torch.randn(3, 64)
+        mlp = answered_mlp(x)
+        with STATES[state]():
+            changed = state != "inference" or mode is torch.no_grad
+            assert mlp._again(x) is (None if changed else ANSWER)
+        assert mlp._again(x) is ANSWER
+
+
+@torch.inference_mode()
+def test_autocast_that_was_on_before(short_way, monkeypatch):
+    """The operator, in an exported model, say, remembers calls under autocast, and casts nothing."""
+    monkeypatch.setattr(dispatch, "find_plan", lambda key: UNFUSED)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
     x = torch.randn(3, 64)
-    mlp = answered_mlp(x)
-    with STATES[state]():
-        assert mlp._again(x) is None
-    assert mlp._again(x) is ANSWER
+    mlp = fuse_model(tiny_model()).model.layers[0].mlp
+    for context, again in ((torch.autocast("cpu", torch.bfloat16), False), (nullcontext(), True)):
+        with context:
+            out = dispatch.mlp_cuda(x, *mlp.operands())
+            assert torch.equal(out, dispatch.mlp_cuda(x, *mlp.operands()))
+            assert (mlp._again(x) is not None) is again
+    assert len(memory.remembered) == 2
 
 
 TRANSFORMS = {
@@ -290,6 +341,19 @@ def test_a_transformed_call(transform, short_way):
 
 
 @torch.no_grad()
+def test_a_weight_that_is_transformed(short_way):
+    x, stack = torch.randn(3, 64), torch.randn(2, 176, 64)
+    mlp = answered_mlp(x)
+
+    def call(weight):
+        mlp.gate_proj.weight = nn.Parameter(weight)
+        assert mlp._again(x) is None
+        return weight.sum()
+
+    torch.func.vmap(call)(stack)
+
+
+@torch.no_grad()
 def test_other_kinds_of_tokens(short_way):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x)
@@ -300,11 +364,13 @@ def test_other_kinds_of_tokens(short_way):
 
 
 def test_one_tensor_as_two(short_way):
-    """PyTorch's comparison takes such calls for unlike any; they are answered all the same."""
+    """PyTorch's comparison takes such calls for unlike any, so they are not kept; they are answered all the same."""
     weight = torch.randn(64, 64)
     kind, arguments = "kind", (torch.randn(3, 64), weight, weight)
-    memory.remember(kind, arguments, lambda *tensors: ANSWER)
-    assert memory.answer(kind, arguments) is None
+    for _ in range(3):
+        memory.remember(kind, arguments, lambda *tensors: ANSWER)
+        assert memory.answer(kind, arguments) is None
+    assert not memory.remembered
 
 
 def test_memory_is_bounded(short_way):

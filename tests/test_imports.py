@@ -15,7 +15,7 @@ PACKAGE = Path(hf_fused_mlp.__file__).parent
 MAY_IMPORT = {
     "types": {"torch"},
     "version": set(),
-    "activations": {"torch"},
+    "activations": {"torch", "children"},
     "weights": {"torch"},
     "validation": {"torch"},
     "reference": {"torch", "activations", "types"},
