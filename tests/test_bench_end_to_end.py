@@ -66,15 +66,17 @@ def test_rows(clock):
             expected.append(
                 {"model": "llama", "mode": "eager", "phase": phase, "batch": 2, "prompt": 5, "impl": impl}
                 | dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), ms / faster)
-                | {"tokens_per_s": 1e3 * tokens / ms * faster, "gpu_ms": ms / faster / 2}
+                | {"paired_speedup": faster, "tokens_per_s": 1e3 * tokens / ms * faster, "gpu_ms": ms / faster / 2}
                 | shares
             )
     assert rows == expected
+    problem = "| llama | eager | {} | 2 | 5 |"
+    prefill, decode = (problem.format(phase) for phase in ("prefill", "decode"))
     assert end_to_end.table(rows).splitlines()[2:] == [
-        "| llama | eager | prefill | 2 | 5 | fused | 50.00 | 25.00 | 400 | 25.00 | 12.50 | 50% | 50% | 2.00x |",
-        "| llama | eager | prefill | 2 | 5 | fused-norms | 50.00 | 10.00 | 1000 | 25.00 | 5.00 | 50% | 50% | 5.00x |",
-        "| llama | eager | decode | 2 | 5 | fused | 10.00 | 5.00 | 400 | 5.00 | 2.50 | 50% | 50% | 2.00x |",
-        "| llama | eager | decode | 2 | 5 | fused-norms | 10.00 | 2.00 | 1000 | 5.00 | 1.00 | 50% | 50% | 5.00x |",
+        f"{prefill} fused | 50.00 | 25.00 | 400 | 25.00 | 12.50 | 50% | 50% | 2.00x | 2.00x |",
+        f"{prefill} fused-norms | 50.00 | 10.00 | 1000 | 25.00 | 5.00 | 50% | 50% | 5.00x | 5.00x |",
+        f"{decode} fused | 10.00 | 5.00 | 400 | 5.00 | 2.50 | 50% | 50% | 2.00x | 2.00x |",
+        f"{decode} fused-norms | 10.00 | 2.00 | 1000 | 5.00 | 1.00 | 50% | 50% | 5.00x | 5.00x |",
     ]
 
 
