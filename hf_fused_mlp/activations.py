@@ -4,9 +4,11 @@ An activation is recognised by the exact class of the module that a model holds,
 subclass or a look-alike is unknown. Tanh GELU is written four ways in Transformers, one function up to rounding.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,18 @@ ACTIVATIONS = {
 _NAME_BY_CLASS = {path: row.name for row in ACTIVATIONS.values() for path in row.classes}
 
 
+def _is_tanh_gelu(act: Any) -> bool:
+    return isinstance(act, partial) and act.func is F.gelu and not act.args and act.keywords == {"approximate": "tanh"}
+
+
+# of the classes whose forward reads an attribute of the instance: which, and with what it computes what the table says
+_HELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    _HF + "GELUActivation": ("act", lambda act: act is F.gelu),
+    _HF + "GELUTanh": ("act", _is_tanh_gelu),
+    _HF + "AccurateGELUActivation": ("precomputed_constant", lambda constant: constant == math.sqrt(2 / math.pi)),
+}
+
+
 def find_activation(module: nn.Module) -> str | None:
     """The key in `ACTIVATIONS` of what `module` computes, or None where that is not certain."""
     cls = type(module)
@@ -60,4 +74,15 @@ def find_activation(module: nn.Module) -> str | None:
     if cls is nn.GELU:
         path += f"({module.approximate})"
     name = _NAME_BY_CLASS.get(path)
-    return None if name is None or module._modules else name  # one given a child may call that
+    if path in _HELD:
+        attribute, is_as_made = _HELD[path]
+        held = getattr(module, attribute, None)
+        if not is_as_made(held) and not _is_method_of(held, module):
+            return None
+    return name
+
+
+def _is_method_of(function: Any, module: nn.Module) -> bool:
+    """Whether it is one that the class came with, as `use_gelu_python` has it."""
+    own = getattr(function, "__func__", None)
+    return own is not None and function.__self__ is module and own is getattr(type(module), own.__name__, None)

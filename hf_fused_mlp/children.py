@@ -29,10 +29,15 @@ OWN_FORWARD = (
 )
 
 
-@torch.compiler.assume_constant_result  # whose name compiled code would check before each call
-def class_path(cls: type) -> str:
+@torch.compiler.assume_constant_result
+def _hf_fused_mlp_class_path(cls: type) -> str:
     """Module path and qualified name."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# compiled code would check the class's name before each call; as a constant it is kept among the globals of whatever
+# module was compiled, under the function's name, which therefore is unlike any other
+class_path = _hf_fused_mlp_class_path
 
 
 def _is_linear(cls: type[nn.Module]) -> bool:
@@ -74,10 +79,10 @@ def is_bare(module: nn.Module | None) -> bool:
 
 
 def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tensor | None] | None:
-    """Weight and bias where, without gradients, `is_plain` holds but for the weight's dtype and device, and shapes.
+    """Weight and bias where, without gradients, `is_plain` holds, except for dtypes, devices and shapes; else None.
 
-    None to look closer. It is asked at every call of an MLP in eager mode, so it touches as little as it can; of
-    the rest PyTorch finds out when it compares the tensors with those of an earlier call.
+    It is asked at every call of an MLP in eager mode, so it touches as little as it can: those PyTorch compares, with
+    the tensors of an earlier call.
     """
     if type(linear) is not nn.Linear or nn.Linear.forward is not _FORWARDS[nn.Linear]:
         return None
@@ -206,7 +211,7 @@ def why_not_plain(linear: nn.Module) -> str:
             f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"
         )
     if weight.layout is not torch.strided or not _has_plain_bias(linear._parameters, weight):
-        return "has a sparse weight, or a bias that is no nn.Parameter or not one value a row; load without either"
+        return "has a sparse weight, or a bias that is not an nn.Parameter of one value for each row; replace them"
     if is_hooked(linear):
         return (
             "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"

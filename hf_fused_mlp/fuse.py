@@ -88,8 +88,8 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
         model: any module; the MLPs are found inside it. A module that several layers share is fused once.
         strict: raise if any MLP that is not excluded would stay unfused, or if there is none to fuse.
         exclude: names of MLPs to leave alone, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
-        norms: fuse RMSNorms too, each into one launch in eager mode without gradients; compiled code is as fast
-            without. `strict` and `exclude` are then about the report's `norms` as well.
+        norms: fuse RMSNorms too, each into one launch in eager mode without gradients; compiled code runs the
+            original, so leave them out there. `strict` and `exclude` are then about the report's `norms` as well.
 
     Returns:
         `model`.

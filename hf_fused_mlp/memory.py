@@ -43,7 +43,7 @@ def answer(kind: Hashable, arguments: tuple) -> Any:
 def remember(kind: Hashable, arguments: tuple, run: Callable) -> None:
     """Keeps `run`, which has answered this call, for those like it, though not of endlessly many kinds.
 
-    A call that is given one tensor twice is like no other, not even itself.
+    A call that is given one tensor twice is not kept: PyTorch's comparison takes it for unlike itself.
     """
     tensors = [argument for argument in arguments if argument is not None]
     if TensorGuards is None or not _aligned(tensors):

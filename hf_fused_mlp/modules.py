@@ -83,7 +83,7 @@ class FusedMLP(Fused):
     def _looked_into(self, x: Tensor) -> Tensor | None:
         """The answer of the kernels to as much as they can do here; None where the original forward has to."""
         spec = self.fused_spec
-        if no_kernels(x.device) is not None:  # the last of the reasons, but a CPU need not wait for it
+        if no_kernels(x.device) is not None:  # one of the reasons, and all that need be asked on a CPU
             return None
         bypassed, called = _reasons(self, spec, x.device)
         if bypassed is not None:
@@ -281,6 +281,7 @@ def _is_ordinary(x: Tensor) -> bool:
         x.layout is torch.strided
         and not x.is_nested
         and not _has_any_global_hook()
+        and (torch.compiler.is_exporting() or not ops.is_watched())  # export watches, and takes the operator
         and (torch.compiler.is_compiling() or (type(x) in (Tensor, nn.Parameter) and not ops.is_transformed()))
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
@@ -77,6 +78,7 @@ def only_results(x: Tensor) -> bool:
         and not x.is_nested
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
+        and not is_watched()
         and not is_transformed()
     )
 
@@ -91,10 +93,18 @@ def runs_now(x: Tensor) -> bool:
         and only_results(x)
         and x.is_cuda
         and x.layout is torch.strided
+        and not x.is_neg()
         and torch._C._get_tracing_state() is None
         and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         and not torch._C._is_any_autocast_enabled()
     )
+
+
+def is_watched() -> bool:
+    """Whether a `TorchFunctionMode` is given each function that is called, other than `with torch.device(...)`."""
+    modes = torch._C._len_torch_function_stack()
+    # that one is always the lowest, and there for good after `torch.set_default_device`
+    return modes > 1 or (modes == 1 and type(torch._C._get_function_stack_at(0)) is not DeviceContext)
 
 
 def is_transformed() -> bool:
@@ -103,10 +113,7 @@ def is_transformed() -> bool:
 
 
 def _fits(x, gate, up, down, gate_bias, up_bias, down_bias, activation) -> bool:
-    """Whether tensors go together: a kernel given others would read whatever lies behind them.
-
-    It is asked at every call, so it is written to be quick.
-    """
+    """Whether tensors go together: a kernel given others would read whatever lies behind them."""
     dtype, device, shape, dim = x.dtype, x.device, up.shape, x.dim()
     if len(shape) != 2 or dim == 0 or x.shape[-1] != shape[1] or up.dtype != dtype or up.device != device:
         return False

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import as_on_gpu, tiny_model
+from models import Doubling, as_on_gpu, tiny_model
 from test_wrapped import PROJECTIONS, WRAPPERS, attach_hook
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -30,6 +30,7 @@ def short_way(monkeypatch):
     """Lets tokens on the CPU take the short way, and the way that is remembered give `ANSWER`."""
     as_on_gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    cache.forget()
     yield
     cache.forget()
 
@@ -111,8 +112,9 @@ def scripted_activation(mlp):
     mlp.act_fn = torch.jit.script(nn.SiLU())
 
 
-def child_of_the_activation(mlp):
-    mlp.act_fn.child = nn.ReLU()
+def function_of_the_activation(mlp):
+    mlp.act_fn = GELUTanh()
+    mlp.act_fn.act = torch.tanh
 
 
 def no_projection(mlp):
@@ -154,7 +156,7 @@ def new_bias(mlp):
 def bias_that_is_a_buffer(mlp):
     del mlp.gate_proj.bias
     mlp.gate_proj.register_parameter("scale", None)
-    mlp.gate_proj.register_buffer("bias", torch.zeros(176))
+    mlp.gate_proj.register_buffer("bias", torch.ones(176))
 
 
 CHANGES = [
@@ -166,7 +168,7 @@ CHANGES = [
     no_activation,
     activation_of_none,
     scripted_activation,
-    child_of_the_activation,
+    function_of_the_activation,
     no_projection,
     pruned_rows,
     pruned_columns,
@@ -187,6 +189,13 @@ def test_a_module_that_was_changed(change, short_way):
     mlp = answered_mlp(x)
     change(mlp)
     assert mlp._again(x) is None
+    try:
+        expected = LlamaMLP.forward(mlp, x)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            mlp(x)
+    else:
+        torch.testing.assert_close(mlp(x), expected)
 
 
 @pytest.mark.parametrize("bias", [torch.ones(1), torch.tensor(1.0), torch.ones(176)], ids=["one", "scalar", "half"])
@@ -281,13 +290,14 @@ STATES = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference": torch.inference_mode,
     "mode": lambda: FlopCounterMode(display=False),
+    "function mode": Doubling,
     "fake": FakeTensorMode,
     "dual": forward_ad.dual_level,
 }
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("state", [*STATES])
+@pytest.mark.parametrize("state", STATES)
 def test_a_state_of_pytorch(state, mode, short_way):
     with mode():
         x = torch.randn(3, 64)
@@ -296,6 +306,18 @@ def test_a_state_of_pytorch(state, mode, short_way):
             changed = state != "inference" or mode is torch.no_grad
             assert mlp._again(x) is (None if changed else ANSWER)
         assert mlp._again(x) is ANSWER
+
+
+@torch.no_grad()
+def test_functions_that_are_watched(short_way):
+    """By a mode that may change what they return; the mode of a default device changes nothing of ours."""
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    with torch.device("cpu"):
+        assert mlp._again(x) is ANSWER
+        with Doubling():
+            assert mlp._again(x) is None
+            torch.testing.assert_close(mlp(x), LlamaMLP.forward(mlp, x))
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 from models import as_on_gpu, tiny_model, token_ids
 from torch import nn
 from torch.autograd import forward_ad
-from transformers.activations import ACT2FN, SiLUActivation
+from transformers.activations import ACT2FN, AccurateGELUActivation, GELUActivation, GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_fused_mlp import MLPSpec, fuse_model, fusion_report, register_mlp, unfuse_model
@@ -312,3 +312,15 @@ def test_activations_are_recognised_only_for_what_they_compute(name):
     module, x = ACT2FN[name].double(), torch.randn(1000, dtype=torch.float64) * 8
     rows = [row.name for row in ACTIVATIONS.values() if torch.allclose(row.function(x), module(x))]
     assert rows == ([] if (found := find_activation(module)) is None else [found])
+
+
+@pytest.mark.parametrize("make", [GELUActivation, GELUTanh, AccurateGELUActivation])
+@pytest.mark.parametrize("value", [torch.tanh, nn.Tanh(), GELUActivation()._gelu_python, 0.5, None])
+def test_an_activation_that_holds_something_else_is_unknown(make, value):
+    module = make()
+    (held,) = vars(module).keys() - vars(nn.Module()).keys()
+    assert find_activation(module) is not None
+    assert find_activation(copy.deepcopy(module)) is not None
+    delattr(module, held)
+    setattr(module, held, value)
+    assert find_activation(module) is None

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from models import as_on_gpu, tiny_model, token_ids
+from models import Doubling, as_on_gpu, tiny_model, token_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, GenerationConfig
@@ -186,6 +186,21 @@ def test_compiled_code_notices_another_class(where, models, dict_tags):
     assert not any(runs_ours())
     fuse_model(fused)
     assert all(runs_ours())
+
+
+@pytest.mark.parametrize("where", ["cpu"])
+@torch.no_grad()
+def test_compiled_code_in_a_function_mode(where, models):
+    """Which may change what the original's functions return."""
+    x = torch.randn(3, 64)
+    mlps = (model.get_submodule(mlp_name(model)) for model in models())
+    original, fused = (torch.compile(mlp, backend="eager", fullgraph=True) for mlp in mlps)
+    with torch.device("cpu"):
+        torch.testing.assert_close(fused(x), original(x))
+    without = original(x)
+    with Doubling():
+        torch.testing.assert_close(fused(x), original(x))
+        assert not torch.allclose(fused(x), without, rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("where", ["cpu"])
