@@ -3,7 +3,6 @@
 import importlib
 import json
 from collections import Counter
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +50,6 @@ def clock(monkeypatch):
     monkeypatch.setattr(end_to_end, "time", SimpleNamespace(perf_counter=lambda: now[0] / 1e3))
     monkeypatch.setattr(end_to_end, "NEW_TOKENS", 4)
     monkeypatch.setattr(end_to_end, "PROFILED", 2)
-    monkeypatch.setattr(bench, "end_to_end_rows", partial(end_to_end.end_to_end, rounds=2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(bench, "environment", lambda names: dict.fromkeys(results.SAME, "this"))
@@ -64,7 +62,7 @@ def test_rows(clock):
     for impl, faster in (("original", 1), ("fused", 2), ("fused-norms", 5)):
         for phase, ms, tokens in (("prefill", 50.0, 10), ("decode", 10.0, 2)):
             expected.append(
-                {"model": "llama", "mode": "eager", "phase": phase, "batch": 2, "prompt": 5, "impl": impl}
+                {"model": "llama", "mode": "eager", "phase": phase, "batch": 2, "prompt": 5, "impl": impl, "rounds": 2}
                 | dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), ms / faster)
                 | {"paired_speedup": faster, "tokens_per_s": 1e3 * tokens / ms * faster, "gpu_ms": ms / faster / 2}
                 | shares
@@ -80,6 +78,16 @@ def test_rows(clock):
     ]
 
 
+def test_eager_forms_are_compared_round_by_round(clock, monkeypatch):
+    times = {"original": [30.0, 40.0, 10.0], "fused": [10.0, 20.0, 20.0]}
+    by_phase = {(impl, phase): ms for impl, ms in times.items() for phase in end_to_end.PHASES}
+    monkeypatch.setattr(end_to_end, "time_forms", lambda *args: by_phase)
+    for mode, paired, cell in (("eager", 2.0, "2.00x"), ("static-compile", None, "-")):
+        (rows,) = end_to_end.end_to_end("gpt_neox", [Workload(mode, 1, 3)], torch.float32, rounds=3)
+        assert {row["paired_speedup"] for row in rows if row["impl"] == "fused"} == {paired}
+        assert end_to_end.table(rows).endswith(f" | 1.50x | {cell} |")
+
+
 def test_the_twin_shares_everything():
     model = tiny_model()
     twin = fused_twin(model)
@@ -91,7 +99,7 @@ def test_the_twin_shares_everything():
 
 def test_command(clock, tmp_path):
     file = tmp_path / "run.json"
-    args = ["bench", "--json", str(file), "--batch", "1,2", "--prompt", "3,4", "--end-to-end"]
+    args = ["bench", "--json", str(file), "--batch", "1,2", "--prompt", "3,4", "--rounds", "2", "--end-to-end"]
     result = CliRunner().invoke(app, [*args, "llama"])
     assert result.exit_code == 0, result.output
     assert CliRunner().invoke(app, [*args, "gpt_neox", "--mode", "eager", "--dtype", "float16"]).exit_code == 0

@@ -83,6 +83,7 @@ def bench(
     mode: Annotated[str, typer.Option(help=f"With --end-to-end: {', '.join(MODES)}.")] = ",".join(MODES),
     batch: Annotated[str, typer.Option(help="With --end-to-end: requests at once, comma-separated.")] = "1,8,32",
     prompt: Annotated[str, typer.Option(help="With --end-to-end: tokens a request, comma-separated.")] = "128",
+    rounds: Annotated[int, typer.Option(min=2, help="With --end-to-end: in how many all take their turns.")] = 20,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -140,7 +141,9 @@ def bench(
             for length in token_counts(prompt)
             for requests in token_counts(batch)
         ]
-        header, kept, rows = measure_users_side(end_to_end, workloads, tokens, getattr(torch, dtype), json_file)
+        header, kept, rows = measure_users_side(
+            end_to_end, workloads, rounds, tokens, getattr(torch, dtype), json_file
+        )
     else:
         timed = "candidates" if candidates else "training" if training else "forward"
         measures: dict[str, Callable[[Shape, int, torch.dtype], list[Row]]] = {
@@ -165,14 +168,19 @@ def bench(
 
 
 def measure_users_side(
-    model: str | None, workloads: list[Workload], tokens: list[int], dtype: torch.dtype, json_file: Path | None
+    model: str | None,
+    workloads: list[Workload],
+    rounds: int,
+    tokens: list[int],
+    dtype: torch.dtype,
+    json_file: Path | None,
 ) -> tuple[Header, list[Row], list[Row]]:
     """What the user waits for: `generate` of a whole model, or without one the host's time for one MLP."""
     by: tuple[str, ...]
     if model is None:
         timed, batches, by = "host", host_rows(tokens, dtype), ("kind", "m")
     else:
-        timed, batches, by = "end-to-end", end_to_end_rows(model, workloads, dtype), WORKLOAD
+        timed, batches, by = "end-to-end", end_to_end_rows(model, workloads, dtype, rounds), WORKLOAD
     try:
         return collect(timed, [], json_file, batches, partial(results.replaced, by=by))
     except (OSError, ValueError) as error:  # no such model, or not one that Transformers can load

@@ -100,7 +100,7 @@ class Form:
         return original_form(self.originals)
 
 
-def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int = 20) -> Iterator[list[Row]]:
+def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int) -> Iterator[list[Row]]:
     """For each workload, a row for the prefill and one for a token of the decoding, of each form of the model."""
     original = load(name, dtype)
     models = {"original": original, "fused": fused_twin(original, strict=False, norms=True)}
@@ -143,16 +143,26 @@ def measure(name: str, forms: dict[str, Form], workload: Workload, rounds: int) 
             works = gpu_work(form.model, mlps, prompt, workload)
         for phase, tokens, (busy, mlp) in zip(PHASES, (workload.prompt, 1), works, strict=True):
             values = times[impl, phase]
-            ratios = list(map(truediv, times["original", phase], values)) if workload.mode == "eager" else []
             cuts, median = statistics.quantiles(values, n=10), statistics.median(values)
+            paired = statistics.median(map(truediv, times["original", phase], values))
             rows.append(
-                {"model": name, "mode": workload.mode, "phase": phase, "batch": workload.batch}
-                | {"prompt": workload.prompt, "impl": impl, "median_ms": round(median, 3)}
-                | {"p20_ms": round(cuts[1], 3), "p80_ms": round(cuts[7], 3)}
-                | {"paired_speedup": round(statistics.median(ratios), 3) if ratios else None}
-                | {"tokens_per_s": round(1e3 * workload.batch * tokens / median, 1)}
-                | {"gpu_ms": round(busy, 3), "gpu_busy": round(min(1.0, busy / median), 3)}
-                | {"mlp_share": round(mlp / busy, 3) if mlp else None}
+                {
+                    "model": name,
+                    "mode": workload.mode,
+                    "phase": phase,
+                    "batch": workload.batch,
+                    "prompt": workload.prompt,
+                    "impl": impl,
+                    "rounds": rounds,
+                    "median_ms": round(median, 3),
+                    "p20_ms": round(cuts[1], 3),
+                    "p80_ms": round(cuts[7], 3),
+                    "paired_speedup": round(paired, 3) if workload.mode == "eager" else None,
+                    "tokens_per_s": round(1e3 * workload.batch * tokens / median, 1),
+                    "gpu_ms": round(busy, 3),
+                    "gpu_busy": round(min(1.0, busy / median), 3),
+                    "mlp_share": round(mlp / busy, 3) if mlp else None,
+                }
             )
     return rows
 
@@ -162,8 +172,8 @@ def time_forms(
 ) -> dict[tuple[str, str], list[float]]:
     """By form and phase, the milliseconds of each token; those of a first round, which compiles, do not count.
 
-    Eager forms take turns token by token, since what Python takes changes within a second, so what is at one place of
-    their lists is from about the same moment; compiled ones, whose cache is made for a request, request by request.
+    Eager forms take turns token by token, since what Python takes changes within a second; compiled ones, whose cache
+    is made for a request, request by request. What is at one place of their lists is from one round.
     """
     given = ExitStack()
 
@@ -247,8 +257,8 @@ def generate(
 def table(rows: list[Row]) -> str:
     """A line a workload, phase and form: its milliseconds, the GPU's part, and how many times faster it is.
 
-    How busy the GPU is, and with MLPs, is the original's. `paired` is the median of the ratios of one moment, in eager
-    mode only: how fast Python is meanwhile moves it little.
+    How busy the GPU is, and with MLPs, is the original's. `paired` is the median of the ratios within a round, in
+    eager mode only: how fast Python is meanwhile moves it little.
     """
     columns = ("original, ms", "ms", "tokens/s", "GPU original, ms", "GPU, ms", "GPU busy", "of it MLPs")
     head = (*PROBLEM, "impl", *columns, "over original", "paired")
