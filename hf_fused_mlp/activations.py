@@ -1,7 +1,8 @@
 """The activations the kernels know, one row each.
 
-An activation is recognised by the exact class of the module that a model holds, never by a name in a config: a
-subclass or a look-alike is unknown. Tanh GELU is written four ways in Transformers, one function up to rounding.
+An activation is recognised by the exact class of the module that a model holds, and by what its forward reads of the
+instance, never by a name in a config: a subclass or a look-alike is unknown. Tanh GELU is written four ways in
+Transformers, one function up to rounding.
 """
 
 import math
@@ -59,7 +60,8 @@ def _is_tanh_gelu(act: Any) -> bool:
     return isinstance(act, partial) and act.func is F.gelu and not act.args and act.keywords == {"approximate": "tanh"}
 
 
-# of the classes whose forward reads an attribute of the instance: which, and with what it computes what the table says
+# the attribute that a class's forward reads of the instance, and whether what it holds computes what the table says; a
+# method of the class's own does too
 _HELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
     _HF + "GELUActivation": ("act", lambda act: act is F.gelu),
     _HF + "GELUTanh": ("act", _is_tanh_gelu),
@@ -83,6 +85,6 @@ def find_activation(module: nn.Module) -> str | None:
 
 
 def _is_method_of(function: Any, module: nn.Module) -> bool:
-    """Whether it is one that the class came with, as `use_gelu_python` has it."""
+    """Whether `function` is a method of the module's class, such as `use_gelu_python` puts there."""
     own = getattr(function, "__func__", None)
     return own is not None and function.__self__ is module and own is getattr(type(module), own.__name__, None)
