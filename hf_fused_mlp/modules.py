@@ -281,9 +281,16 @@ def _is_ordinary(x: Tensor) -> bool:
         x.layout is torch.strided
         and not x.is_nested
         and not _has_any_global_hook()
-        and (torch.compiler.is_exporting() or not ops.is_watched())  # export watches, and takes the operator
+        and (not ops.is_watched() or _exports_without_dynamo())
         and (torch.compiler.is_compiling() or (type(x) in (Tensor, nn.Parameter) and not ops.is_transformed()))
     )
+
+
+def _exports_without_dynamo() -> bool:
+    """Whether `torch.export` is what watches, which takes the operator for a function like any other."""
+    return (
+        torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    )  # the first is always true to dynamo 2.11
 
 
 _BASES = {
