@@ -288,9 +288,8 @@ def _is_ordinary(x: Tensor) -> bool:
 
 def _exports_without_dynamo() -> bool:
     """Whether `torch.export` is what watches, which takes the operator for a function like any other."""
-    return (
-        torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    )  # the first is always true to dynamo 2.11
+    # dynamo of torch 2.11 takes the first for true at all times
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 _BASES = {

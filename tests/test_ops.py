@@ -101,6 +101,14 @@ def test_strides(where, M, dtype):
 
 
 @DEVICES
+@torch.no_grad()
+def test_a_view_that_is_negated(where):
+    """Its memory holds the values with the other sign."""
+    x, operands = problem(where)
+    torch.testing.assert_close(ops.mlp(torch._neg_view(x), *operands, "silu"), ops.mlp(-x, *operands, "silu"))
+
+
+@DEVICES
 def test_output_size_may_differ_from_hidden(where):
     x, (gate, up, down, gate_bias, up_bias, down_bias) = problem(where)
     operands = gate, up, down[:40], gate_bias, up_bias, down_bias[:40]

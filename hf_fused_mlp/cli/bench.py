@@ -83,7 +83,7 @@ def bench(
     mode: Annotated[str, typer.Option(help=f"With --end-to-end: {', '.join(MODES)}.")] = ",".join(MODES),
     batch: Annotated[str, typer.Option(help="With --end-to-end: requests at once, comma-separated.")] = "1,8,32",
     prompt: Annotated[str, typer.Option(help="With --end-to-end: tokens a request, comma-separated.")] = "128",
-    rounds: Annotated[int, typer.Option(min=2, help="With --end-to-end: in how many all take their turns.")] = 20,
+    rounds: Annotated[int, typer.Option(min=2, help="With --end-to-end: rounds in which all forms take turns.")] = 20,
     json_file: Annotated[
         Path | None,
         typer.Option(
