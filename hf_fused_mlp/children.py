@@ -4,7 +4,7 @@ The class alone does not tell. Quantizers keep `nn.Linear` and change what is in
 put something around it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
@@ -12,16 +12,12 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
+from hf_fused_mlp.originals import own_forwards, runs_own_forward
+
 _PLAIN_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 # while torch.export traces, fake tensors stand for the parameters
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
-
-# of the classes of children, as they were when first seen; some packages patch them for a whole process
-_FORWARDS: dict[type[nn.Module], Callable] = {
-    cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU)
-}
-
 
 # why a module whose forward is not its class's is left alone
 OWN_FORWARD = (
@@ -56,6 +52,7 @@ def is_plain(linear: nn.Module) -> bool:
         type(weight) in _PARAMETERS
         and weight.dtype in _PLAIN_DTYPES
         and weight.layout is torch.strided
+        and weight.dim() == 2
         and not weight.is_meta
         and _has_plain_bias(parameters, weight)
         and len(parameters) == 2
@@ -84,7 +81,7 @@ def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tenso
     It is asked at every call of an MLP in eager mode, so it touches as little as it can: those PyTorch compares, with
     the tensors of an earlier call.
     """
-    if type(linear) is not nn.Linear or nn.Linear.forward is not _FORWARDS[nn.Linear]:
+    if type(linear) is not nn.Linear or own_forwards.get(nn.Linear) is not nn.Linear.forward:
         return None
     own = linear.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
@@ -97,8 +94,8 @@ def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tenso
 
 
 def is_left_alone(module: nn.Module | None) -> bool:
-    """Whether, without gradients, a call of `module` certainly runs the forward of its class, as that first was."""
-    if module is None or type(module).forward is not _FORWARDS.get(type(module)):
+    """Whether, without gradients, a call of `module` certainly runs the forward that its class came with."""
+    if module is None or type(module).forward is not own_forwards.get(type(module)):
         return False
     own = module.__dict__  # what follows is also in `parameters_at_a_glance`, where a call would cost as much
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
@@ -120,7 +117,8 @@ def is_column_shard(linear: nn.Module) -> bool:
         and own.__module__ == type(style).__module__
         and style.use_local_output
         and (str(style.input_layouts), str(style.output_layouts)) == ("R", "S(-1)")
-        and getattr(original, "__func__", None) is _FORWARDS[nn.Linear]
+        and getattr(original, "__func__", None) is nn.Linear.forward
+        and runs_own_forward(nn.Linear)
         and original.__self__ is linear
         and type(linear) is nn.Linear
         and linear._parameters.keys() == {"weight", "bias"}
@@ -153,9 +151,7 @@ def is_hooked(module: nn.Module) -> bool:
         return True
     if torch.compiler.is_compiling():
         _ = module.forward  # so that compiled code notices when the instance is given another
-    elif cls.forward is not _FORWARDS.setdefault(cls, cls.forward):
-        return True
-    return _has_hooks(module)
+    return not runs_own_forward(cls) or _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -210,6 +206,12 @@ def why_not_plain(linear: nn.Module) -> str:
         return (
             f"has a weight of {weight.dtype}, expected a float of at least two bytes; load without quantization_config"
         )
+    if weight.dim() != 2:
+        return (
+            f"has a weight of shape {list(weight.shape)}, expected a matrix; if it is the placeholder of a weight "
+            "that is elsewhere, as DeepSpeed ZeRO-3 leaves one, fuse before the weights are partitioned, or pass "
+            "exclude=[...]"
+        )
     if weight.layout is not torch.strided or not _has_plain_bias(linear._parameters, weight):
         return "has a sparse weight, or a bias that is not an nn.Parameter of one value for each row; replace them"
     if is_hooked(linear):
@@ -221,8 +223,9 @@ def why_not_plain(linear: nn.Module) -> str:
 
 
 def is_loaded(projection: nn.Module) -> bool:
-    """Whether a call will find weights: they are in memory, or a hook of accelerate's fetches them."""
-    return "_hf_hook" in projection.__dict__ or not any(tensor.is_meta for tensor in projection.parameters())
+    """Whether a call will find weights: they are in memory, or a hook (accelerate's, DeepSpeed's) fetches them."""
+    fetched = "_hf_hook" in projection.__dict__ or bool(projection._forward_pre_hooks)
+    return fetched or not any(tensor.is_meta or tensor.numel() == 0 for tensor in projection.parameters())
 
 
 def device_of(module: nn.Module) -> torch.device:

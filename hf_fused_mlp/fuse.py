@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hf_fused_mlp.children import device_of
-from hf_fused_mlp.modules import FusedMLP, fuse_module, no_kernels
+from hf_fused_mlp.modules import FusedMLP, fuse_module, mixin_of, no_kernels
 from hf_fused_mlp.norms import FusedRMSNorm, find_norm, fuse_norm, looks_like_norm, norm_reject_reason
-from hf_fused_mlp.registry import find_spec, looks_like_mlp, reject_reason, row_of
-from hf_fused_mlp.swap import Fused, unfuse_module, was_changed
+from hf_fused_mlp.originals import is_patched
+from hf_fused_mlp.registry import find_spec, looks_like_mlp, registered_spec, reject_reason, replaced_reason
+from hf_fused_mlp.swap import Fused, unfuse_module, was_changed, why_not_swappable
+from hf_fused_mlp.threads import LOCK
 
 logger = logging.getLogger("hf_fused_mlp")
 
@@ -105,16 +107,18 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
         raise TypeError(f"exclude={exclude!r} is a string; pass a list of module names: exclude=[{exclude!r}]")
 
     exclude = tuple(exclude)
-    found = fusion_report(model)
-    report = _wanted(found, exclude, norms)
-    if strict:
-        _require_fusable(found, report, norms)
-    _fuse_all(model, [status.name for status in _select(report.mlps + report.norms, "fusable")])
-    for module in model.modules():
-        if isinstance(module, Fused):
-            module.repack()
+    with LOCK:
+        found = fusion_report(model)
+        report = _wanted(found, exclude, norms)
+        if strict:
+            _require_fusable(found, report, norms)
+        _fuse_all(model, {status.name for status in _select(report.mlps + report.norms, "fusable")})
+        for module in model.modules():
+            if isinstance(module, Fused):
+                module.repack()
+        report = fusion_report(model)
 
-    _log(_wanted(fusion_report(model), exclude, norms), exclude, norms)
+    _log(_wanted(report, exclude, norms), exclude, norms)
     return model
 
 
@@ -124,55 +128,71 @@ def unfuse_model(model: M) -> M:
     Raises:
         ValueError: a fused module was given another class since; the model is as it was.
     """
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
-    for name, module in fused.items():
-        if was_changed(module):
-            raise ValueError(
-                f"unfuse_model: {name or 'the model'} has become a {type(module).__name__} since it was fused, by "
-                "FSDP or a parametrization, for example; undo that first"
-            )
-    for module in fused.values():
-        unfuse_module(module)
+    with LOCK:
+        fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+        for name, module in fused.items():
+            if was_changed(module):
+                raise ValueError(
+                    f"unfuse_model: {name or 'the model'} has become a {type(module).__name__} since it was fused, by "
+                    "FSDP or a parametrization, for example; undo that first"
+                )
+        for module in fused.values():
+            unfuse_module(module)
     return model
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
     """Every MLP and RMSNorm of `model`, fused or not, with reasons, as they stand now; nothing is stored."""
-    mlps: list[ModuleStatus] = []
-    norms: list[ModuleStatus] = []
-    for name, module in model.named_modules():
-        class_name = type(module).__name__
-        if isinstance(module, FusedMLP):
-            mlps.append(ModuleStatus(name, module.original_class.__name__, "fused", _why_not_all(module)))
-        elif isinstance(module, FusedRMSNorm):
-            reason = module.reason() or no_kernels(device_of(module))
-            norms.append(ModuleStatus(name, module.original_class.__name__, "fused", reason))
-        elif spec := find_spec(module):
-            reason = reject_reason(module, type(module), spec)
-            mlps.append(ModuleStatus(name, class_name, "skipped" if reason else "fusable", reason))
-        elif norm := find_norm(module):
-            reason = norm_reject_reason(module, norm)
-            norms.append(ModuleStatus(name, class_name, "skipped" if reason else "fusable", reason))
-        elif looks_like_norm(module):
-            reason = f"{class_name} is not one of the RMSNorms that are known, as far as its forward can be read"
-            norms.append(ModuleStatus(name, class_name, "skipped", reason))
-        elif looks_like_mlp(name, module) and not any(name.startswith(f"{mlp.name}.") for mlp in mlps):
-            mlps.append(ModuleStatus(name, class_name, "skipped", _unknown_reason(module)))
-    return FusionReport(tuple(mlps), tuple(norms))
+    mlps: dict[str, ModuleStatus] = {}
+    norms: dict[str, ModuleStatus] = {}
+    with LOCK:
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
+            class_name = type(module).__name__
+            if isinstance(module, FusedMLP):
+                mlps[name] = ModuleStatus(name, class_name, "fused", _why_not_all(module))
+            elif isinstance(module, FusedRMSNorm):
+                reason = module.reason() or no_kernels(device_of(module))
+                norms[name] = ModuleStatus(name, class_name, "fused", reason)
+            elif spec := find_spec(module):
+                reason = why_not_swappable(module, mixin_of(spec), spec) or reject_reason(module, type(module), spec)
+                mlps[name] = ModuleStatus(name, class_name, "skipped" if reason else "fusable", reason)
+            elif norm := find_norm(module):
+                reason = why_not_swappable(module, FusedRMSNorm, norm) or norm_reject_reason(module, norm)
+                norms[name] = ModuleStatus(name, class_name, "skipped" if reason else "fusable", reason)
+            elif looks_like_norm(module):
+                reason = f"{class_name} is not one of the RMSNorms that are known, as far as its forward can be read"
+                norms[name] = ModuleStatus(name, class_name, "skipped", reason)
+        known = {id(modules[name]) for name in mlps}
+        for name, module in modules.items():
+            if name in norms or not looks_like_mlp(name, module):
+                continue
+            # a part of an MLP is none itself; nor is what holds one that is known, such as a wrapper or a sparse block
+            parts = name.split(".")
+            if any(".".join(parts[:end]) in mlps for end in range(len(parts) + 1)):
+                continue
+            if not any(id(inner) in known for inner in module.modules()):
+                mlps[name] = ModuleStatus(name, type(module).__name__, "skipped", _unknown_reason(module))
+    order = {name: place for place, name in enumerate(modules)}
+    return FusionReport(tuple(sorted(mlps.values(), key=lambda mlp: order[mlp.name])), tuple(norms.values()))
 
 
 def _why_not_all(module: FusedMLP) -> str | None:
     bypassed, called = module.reasons()
-    if bypassed or called is None:
+    if bypassed:
         return bypassed
+    if called is None:
+        return None if (reason := module.why_not_packed()) is None else f"not packed: {reason}"
     return f"calls what has to be called, and fuses the rest: {called}"
 
 
 def _unknown_reason(module: nn.Module) -> str:
     if experts := _routed_experts(module):
         return f"routed experts, whose weights are one tensor ({experts}), are not covered and run as they are"
-    cls = type(module)
-    known = next((base.__name__ for base in cls.__mro__[1:] if row_of(base)), None)
+    cls: Any = type(module)
+    if is_patched(cls):
+        return replaced_reason(cls)
+    known = next((base.__name__ for base in cls.__mro__[1:] if registered_spec(base)), None)
     what = f", a subclass of {known}," if known else ""
     return (
         f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "
@@ -220,19 +240,17 @@ def _require_fusable(found: FusionReport, report: FusionReport, norms: bool) -> 
             )
 
 
-def _fuse_all(model: nn.Module, names: list[str]) -> None:
+def _fuse_all(model: nn.Module, names: set[str]) -> None:
     """Fuses the named modules, all or none."""
     done: list[Any] = []
     try:
-        for name in names:
-            module = model.get_submodule(name)
-            if isinstance(module, Fused):  # another thread was faster
-                continue
-            if spec := find_spec(module):
-                fuse_module(module, spec)
-            else:
-                fuse_norm(module, find_norm(module))  # type: ignore[arg-type]  # fusable, so it has a spec
-            done.append(module)
+        for name, module in list(model.named_modules()):
+            if name in names:
+                if spec := find_spec(module):
+                    fuse_module(module, spec)
+                else:
+                    fuse_norm(module, find_norm(module))  # type: ignore[arg-type]  # fusable, so it has a spec
+                done.append(module)
     except BaseException:
         for module in done:
             unfuse_module(module)

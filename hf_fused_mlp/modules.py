@@ -23,11 +23,13 @@ from hf_fused_mlp.children import (
     plain_parameters,
 )
 from hf_fused_mlp.memory import answer, mlp_kind, remembered
+from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
 from hf_fused_mlp.recognition import IDENTITIES
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse
+from hf_fused_mlp.threads import LOCK, free_when_unread
 from hf_fused_mlp.types import GPU, MLPKind
-from hf_fused_mlp.weights import pack, unpack
+from hf_fused_mlp.weights import pack, unpack, why_not_packed
 
 # weights of gate, up and down, and their biases
 Tensors = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -46,53 +48,55 @@ class FusedMLP(Fused):
     _fused_names: ClassVar[tuple]
 
     def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
         if spec := vars(cls).get("fused_spec"):
             projections = spec.gate, spec.up, spec.down
             cls._fused_names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
 
     def forward(self, *args, **kwargs):
+        cls = type(self)  # read once: another thread may unfuse the module meanwhile
         # who wraps a module's forward may call it after the module was unfused
-        if not isinstance(self, FusedMLP):
-            return type(self).forward(self, *args, **kwargs)
-        x = args[0] if args else kwargs.get(self.input_name)
+        if not issubclass(cls, FusedMLP):
+            return cls.forward(self, *args, **kwargs)
+        x = args[0] if args else kwargs.get(cls.input_name)
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
-            out = _compiled(self, x) if torch.compiler.is_compiling() else self._again(x)
+            out = _compiled(self, cls, x) if torch.compiler.is_compiling() else cls._again(self, x, cls)
             if out is None and _is_ordinary(x):
-                out = self._looked_into(x)
+                out = cls._looked_into(self, x, cls)
             if out is not None:
                 return out
-        return self.original_class.forward(self, *args, **kwargs)  # not `super()`, which compiled code checks anew
+        return cls.original_class.forward(self, *args, **kwargs)  # not `super()`, which compiled code checks anew
 
-    def _again(self, x: Tensor) -> Tensor | None:
+    def _again(self, x: Tensor, cls: type["FusedMLP"] | None = None) -> Tensor | None:
         """The kernels' answer to a call like one they have answered; None for any other, which takes the long way.
 
         In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then
         `reasons` has none, the operands fit, and nothing but the result is wanted.
         """
+        cls = cls or type(self)
         if (
             not remembered
             or not ops.only_results(x)
             or _has_any_global_hook()
-            or self.original_class.forward is not self.original_forward
-            or (operands := _usual_operands(self, parameters_at_a_glance, is_left_alone)) is None
+            or cls.original_class.forward is not cls.original_forward
+            or not functions_are_own()
+            or (operands := _usual_operands(self, cls, parameters_at_a_glance, is_left_alone)) is None
         ):
             return None
         return answer(mlp_kind(*operands), (x, *operands[:-1]))
 
-    def _looked_into(self, x: Tensor) -> Tensor | None:
+    def _looked_into(self, x: Tensor, cls: type["FusedMLP"]) -> Tensor | None:
         """The answer of the kernels to as much as they can do here; None where the original forward has to."""
-        spec = self.fused_spec
+        spec = cls.fused_spec
         if no_kernels(x.device) is not None:  # one of the reasons, and all that need be asked on a CPU
             return None
-        bypassed, called = _reasons(self, spec, x.device)
+        bypassed, called = _reasons(self, cls, x.device)
         if bypassed is not None:
             return None
         reads_all = called is None and not _autocasts()
         # None where the kernels do not take these tensors: PyTorch answers for them, errors included
         if reads_all and (out := ops.mlp_if_fits(x, *_operands(self, spec))) is not None:
             return out
-        if can_call(self, spec) and (h := self._first_half(x)) is not None:
+        if can_call(self, spec) and (h := _first_half(self, cls, x)) is not None:
             return self._modules[spec.down](h)
         return None
 
@@ -102,30 +106,20 @@ class FusedMLP(Fused):
         The first is why the original forward would run, all of it; the second why projections would be called, and the
         kernels do the rest. One call may still go either way for what it is: under autocast, say.
         """
-        return _reasons(self, self.fused_spec, device)
+        return _reasons(self, type(self), device)
 
-    def _first_half(self, x: Tensor) -> Tensor | None:
-        """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
-        spec, activation = self.fused_spec, _activation(self, self.fused_spec)
-        if not torch.is_grad_enabled() and not _autocasts() and reads_first(self, spec):
-            gate, up, _, gate_bias, up_bias, _ = _tensors(self, spec)
-            h = ops.mlp_if_fits(x, gate, up, None, gate_bias, up_bias, None, activation)
-            if h is not None:
-                return h
-        if spec.kind is MLPKind.PLAIN:
-            return None
-        gate, up = self._halves(x)
-        if gate.shape == up.shape and gate.dtype == up.dtype and type(gate) is type(up) is Tensor:
-            return ops.act_mul(gate, up, activation)
-        return ACTIVATIONS[activation].function(gate) * up
-
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _halves(module: nn.Module, spec: MLPSpec, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the projections for gate and up give when they are called."""
         raise NotImplementedError
 
     def operands(self) -> Operands:
         """What `ops.mlp` takes after `x`: weights of gate, up and down, their biases, the activation's name."""
         return _operands(self, self.fused_spec)
+
+    def repack(self) -> None:
+        with LOCK:
+            free_when_unread(self._pack(), self)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -140,27 +134,39 @@ class FusedMLP(Fused):
 class FusedGatedMLP(FusedMLP):
     """``down(act(gate(x)) * up(x))`` with gate and up packed."""
 
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._modules[self.fused_spec.gate](x), self._modules[self.fused_spec.up](x)
+    @staticmethod
+    def _halves(module: nn.Module, spec: MLPSpec, x: Tensor) -> tuple[Tensor, Tensor]:
+        return module._modules[spec.gate](x), module._modules[spec.up](x)
 
-    def repack(self) -> None:
-        self._on_weights(pack)
+    def why_not_packed(self) -> str | None:
+        weights = self._weights_to_pack()
+        return None if weights is None else why_not_packed(*weights)
 
-    def _unpack(self) -> None:
-        self._on_weights(unpack)
+    def _pack(self) -> list[Tensor]:
+        weights = self._weights_to_pack()
+        # where the original forward runs, nothing is gained by it
+        return pack(*weights) if weights is not None and no_kernels(weights[0].device) is None else []
 
-    def _on_weights(self, function) -> None:
-        # projections that were wrapped or quantized after fusing keep their weights where they are
-        if reads_first(self, self.fused_spec):
-            function(*(_parameters_of(self, name)["weight"] for name in self.fused_spec.first))
+    def _unpack(self) -> list[Tensor]:
+        # whatever was put around them since, which keeps the parameters
+        layers = [layer for name in self.fused_spec.first if (layer := self._modules.get(name)) is not None]
+        return unpack(getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters())
+
+    def _weights_to_pack(self) -> tuple[Tensor, Tensor] | None:
+        """Gate and up, unless they were wrapped or quantized after fusing: then nothing reads them together."""
+        if not reads_first(self, self.fused_spec):
+            return None
+        gate, up = (_parameters_of(self, name)["weight"] for name in self.fused_spec.first)
+        return gate, up
 
 
 class FusedPackedMLP(FusedMLP):
     """``down(act(gate) * up)`` with gate and up the halves of one projection's output, as the checkpoint has it."""
 
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = self._modules[self.fused_spec.up](x).chunk(2, dim=-1)
-        return (up, gate) if self.fused_spec.up_first else (gate, up)
+    @staticmethod
+    def _halves(module: nn.Module, spec: MLPSpec, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = module._modules[spec.up](x).chunk(2, dim=-1)
+        return (up, gate) if spec.up_first else (gate, up)
 
 
 class FusedPlainMLP(FusedMLP):
@@ -171,7 +177,7 @@ class FusedPlainMLP(FusedMLP):
 # guards before each replay of a graph
 
 
-def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
+def _compiled(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     """The operator's answer where all is as usual; None for any other call, which takes the long way.
 
     Whatever is read here `torch.compile` checks before each replay. It is spared that where all is names, tensors and
@@ -179,16 +185,24 @@ def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
     """
     if not _is_ordinary(x) or _autocasts() or no_kernels(x.device) is not None or x.dtype == torch.float64:
         return None
-    operands = _usual_operands(module, plain_parameters, is_bare)
+    if not hf_fused_mlp_keeps_forward(cls) or not functions_are_own():
+        return None
+    operands = _usual_operands(module, cls, plain_parameters, is_bare)
     return None if operands is None else ops.mlp_if_fits(x, *operands)
 
 
-def _reasons(module: FusedMLP, spec: MLPSpec, device: torch.device | None) -> tuple[str | None, str | None]:
-    # the compiler of torch 2.11 misreads functions of classes; what it traces was checked when it was fused
-    if not torch.compiler.is_compiling() and (
-        reason := replaced_reason(module.original_class, module.original_forward)
-    ):
-        return reason, None
+@torch.compiler.assume_constant_result  # the compiler of torch 2.11 misreads functions of classes
+def hf_fused_mlp_keeps_forward(cls: type[FusedMLP]) -> bool:
+    """Whether the original class still has the forward that it had when it was fused."""
+    return cls.original_class.forward is cls.original_forward
+
+
+def _reasons(module: FusedMLP, cls: type[FusedMLP], device: torch.device | None) -> tuple[str | None, str | None]:
+    spec = cls.fused_spec
+    if not hf_fused_mlp_keeps_forward(cls):
+        return replaced_reason(cls.original_class), None
+    if not functions_are_own():
+        return why_functions_are_not_own(), None
     if reason := altered_reason(module, spec):
         return reason, None
     called = "in training mode" if module.training else call_reason(module, spec.projections)
@@ -200,6 +214,23 @@ def _reasons(module: FusedMLP, spec: MLPSpec, device: torch.device | None) -> tu
         if module.training and any(getattr(module._modules[name], "p", 0) > 0 for name in spec.dropouts):
             return "in training mode, where it drops out", None
     return no_kernels(device or device_of(module._modules[spec.first[0]])), called
+
+
+def _first_half(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
+    """What down is given, whatever the projections are now: wrapped, quantized, trained; None if nothing fuses."""
+    spec = cls.fused_spec
+    activation = _activation(module, spec)
+    if not torch.is_grad_enabled() and not _autocasts() and reads_first(module, spec):
+        gate, up, _, gate_bias, up_bias, _ = _tensors(module, spec)
+        h = ops.mlp_if_fits(x, gate, up, None, gate_bias, up_bias, None, activation)
+        if h is not None:
+            return h
+    if spec.kind is MLPKind.PLAIN:
+        return None
+    gate, up = cls._halves(module, spec, x)
+    if gate.shape == up.shape and gate.dtype == up.dtype and type(gate) is type(up) is Tensor:
+        return ops.act_mul(gate, up, activation)
+    return ACTIVATIONS[activation].function(gate) * up
 
 
 def _operands(module: FusedMLP, spec: MLPSpec) -> Operands:
@@ -218,7 +249,9 @@ def _parameters_of(module: FusedMLP, name: str | None) -> Parameters:
     return _NONE if name is None else local_tensors(module._modules[name])
 
 
-def _usual_operands(module: FusedMLP, parameters_of: Callable, is_untouched: Callable) -> Operands | None:
+def _usual_operands(
+    module: FusedMLP, cls: type[FusedMLP], parameters_of: Callable, is_untouched: Callable
+) -> Operands | None:
     """The operands of a module in which all is as usual, or None to look closer.
 
     `parameters_of` gives what a projection holds, or None; `is_untouched` says whether calling another child would do
@@ -226,7 +259,7 @@ def _usual_operands(module: FusedMLP, parameters_of: Callable, is_untouched: Cal
     """
     if module.training or "forward" in module.__dict__:
         return None
-    projections, halves, activation, function, dropouts, sequence = module._fused_names
+    projections, halves, activation, function, dropouts, sequence = cls._fused_names
     children, read = module._modules, []
     for name in projections:
         parameters = _NONE if name is None else parameters_of(children.get(name))
@@ -266,7 +299,12 @@ def no_kernels(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"on {device}, where the original forward runs; move the model to a GPU"
     # not asked while compiling, where it would break the graph; the operator then runs PyTorch's GEMMs
-    if not torch.compiler.is_compiling() and GPU.of(device).capability < (8, 0):
+    if torch.compiler.is_compiling():
+        return None
+    # fake tensors may be on a device that is not there
+    if not torch.cuda.is_initialized() and not torch.cuda.is_available():
+        return f"on {device}, which PyTorch does not find here"
+    if GPU.of(device).capability < (8, 0):
         return f"no kernels for {GPU.of(device).name}; they need CUDA compute capability 8.0 or later"
     return None
 
@@ -281,18 +319,21 @@ def _is_ordinary(x: Tensor) -> bool:
         x.layout is torch.strided
         and not x.is_nested
         and not _has_any_global_hook()
-        and (not ops.is_watched() or _exports_without_dynamo())
+        and not ops.is_watched()
+        and not _is_exporting()
         and (torch.compiler.is_compiling() or (type(x) in (Tensor, nn.Parameter) and not ops.is_transformed()))
     )
 
 
-def _exports_without_dynamo() -> bool:
-    """Whether `torch.export` is what watches, which takes the operator for a function like any other."""
-    # dynamo of torch 2.11 takes the first for true at all times
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+def _is_exporting() -> bool:
+    """Whether a program is being made that is to run elsewhere, where our operators may not be known."""
+    # the flag, since dynamo of torch 2.11 takes `torch.compiler.is_exporting()` for true at all times
+    return torch.compiler._is_exporting_flag or (
+        not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    )
 
 
-_BASES = {
+_MIXINS = {
     MLPKind.GATED: FusedGatedMLP,
     MLPKind.PACKED: FusedPackedMLP,
     MLPKind.PLAIN: FusedPlainMLP,
@@ -300,9 +341,14 @@ _BASES = {
 }
 
 
+def mixin_of(spec: MLPSpec) -> type[FusedMLP]:
+    """What is mixed into the class of a module that computes `spec`."""
+    return _MIXINS[spec.kind]
+
+
 def fuse_module(module: nn.Module, spec: MLPSpec) -> None:
     """Turns `module`, which `reject_reason` has passed, into its fused form, in place."""
-    fuse(module, _BASES[spec.kind], spec)
+    fuse(module, mixin_of(spec), spec)
 
 
 @contextmanager

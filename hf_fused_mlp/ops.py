@@ -179,17 +179,24 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     """Gradients of the reference, recomputed from the inputs: nothing of size `[M, I]` is kept between the passes."""
-    tensors = dict(enumerate(ctx.saved_tensors))
-    wanted = {i: tensors[i] for i in tensors if ctx.needs_input_grad[i]}
+    tensors = ctx.saved_tensors
+    wanted = [i for i in range(len(tensors)) if ctx.needs_input_grad[i]]
+    grads = _gradients(lambda *tensors: mlp_ref(*tensors, ctx.activation), tensors, wanted, grad)
+    found = dict(zip(wanted, grads, strict=True))
+    return *(found.get(i) for i in range(len(tensors))), None
 
-    def forward(leaves):
-        return mlp_ref(*(tensors | leaves).values(), ctx.activation)
 
+def _gradients(function, tensors, wanted, grad):
+    """Those of the `wanted` tensors, of which gradients can be taken again in a backward that creates a graph.
+
+    By autograd rather than `torch.func`, which does not allow hooks on saved tensors.
+    """
+    again, inputs = torch.is_grad_enabled(), list(tensors)
     # the forward was not under autocast, so its recomputation must not be
-    with torch.autocast(grad.device.type, enabled=False):
-        _, vjp = torch.func.vjp(forward, wanted)
-        (grads,) = vjp(grad)
-    return *(grads.get(i) for i in tensors), None
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        for i in wanted:
+            inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
+        return torch.autograd.grad(function(*inputs), [inputs[i] for i in wanted], grad, create_graph=again)
 
 
 def act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -253,8 +260,7 @@ def _act_mul_backward(ctx, grad):
 
 
 def _act_mul_vjp(grad, gate, up, activation):
-    _, vjp = torch.func.vjp(lambda gate, up: act_mul_ref(gate, up, activation), gate, up)
-    return vjp(grad)
+    return _gradients(lambda gate, up: act_mul_ref(gate, up, activation), (gate, up), (0, 1), grad)
 
 
 def _act_mul_backward_cpu(grad, gate, up, activation):

@@ -1,13 +1,15 @@
 """Which modules are MLPs we may fuse, and the checks an instance has to pass.
 
-What a module computes is stated by the row of exactly its class, if there is one, or read from its forward
-(`recognition`). It is fused only if its projections are plain enough to be read without being called.
+What a module computes is read from its forward (`recognition`), or stated for exactly its class by `register_mlp`. It
+is fused only if its projections are plain enough to be read without being called.
 """
 
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -15,7 +17,6 @@ from torch import nn
 from hf_fused_mlp.activations import ACTIVATIONS, find_activation
 from hf_fused_mlp.children import (
     OWN_FORWARD,
-    class_path,
     has_own_forward,
     is_column_shard,
     is_hooked,
@@ -23,43 +24,12 @@ from hf_fused_mlp.children import (
     is_plain,
     why_not_plain,
 )
+from hf_fused_mlp.originals import functions_are_own, path_of, why_functions_are_not_own
 from hf_fused_mlp.recognition import IDENTITIES, recognise
 from hf_fused_mlp.types import MLPKind, MLPSpec
 
-_SWIGLU = MLPSpec(MLPKind.GATED, gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn")
-
-# classes of Transformers by path, since none is imported before a model is loaded; classes of the user by identity
-MLP_SPECS: dict[str | type, MLPSpec] = {
-    "transformers.models.llama.modeling_llama.LlamaMLP": _SWIGLU,
-    "transformers.models.mistral.modeling_mistral.MistralMLP": _SWIGLU,
-    "transformers.models.qwen2.modeling_qwen2.Qwen2MLP": _SWIGLU,
-    "transformers.models.qwen3.modeling_qwen3.Qwen3MLP": _SWIGLU,
-    "transformers.models.gemma.modeling_gemma.GemmaMLP": _SWIGLU,
-    "transformers.models.gemma2.modeling_gemma2.Gemma2MLP": _SWIGLU,
-    "transformers.models.gemma3.modeling_gemma3.Gemma3MLP": _SWIGLU,
-    "transformers.models.olmo2.modeling_olmo2.Olmo2MLP": _SWIGLU,
-    "transformers.models.phi3.modeling_phi3.Phi3MLP": MLPSpec(
-        MLPKind.PACKED, up="gate_up_proj", down="down_proj", activation="activation_fn"
-    ),
-    "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXMLP": MLPSpec(
-        MLPKind.PLAIN, up="dense_h_to_4h", down="dense_4h_to_h", activation="act"
-    ),
-    "transformers.models.phi.modeling_phi.PhiMLP": MLPSpec(
-        MLPKind.PLAIN, up="fc1", down="fc2", activation="activation_fn"
-    ),
-    # its residual dropout acts in training only, where fused modules run the original forward
-    "transformers.models.starcoder2.modeling_starcoder2.Starcoder2MLP": MLPSpec(
-        MLPKind.PLAIN, up="c_fc", down="c_proj", activation="act"
-    ),
-}
-
-
-# what `forward` was when a class was registered
-_registered_forwards: dict[type, Callable] = {}
-
-
-# what a fused module has besides what every module has
-RESERVED = {"fused_spec", "original_class", "original_forward", "input_name", "reasons", "operands", "repack"}
+# the classes that `register_mlp` was given, and what the forward of each was then
+MLP_SPECS: MutableMapping[type[nn.Module], tuple[MLPSpec, Callable[[], Any]]] = WeakKeyDictionary()
 
 
 def register_mlp(cls: type[nn.Module], spec: MLPSpec) -> None:
@@ -72,29 +42,29 @@ def register_mlp(cls: type[nn.Module], spec: MLPSpec) -> None:
         raise TypeError(f"register_mlp: {cls!r} is not an nn.Module class; pass the class, not an instance or a name")
     if not isinstance(spec, MLPSpec):
         raise TypeError(f"register_mlp({cls.__name__}): {spec!r} is not an MLPSpec")
-    MLP_SPECS[cls] = spec
-    _registered_forwards[cls] = cls.forward
+    MLP_SPECS[cls] = spec, _weak(cls.forward)
 
 
-def row_of(cls: type[nn.Module]) -> MLPSpec | None:
-    """The spec that was written for exactly this class, or None."""
-    return MLP_SPECS.get(cls) or MLP_SPECS.get(class_path(cls))
+def _weak(forward: Callable) -> Callable[[], Any]:
+    """A function that gives `forward`, which may refer to its class, as long as somebody else keeps it."""
+    try:
+        return weakref.ref(forward)
+    except TypeError:  # a builtin, for example, which refers to no class
+        return lambda: forward
+
+
+def registered_spec(cls: type[nn.Module]) -> MLPSpec | None:
+    """The spec that was registered for exactly this class, or None."""
+    return MLP_SPECS.get(cls, (None,))[0]
 
 
 def find_spec(module: nn.Module) -> MLPSpec | None:
-    """What `module` computes: the row of its class if there is one, or else what its forward says; None if unknown."""
-    row, read = row_of(type(module)), recognise(module)
-    # a row says what the kernels compute, not what else the forward does in training
-    return read if row is None else replace(row, other_steps=read is None or read.other_steps or row.other_steps)
-
-
-def _forward_of_spec(cls: type[nn.Module]) -> Callable | None:
-    """The forward that the spec of `cls` is about; None if a row's class no longer has the one it was written for."""
-    if cls in _registered_forwards:
-        return _registered_forwards[cls]
-    forward = cls.forward
-    own = forward.__module__ == cls.__module__ and forward.__qualname__ == f"{cls.__qualname__}.forward"
-    return forward if own or row_of(cls) is None else None
+    """What `module` computes: as its class was registered, or else as its forward says; None if unknown."""
+    registered, read = registered_spec(type(module)), recognise(module)
+    if registered is None:
+        return read
+    # what is registered says what the kernels compute, not what else the forward does in training
+    return replace(registered, other_steps=read is None or read.other_steps or registered.other_steps)
 
 
 _MLP_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|GLU|Experts")
@@ -110,9 +80,11 @@ def looks_like_mlp(name: str, module: nn.Module) -> bool:
 
 def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str | None:
     """Why `module`, an instance of `cls`, cannot be fused as `spec` says, with the remedy, or None if it can."""
-    if taken := RESERVED & module._modules.keys():
-        return f"its child {min(taken)!r} has a name that a fused module uses itself; pass exclude=[...]"
-    if reason := replaced_reason(cls, _forward_of_spec(cls)) or altered_reason(module, spec):
+    if cls in MLP_SPECS and cls.forward is not MLP_SPECS[cls][1]():
+        return replaced_reason(cls)
+    if not functions_are_own():
+        return why_functions_are_not_own()
+    if reason := altered_reason(module, spec):
         return reason
     linears = {name: module._modules[name] for name in spec.projections}
     if reason := call_reason(module, spec.projections):
@@ -121,14 +93,11 @@ def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str
     return _mismatch(linears, spec)
 
 
-def replaced_reason(cls: type[nn.Module], forward: Callable | None) -> str | None:
-    """Why a spec does not hold for `cls`: its forward is another than `forward`, which the spec is about."""
-    if cls.forward is forward:
-        return None
-    path = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
+def replaced_reason(cls: type[nn.Module]) -> str:
+    """The words for a class whose forward is no longer the one that a spec is about."""
     return (
-        f"the forward of {cls.__name__} was replaced by {path}; undo the patch, or, if it computes the same, "
-        f"call register_mlp({cls.__name__}, MLPSpec(...))"
+        f"the forward of {cls.__name__} was replaced by {path_of(cls.forward)}; undo the patch, or, if it computes "
+        f"the same, call register_mlp({cls.__name__}, MLPSpec(...))"
     )
 
 
@@ -189,6 +158,8 @@ def call_reason(module: nn.Module, names: tuple[str, ...]) -> str | None:
 
 def fits(spec: MLPSpec, *shapes: torch.Size) -> bool:
     """Whether the weights of the projections, or of those before the activation, have the shapes of one equation."""
+    if any(len(shape) != 2 for shape in shapes):
+        return False
     (*_, up) = first = shapes[: len(spec.first)]
     halves = 2 if spec.kind is MLPKind.PACKED else 1
     return first[0] == up and all(up[0] == halves * down[1] for down in shapes[len(first) :])

@@ -1,16 +1,21 @@
 """Giving a module a generated class, and its own again.
 
-A module is fused by giving it a class such as `FusedLlamaMLP(FusedGatedMLP, LlamaMLP)`: it stays the same object, with
-the same children, hooks and attributes and none of ours, and is unfused by giving its class back.
+A module is fused by giving it a class `LlamaMLP(FusedGatedMLP, LlamaMLP)`, which has the name of the original, so that
+whatever looks a class up by name finds it. The module stays the same object, with the same children, hooks and
+attributes and none of ours, and is unfused by giving its class back.
 """
 
+import copyreg
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from hf_fused_mlp.threads import LOCK, free_when_unread
 
 
 class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -19,38 +24,127 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     fused_spec: ClassVar[Any]
     original_class: ClassVar[type[nn.Module]]
     original_forward: ClassVar[Callable]
-    input_name: ClassVar[str]
+    # the name of the forward's first argument, if it may be given by name
+    input_name: ClassVar[str | None]
     _made_of: ClassVar[tuple]
+
+    def __init_subclass__(cls, **kwargs):
+        # not handed on: the original's may register its subclasses by name, or want arguments
+        pass
 
     def repack(self) -> None:
         """Restores the packing that copying or moving the parameters undid."""
 
-    def _unpack(self) -> None:
-        """Gives every parameter memory of its own again."""
+    def why_not_packed(self) -> str | None:
+        """Why weights that the kernels read together do not lie together, or None."""
+        return None
+
+    def _pack(self) -> list[Tensor]:
+        """Moves weights; gives what lay where they were, as `weights.pack` does."""
+        return []
+
+    def _unpack(self) -> list[Tensor]:
+        """Undoes what `_pack` did."""
+        return []
+
+    def _get_name(self) -> str:
+        return f"Fused{type(self).__name__}"
 
     def __reduce_ex__(self, protocol):
-        # generated classes have no importable name: copies and pickles name what they are generated from
-        return (_new, self._made_of, *super().__reduce_ex__(protocol)[2:])
+        # copies and pickles are made as the original's, and then given a generated class
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        mixin, original, spec = self._made_of
+        make, arguments, *state = (original if part is type(self) else part for part in reduced)
+        arguments = tuple(original if argument is type(self) else argument for argument in arguments)
+        return (_restore, (mixin, original, spec, make, arguments), *state)
 
 
-@cache
+class _FusedType(type):
+    """The type of generated classes: each stands for its original where classes are compared or pickled."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        # who finds a class by its name wants every module of that class, fused or not
+        return isinstance(instance, vars(cls).get("original_class", ())) or super().__instancecheck__(instance)
+
+
+def _reduce_class(cls: Any) -> str | tuple:
+    made_of = vars(cls).get("_made_of")
+    return cls.__qualname__ if made_of is None else (fused_class, made_of)
+
+
+copyreg.pickle(_FusedType, _reduce_class)  # type: ignore[arg-type]
+
+
 def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> type[Fused]:
-    """The class `FusedName(mixin, Name)` for a class `Name`; the same one for every call."""
-    attributes = {
-        "fused_spec": spec,
-        "original_class": original,
-        "original_forward": staticmethod(original.forward),
-        "input_name": list(inspect.signature(original.forward).parameters)[1],
-        "_made_of": (mixin, original, spec),
-        "__module__": mixin.__module__,
-        "__doc__": original.__doc__,
-    }
-    return type(f"Fused{original.__name__}", (mixin, original), attributes)
+    """The class `Name(mixin, Name)` for a class `Name`; the same one for every call, as long as it is in use.
+
+    Raises:
+        TypeError: the original cannot have such a subclass.
+    """
+    made_of = mixin, original, spec
+    with LOCK:
+        for known in original.__subclasses__():
+            if vars(known).get("_made_of") == made_of:
+                return known
+        parameters = list(inspect.signature(original.forward).parameters.values())
+        by_name = len(parameters) > 1 and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        attributes = {
+            "fused_spec": spec,
+            "original_class": original,
+            "original_forward": staticmethod(original.forward),
+            "input_name": parameters[1].name if by_name else None,
+            "forward": _like(original.forward, mixin.forward),
+            "_made_of": made_of,
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+        }
+        metaclass = _FusedType if type(original) is type else type(original)
+        return metaclass(original.__name__, (mixin, original), attributes)
 
 
-def _new(mixin: type[Fused], original: type[nn.Module], spec: Any) -> Fused:
-    cls = fused_class(mixin, original, spec)
-    return cls.__new__(cls)
+def _like(original: Callable, forward: Any) -> Callable:
+    """A copy of `forward` with the signature, the names and, for who looks for it, the source of `original`."""
+    copied = FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    return functools.update_wrapper(copied, original)
+
+
+def _restore(mixin: type[Fused], original: type[nn.Module], spec: Any, make: Callable, arguments: tuple) -> nn.Module:
+    module = make(*arguments)
+    if type(module) is original:
+        module.__class__ = fused_class(mixin, original, spec)
+    return module
+
+
+def why_not_swappable(module: nn.Module, mixin: type[Fused], spec: Any) -> str | None:
+    """Why `module` cannot be given a generated class, with the remedy, or None if it can."""
+    cls = type(module)
+    theirs = {*module.__dict__, *module._modules, *module._parameters, *module._buffers, *_names_of(cls)}
+    taken = theirs & _own_names(mixin)
+    if taken:
+        return f"its attribute {min(taken)!r} has a name that a fused module uses itself; pass exclude=[...]"
+    try:
+        fused_class(mixin, cls, spec)
+    except Exception as error:  # of a metaclass, or of no subclass being allowed
+        return f"its class cannot have subclasses ({type(error).__name__}: {error}); pass exclude=[...]"
+    return None
+
+
+@functools.cache
+def _own_names(mixin: type[Fused]) -> set[str]:
+    """What a mixin adds to a class, but for the methods that hand on to those of the original."""
+    annotated = {name for base in mixin.__mro__ for name in inspect.get_annotations(base)}
+    names = {name for name in _names_of(mixin) | annotated if not name.startswith("__")}
+    return names - {"forward", "_apply", "_get_name"}
+
+
+def _names_of(cls: type) -> set[str]:
+    """What `cls` and its bases define, up to `nn.Module`."""
+    return {name for base in cls.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
 
 
 def fuse(module: nn.Module, mixin: type[Fused], spec: Any) -> None:
@@ -58,7 +152,7 @@ def fuse(module: nn.Module, mixin: type[Fused], spec: Any) -> None:
     _give_class(module, fused_class(mixin, type(module), spec))
     try:
         module.repack()
-    except BaseException:  # out of memory, or interrupted: both weights still hold the right values
+    except BaseException:  # interrupted: both weights still hold the right values
         unfuse_module(module)
         raise
 
@@ -70,21 +164,23 @@ def was_changed(module: Fused) -> bool:
 
 def unfuse_module(module: Fused) -> None:
     """The inverse of `fuse`, bit for bit, unless it `was_changed`."""
-    module._unpack()
+    replaced = module._unpack()
     _give_class(module, module.original_class)
+    free_when_unread(replaced, module)
 
 
 @contextmanager
 def original_form(modules: Iterable[Fused]) -> Iterator[None]:
     """Gives `modules` their original classes meanwhile; weights stay where they are, so nothing is copied."""
-    classes = {module: type(module) for module in modules}
-    try:
-        for module in classes:
-            _give_class(module, module.original_class)
-        yield
-    finally:
-        for module, cls in classes.items():
-            _give_class(module, cls)
+    with LOCK:
+        classes = {module: type(module) for module in modules}
+        try:
+            for module in classes:
+                _give_class(module, module.original_class)
+            yield
+        finally:
+            for module, cls in classes.items():
+                _give_class(module, cls)
 
 
 def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:

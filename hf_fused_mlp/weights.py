@@ -1,11 +1,21 @@
-"""Packing: gate and up as the two halves of one block of memory, seen from outside as the parameters they always were.
+"""Packing: gate and up side by side in memory, so that kernels can read both as one `[2 * I, H]` block.
 
-The parameters keep their identity, and each half is a storage of its own: optimizers, tied weights, `state_dict` and
-every way of saving, which look for tensors that share a storage, see nothing of it.
+The parameters keep their identity, shape and strides, and each has a storage of its own. Optimizers, tied weights,
+`state_dict` and every way of saving look for tensors that share a storage, and find none. Only a weight that alone
+owns its memory is moved: views of a flat buffer, shared memory and tied weights stay where their owner put them.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
+
+# PyTorch's allocator hands out GPU memory in multiples of so many bytes
+_GRANULARITY = 512
+
+# by the address of each weight that `pack` has moved: its storage, and that of the weight beside it
+_packed: dict[int, tuple[StorageWeakRef, StorageWeakRef]] = {}
 
 
 def is_packed(gate: Tensor, up: Tensor) -> bool:
@@ -20,34 +30,137 @@ def is_packed(gate: Tensor, up: Tensor) -> bool:
     )
 
 
-@torch.no_grad()
-def pack(gate: nn.Parameter, up: nn.Parameter) -> None:
-    """Copies both weights (`[I, H]`) into one new `[2 * I, H]` block and points them at its halves.
+def pack(gate: nn.Parameter, up: nn.Parameter) -> list[Tensor]:
+    """Copies both weights (`[I, H]`) to memory side by side and points the two parameters there.
 
-    Weights that are packed already stay where they are; so do those that cannot share a block (of two dtypes, devices
-    or shapes, or on another device than a CPU or GPU) and those that the user has put into shared or pinned memory.
+    Does nothing if they are packed already, if `why_not_packable` has a reason, or if the device has no room for a
+    copy of both, which it needs while this runs.
 
-    Extra memory while it runs: the block, on the weights' own device.
+    Returns:
+        Tensors on the memory that the weights had, for the caller to drop once nobody reads them.
     """
-    if is_packed(gate, up) or not _can_share(gate, up):
-        return
-    block = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device)
-    # one at a time: each old weight is freed before the next is copied
-    with torch.cuda.device_of(gate):  # dlpack serves the current GPU only
-        for parameter, half in ((gate, block[0]), (up, block[1])):
-            half.copy_(parameter)
-            # through dlpack, the half is a tensor with its own storage, which keeps the block alive
-            parameter.data = torch.from_dlpack(half)
+    if not _is_real(gate, up) or is_packed(gate, up) or why_not_packable(gate, up) is not None:
+        return []
+    # weights stay what they are to autograd, whatever mode the caller is in
+    with torch.inference_mode(gate.is_inference()), torch.no_grad(), torch.cuda.device_of(gate):
+        try:
+            halves = _side_by_side(gate)
+        except torch.OutOfMemoryError:
+            return []
+        replaced = [gate.data, up.data]
+        for half, weight in zip(halves, replaced, strict=True):
+            half.copy_(weight)
+        gate.data, up.data = halves
+    _note_packed(*halves)
+    return replaced
 
 
-@torch.no_grad()
-def unpack(gate: nn.Parameter, up: nn.Parameter) -> None:
-    """The inverse of `pack`: gives each weight memory of its own, same bits."""
-    if is_packed(gate, up):
-        gate.data, up.data = gate.data.clone(), up.data.clone()
+def unpack(weights: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Undoes `pack` for weights whose memory is not theirs alone since; the others stay where they are.
+
+    Returns:
+        As `pack` does.
+    """
+    replaced = []
+    for weight in weights:
+        # on a GPU each weight has an allocation of its own, packed or not
+        if _is_real(weight) and _was_packed(weight) and not weight.untyped_storage().resizable() and _is_alone(weight):
+            with torch.inference_mode(weight.is_inference()), torch.no_grad():
+                replaced.append(weight.data)
+                weight.data = weight.data.clone()
+    return replaced
 
 
-def _can_share(gate: Tensor, up: Tensor) -> bool:
-    alike = gate.dtype == up.dtype and gate.device == up.device and gate.shape == up.shape
-    kept = gate.device.type == "cpu" and any(weight.is_shared() or weight.is_pinned() for weight in (gate, up))
-    return alike and gate.device.type in ("cpu", "cuda") and not kept
+def why_not_packable(gate: Tensor, up: Tensor) -> str | None:
+    """Why the two must stay where they are, or None if `pack` may move them."""
+    if gate.dtype != up.dtype or gate.device != up.device or gate.shape != up.shape:
+        return "gate and up differ in dtype, device or shape"
+    for name, weight in (("gate", gate), ("up", up)):
+        if not _owns_memory(weight) or gate is up:
+            return f"{name} shares its memory (a flat buffer, a tied weight, another process), and stays where it is"
+        if _was_packed(weight) and not _packed[weight.data_ptr()][1].expired():
+            return f"{name} is tied, and packed with the weight of another MLP"
+    return None
+
+
+def why_not_packed(gate: Tensor, up: Tensor) -> str | None:
+    """Why the two are not packed, with the remedy if there is one; None if they are."""
+    if not _is_real(gate, up) or is_packed(gate, up):
+        return None
+    return why_not_packable(gate, up) or "gate and up were replaced or moved since; call fuse_model(model) again"
+
+
+def _is_real(*weights: Tensor) -> bool:
+    """Whether the weights have memory, and the mode that the caller is in gives out real memory too."""
+    ordinary = all(type(weight) in (Tensor, nn.Parameter) and not weight.is_meta for weight in weights)
+    return ordinary and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _owns_memory(weight: Tensor) -> bool:
+    """Whether nothing but `weight` can read or write the memory that it lies in, as far as PyTorch knows."""
+    storage = weight.untyped_storage()
+    on_gpu = weight.device.type == "cuda"
+    return (
+        (on_gpu or weight.device.type == "cpu")
+        and weight.is_contiguous()
+        and storage.nbytes() == weight.nbytes
+        and (storage.resizable() or _was_packed(weight))  # what is not belongs to NumPy, a file or another library
+        and _is_alone(weight)
+        and not (_is_sent(storage) if on_gpu else storage.is_shared() or weight.is_pinned())
+    )
+
+
+def _is_alone(weight: Tensor) -> bool:
+    """Whether no other tensor, not even one that autograd has saved, uses the storage of `weight`."""
+    storage = weight.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) <= 2  # `weight` and `storage`
+
+
+def _is_sent(storage: torch.UntypedStorage) -> bool:
+    """Whether GPU memory was sent to another process, by CUDA's inter-process handles."""
+    return any(
+        sent.cdata == storage._cdata for sent in list(shared_cache.values()) if isinstance(sent, StorageWeakRef)
+    )
+
+
+def _side_by_side(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Two new tensors like `like`, each a storage of its own, the second beginning where the first ends."""
+    if (halves := _two_allocations(like)) is not None:
+        return halves
+    block = torch.empty((2, *like.shape), dtype=like.dtype, device=like.device)
+    # through dlpack, each half is a tensor with its own storage, which keeps the block alive but cannot be resized
+    return torch.from_dlpack(block[0]), torch.from_dlpack(block[1])
+
+
+def _two_allocations(like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same as two allocations of PyTorch's own, or None where its allocator places none side by side.
+
+    A block of twice the size is allocated and given back, so that there is a place for both; then allocations of the
+    size fill whatever other places there are, until two are neighbours.
+    """
+    size, device = like.nbytes, like.device
+    if device.type != "cuda" or size % _GRANULARITY:
+        return None
+    torch.empty(2 * size, dtype=torch.uint8, device=device)
+    reserved, made = torch.cuda.memory_reserved(device), {}
+    # an allocator that keeps no free blocks, or asks the driver for each, has no neighbours to give
+    while reserved and torch.cuda.memory_reserved(device) - reserved <= 1 << 21:
+        half = torch.empty_like(like, memory_format=torch.contiguous_format)
+        made[half.data_ptr()] = half
+        for first, second in ((half.data_ptr() - size, half.data_ptr()), (half.data_ptr(), half.data_ptr() + size)):
+            if first in made and second in made:
+                return made[first], made[second]
+    return None
+
+
+def _note_packed(gate: Tensor, up: Tensor) -> None:
+    for address in [address for address, (storage, _) in list(_packed.items()) if storage.expired()]:
+        _packed.pop(address, None)
+    gate_ref, up_ref = (StorageWeakRef(weight.untyped_storage()) for weight in (gate, up))
+    _packed[gate.data_ptr()], _packed[up.data_ptr()] = (gate_ref, up_ref), (up_ref, gate_ref)
+
+
+def _was_packed(weight: Tensor) -> bool:
+    """Whether `pack` put `weight` where it is."""
+    storage = _packed.get(weight.data_ptr(), (None,))[0]
+    return storage is not None and not storage.expired() and storage.cdata == weight.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Small real models: one for every row of the registry, built from Transformers' own classes with random weights."""
+"""Small real models: one for every row of a table, built from Transformers' own classes with random weights."""
 
 import copy
 import importlib
@@ -11,7 +11,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_fused_mlp import fuse_model, modules, ops
 from hf_fused_mlp.recognition import recognise
-from hf_fused_mlp.registry import MLP_SPECS
 
 SIZES = {
     "vocab_size": 96,
@@ -27,10 +26,23 @@ SIZES = {
     "eos_token_id": 1,
 }
 
-# the model types whose text configuration has another name
-_MODEL_TYPES = {"gemma3": "gemma3_text"}
-TRANSFORMERS_ROWS = tuple(path for path in MLP_SPECS if path.startswith("transformers."))
-MODEL_TYPES = tuple(_MODEL_TYPES.get(path.split(".")[2], path.split(".")[2]) for path in TRANSFORMERS_ROWS)
+# MLP classes of every kind, and the model type that has them
+_CLASSES = {
+    "llama.modeling_llama.LlamaMLP": "llama",
+    "mistral.modeling_mistral.MistralMLP": "mistral",
+    "qwen2.modeling_qwen2.Qwen2MLP": "qwen2",
+    "qwen3.modeling_qwen3.Qwen3MLP": "qwen3",
+    "gemma.modeling_gemma.GemmaMLP": "gemma",
+    "gemma2.modeling_gemma2.Gemma2MLP": "gemma2",
+    "gemma3.modeling_gemma3.Gemma3MLP": "gemma3_text",
+    "olmo2.modeling_olmo2.Olmo2MLP": "olmo2",
+    "phi3.modeling_phi3.Phi3MLP": "phi3",
+    "gpt_neox.modeling_gpt_neox.GPTNeoXMLP": "gpt_neox",
+    "phi.modeling_phi.PhiMLP": "phi",
+    "starcoder2.modeling_starcoder2.Starcoder2MLP": "starcoder2",
+}
+MLP_CLASSES = tuple(f"transformers.models.{path}" for path in _CLASSES)
+MODEL_TYPES = tuple(_CLASSES.values())
 
 
 def tiny_config(model_type="llama", **changes):
@@ -50,7 +62,7 @@ def mlp_class(path):
 
 def real_mlp(path, dtype=torch.float32, device="cpu", **changes):
     """One MLP module of the class at `path`, in eval mode, scaled so that its output is of the order of one."""
-    model_type = MODEL_TYPES[TRANSFORMERS_ROWS.index(path)]
+    model_type = MODEL_TYPES[MLP_CLASSES.index(path)]
     torch.manual_seed(0)
     mlp = mlp_class(path)(tiny_config(model_type, **changes))
     for parameter in mlp.parameters():

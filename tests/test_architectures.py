@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import MODEL_TYPES, TRANSFORMERS_ROWS, real_mlp, tiny_model, token_ids
+from models import MLP_CLASSES, MODEL_TYPES, real_mlp, tiny_model, token_ids
 from numerics import assert_accurate, run_plan
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
@@ -13,7 +13,7 @@ from hf_fused_mlp.types import Plan, TileConfig
 
 SKINNY = TileConfig("skinny", block_m=16, block_n=64, block_k=64, num_stages=3)
 
-ROWS = pytest.mark.parametrize("path", TRANSFORMERS_ROWS, ids=lambda path: path.rsplit(".", 1)[1])
+ROWS = pytest.mark.parametrize("path", MLP_CLASSES, ids=lambda path: path.rsplit(".", 1)[1])
 
 
 @ROWS
@@ -72,7 +72,7 @@ def test_model_round_trip(model_type):
 @pytest.mark.parametrize(
     "row, sizes",
     [
-        (TRANSFORMERS_ROWS[0], {"hidden_size": 4096, "intermediate_size": 14336}),
+        (MLP_CLASSES[0], {"hidden_size": 4096, "intermediate_size": 14336}),
         ("transformers.models.mistral.modeling_mistral.MistralMLP", {"hidden_size": 4096, "intermediate_size": 14336}),
         (
             "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXMLP",

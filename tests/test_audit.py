@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from pages import check_page
 from typer.testing import CliRunner
 
 import hf_fused_mlp
-from hf_fused_mlp import audit, fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp import audit, fuse_model, fusion_report, register_mlp, registry, unfuse_model
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.profiling.measure import as_it_came
 from hf_fused_mlp.profiling.page import page
-from hf_fused_mlp.registry import MLP_SPECS, find_spec
+from hf_fused_mlp.registry import find_spec
 
 SIZES = {"prompt_tokens": 24, "new_tokens": 3, "rounds": 2}
 
@@ -90,10 +91,10 @@ def test_modules_are_fused_again_by_the_spec_they_had(monkeypatch):
     model = fuse_model(tiny_model())
     mlp = model.model.layers[0].mlp
     fused = type(mlp)
-    path = f"{fused.original_class.__module__}.{fused.original_class.__name__}"
+    monkeypatch.setattr(registry, "MLP_SPECS", WeakKeyDictionary())
     with as_it_came(model):
         unfuse_model(model)
-        monkeypatch.setitem(MLP_SPECS, path, replace(fused.fused_spec, gate="up_proj", up="gate_proj"))
+        register_mlp(fused.original_class, replace(fused.fused_spec, gate="up_proj", up="gate_proj"))
         assert find_spec(mlp) != fused.fused_spec
     assert type(mlp) is fused
 

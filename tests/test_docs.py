@@ -39,10 +39,10 @@ WITH_COMMANDS = [page for page in PAGES if "hf-fused-mlp" in "".join(blocks(page
 @pytest.fixture
 def registry():
     """What a page registers is forgotten."""
-    rows = dict(MLP_SPECS)
+    before = dict(MLP_SPECS)
     yield
     MLP_SPECS.clear()
-    MLP_SPECS.update(rows)
+    MLP_SPECS.update(before)
 
 
 @pytest.fixture

@@ -226,10 +226,12 @@ def test_failure_half_way_fuses_nothing(monkeypatch):
     def pack_once(gate, up):
         calls.append(gate)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("no room")
+            raise KeyboardInterrupt
+        return []
 
+    as_on_gpu(monkeypatch)
     monkeypatch.setattr(modules, "pack", pack_once)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(KeyboardInterrupt):
         fuse_model(model)
     assert fused_count(model) == 0
 
@@ -255,7 +257,7 @@ def test_a_fused_module_is_still_what_it_was():
     assert set(vars(mlp)) == keys
     assert "(mlp): FusedLlamaMLP(" in str(model)
     model(token_ids(1, 3))
-    assert seen == ["FusedLlamaMLP"]
+    assert seen == ["LlamaMLP"]
 
 
 def test_keyword_call_and_wrong_calls():
@@ -294,7 +296,7 @@ def test_register_mlp_for_a_class_of_ones_own():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: register_mlp("LlamaMLP", MLP_SPECS[next(iter(MLP_SPECS))]),
+        lambda: register_mlp("LlamaMLP", MLPSpec("plain", up="u", down="d", activation="a")),
         lambda: register_mlp(LlamaMLP, {"kind": "gated"}),
         lambda: MLPSpec("gated", up="u", down="d", activation="a"),
         lambda: MLPSpec("plain", gate="g", up="u", down="d", activation="a"),

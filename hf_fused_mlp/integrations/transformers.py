@@ -1,31 +1,33 @@
 """The `use_fused_mlp` argument of `from_pretrained` and `from_config`.
 
 Both end in a class method of `PreTrainedModel`: Auto classes, concrete classes, pipelines and remote code come through
-them. `install` wraps the two so that they take the argument out before Transformers sees it and fuse what was loaded.
-The flag travels in the call and nowhere else, so loads without it, in this thread or another, run as they always did,
+them. `install` wraps the two so that they take the argument out before Transformers sees it and fuse what was loaded,
+and the method that reads the config of Auto classes before, so that the argument reaches them.
+
+The flag travels in the call and nowhere else. So loads without it, in this thread or another, run as they always did,
 and no config ever holds it.
 """
 
 import functools
 from collections.abc import Callable
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_fused_mlp.fuse import fuse_model
 
 FLAG = "use_fused_mlp"
-_LOADERS = ("from_pretrained", "_from_config")
-_originals: dict[str, classmethod] = {}
-_wrappers: dict[str, classmethod] = {}
+_originals: dict[tuple[type, str], classmethod] = {}
+_wrappers: dict[tuple[type, str], classmethod] = {}
 
 
 def install() -> None:
-    """Teaches `PreTrainedModel` the flag; a second call does nothing."""
-    for name in _LOADERS:
-        if name not in _originals:
-            _originals[name] = PreTrainedModel.__dict__[name]
-            _wrappers[name] = classmethod(_with_flag(_originals[name].__func__))
-            setattr(PreTrainedModel, name, _wrappers[name])
+    """Teaches the loaders the flag; a second call does nothing."""
+    for loader in _LOADERS:
+        if loader not in _originals:
+            owner, name = loader
+            _originals[loader] = owner.__dict__[name]
+            _wrappers[loader] = classmethod(_LOADERS[loader](_originals[loader].__func__))
+            setattr(owner, name, _wrappers[loader])
 
 
 def uninstall() -> None:
@@ -34,12 +36,12 @@ def uninstall() -> None:
     Raises:
         RuntimeError: another library has wrapped the loaders since; they are left as they are.
     """
-    for name, wrapper in _wrappers.items():
-        if PreTrainedModel.__dict__[name] is not wrapper:
-            other = PreTrainedModel.__dict__[name]
-            raise RuntimeError(f"PreTrainedModel.{name} has been wrapped again by {other!r}; undo that first")
-    for name, original in _originals.items():
-        setattr(PreTrainedModel, name, original)
+    for (owner, name), wrapper in _wrappers.items():
+        if owner.__dict__[name] is not wrapper:
+            other = owner.__dict__[name]
+            raise RuntimeError(f"{owner.__name__}.{name} has been wrapped again by {other!r}; undo that first")
+    for (owner, name), original in _originals.items():
+        setattr(owner, name, original)
     _originals.clear()
     _wrappers.clear()
 
@@ -58,3 +60,27 @@ def _with_flag(load: Callable) -> Callable:
         return loaded
 
     return wrapper
+
+
+def _past_config(load: Callable) -> Callable:
+    """Keeps the flag from a config that is loaded for a model: it would take what it has a field for."""
+
+    @functools.wraps(load)
+    def wrapper(cls, *args, **kwargs):
+        # an Auto class gives what the config leaves to the model; a pipeline gives both the same
+        if FLAG not in kwargs or not kwargs.keys() & {"_from_auto", "_from_pipeline"}:
+            return load(cls, *args, **kwargs)
+        flag = kwargs.pop(FLAG)
+        loaded = load(cls, *args, **kwargs)
+        if kwargs.get("return_unused_kwargs"):
+            loaded[1][FLAG] = flag
+        return loaded
+
+    return wrapper
+
+
+_LOADERS: dict[tuple[type, str], Callable[[Callable], Callable]] = {
+    (PreTrainedModel, "from_pretrained"): _with_flag,
+    (PreTrainedModel, "_from_config"): _with_flag,
+    (AutoConfig, "from_pretrained"): _past_config,
+}

@@ -1,0 +1,111 @@
+"""Are the functions and forwards that the kernels stand in for still the ones that their packages came with?
+
+Profilers, debuggers and emulators of number formats replace `torch.nn.functional.linear` or the forward of a class,
+perhaps before this package is imported, so nothing is trusted because it was seen first. A function is its package's
+own if its code belongs to the namespace of the module that should define it: `functools.wraps` copies names, but no
+namespace.
+"""
+
+import sys
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# of `torch.nn.functional` and `torch`: what the kernels compute in place of a call
+_FUNCTIONS = {F: ("linear", "silu", "gelu", "relu", "dropout"), torch: ("relu", "sigmoid", "tanh", "square", "rsqrt")}
+
+
+def is_own(function: Any, module: str, qualname: str) -> bool:
+    """Whether `function` is what `module` defines as `qualname`: its Python code, or a builtin of that name."""
+    if type(function) is BuiltinFunctionType:
+        return function.__name__ == qualname
+    if type(function) is not FunctionType or function.__globals__ is not vars(sys.modules.get(module, sys)):
+        return False
+    code = function.__code__
+    return getattr(code, "co_qualname", qualname) == qualname and code.co_name == qualname.rpartition(".")[2]
+
+
+def _or_unknown(module: Any, name: str) -> Any:
+    """The function of that name, or a value that equals none if another has its place."""
+    function = getattr(module, name)
+    return function if is_own(function, module.__name__, name) else object()
+
+
+_linear, _silu, _gelu, _relu, _dropout = (_or_unknown(F, name) for name in _FUNCTIONS[F])
+_t_relu, _sigmoid, _tanh, _square, _rsqrt = (_or_unknown(torch, name) for name in _FUNCTIONS[torch])
+
+
+def functions_are_own() -> bool:
+    """Whether every function that the kernels stand in for is PyTorch's. It is asked at every call, and traced."""
+    return (
+        F.linear is _linear
+        and F.silu is _silu
+        and F.gelu is _gelu
+        and F.relu is _relu
+        and F.dropout is _dropout
+        and torch.relu is _t_relu
+        and torch.sigmoid is _sigmoid
+        and torch.tanh is _tanh
+        and torch.square is _square
+        and torch.rsqrt is _rsqrt
+    )
+
+
+def why_functions_are_not_own() -> str:
+    """The words for what `functions_are_own` has found."""
+    for module, names in _FUNCTIONS.items():
+        for name in names:
+            function = getattr(module, name)
+            if not is_own(function, module.__name__, name):
+                return f"{module.__name__}.{name} was replaced by {path_of(function)}; undo the patch"
+    return "PyTorch's functions were replaced when hf_fused_mlp was imported; import it in a process without the patch"
+
+
+def path_of(function: Any) -> str:
+    """Where the code of `function` stands; `functools.wraps` copies its names, so they say nothing."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return repr(function)
+    module = getattr(function, "__globals__", {}).get("__name__", "?")
+    return f"{module}.{getattr(code, 'co_qualname', code.co_name)}"
+
+
+def is_patched(cls: type[nn.Module]) -> bool:
+    """Whether the forward of `cls` is code of another package, and not the one that its own module defines."""
+    forward: Any = cls.forward
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    if is_own(forward, owner.__module__, f"{owner.__qualname__}.forward"):
+        return False
+    # a decorator of the same package belongs to it
+    package = getattr(forward, "__globals__", {}).get("__name__", "").partition(".")[0]
+    return package != owner.__module__.partition(".")[0]
+
+
+# forwards that `runs_own_forward` has passed, of classes that a module holds by name and that therefore stay
+own_forwards: dict[type[nn.Module], Callable] = {}
+
+
+# compiled code takes the answer of the moment it is traced, and keeps it among the globals of whatever module was
+# compiled, under the function's name, which therefore is unlike any other
+@torch.compiler.assume_constant_result
+def hf_fused_mlp_runs_own_forward(cls: type[nn.Module]) -> bool:
+    """Whether `cls` is what its module holds under its name, and has the forward that was written for it there."""
+    forward = cls.forward
+    if own_forwards.get(cls) is forward:
+        return True
+    if vars(sys.modules.get(cls.__module__, sys)).get(cls.__qualname__) is not cls:
+        return False
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    if not is_own(forward, owner.__module__, f"{owner.__qualname__}.forward"):
+        return False
+    own_forwards[cls] = forward
+    return True
+
+
+runs_own_forward = hf_fused_mlp_runs_own_forward
+for _cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU):
+    runs_own_forward(_cls)
