@@ -26,7 +26,7 @@ from hf_fused_mlp.memory import answer, mlp_kind, remembered
 from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
 from hf_fused_mlp.recognition import IDENTITIES
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
-from hf_fused_mlp.swap import Fused, fuse
+from hf_fused_mlp.swap import Fused, fuse, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
 from hf_fused_mlp.types import GPU, MLPKind
 from hf_fused_mlp.weights import pack, unpack, why_not_packed
@@ -53,52 +53,22 @@ class FusedMLP(Fused):
             cls._fused_names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
 
     def forward(self, *args, **kwargs):
-        cls = type(self)  # read once: another thread may unfuse the module meanwhile
-        # who wraps a module's forward may call it after the module was unfused
-        if not issubclass(cls, FusedMLP):
-            return cls.forward(self, *args, **kwargs)
+        # read once, since another thread may unfuse the module meanwhile; compiled code is spared guards of the class
+        if torch.compiler.is_compiling():
+            cls, is_fused = self, isinstance(self, FusedMLP)
+        else:
+            cls = type(self)
+            is_fused = issubclass(cls, FusedMLP)
+        if not is_fused:  # who wraps a module's forward may call it after the module was unfused
+            return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(cls.input_name)
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
-            out = _compiled(self, cls, x) if torch.compiler.is_compiling() else cls._again(self, x, cls)
+            out = _compiled(self, x) if torch.compiler.is_compiling() else _again(self, cls, x)
             if out is None and _is_ordinary(x):
-                out = cls._looked_into(self, x, cls)
+                out = _looked_into(self, cls, x)
             if out is not None:
                 return out
         return cls.original_class.forward(self, *args, **kwargs)  # not `super()`, which compiled code checks anew
-
-    def _again(self, x: Tensor, cls: type["FusedMLP"] | None = None) -> Tensor | None:
-        """The kernels' answer to a call like one they have answered; None for any other, which takes the long way.
-
-        In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then
-        `reasons` has none, the operands fit, and nothing but the result is wanted.
-        """
-        cls = cls or type(self)
-        if (
-            not remembered
-            or not ops.only_results(x)
-            or _has_any_global_hook()
-            or cls.original_class.forward is not cls.original_forward
-            or not functions_are_own()
-            or (operands := _usual_operands(self, cls, parameters_at_a_glance, is_left_alone)) is None
-        ):
-            return None
-        return answer(mlp_kind(*operands), (x, *operands[:-1]))
-
-    def _looked_into(self, x: Tensor, cls: type["FusedMLP"]) -> Tensor | None:
-        """The answer of the kernels to as much as they can do here; None where the original forward has to."""
-        spec = cls.fused_spec
-        if no_kernels(x.device) is not None:  # one of the reasons, and all that need be asked on a CPU
-            return None
-        bypassed, called = _reasons(self, cls, x.device)
-        if bypassed is not None:
-            return None
-        reads_all = called is None and not _autocasts()
-        # None where the kernels do not take these tensors: PyTorch answers for them, errors included
-        if reads_all and (out := ops.mlp_if_fits(x, *_operands(self, spec))) is not None:
-            return out
-        if can_call(self, spec) and (h := _first_half(self, cls, x)) is not None:
-            return self._modules[spec.down](h)
-        return None
 
     def reasons(self, device: torch.device | None = None) -> tuple[str | None, str | None]:
         """Why a call with tokens on `device`, that of the weights unless given, would not run the kernels alone.
@@ -119,11 +89,12 @@ class FusedMLP(Fused):
 
     def repack(self) -> None:
         with LOCK:
-            free_when_unread(self._pack(), self)
+            if isinstance(self, FusedMLP):  # another thread may have unfused it
+                free_when_unread(self._pack(), self)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.repack()
+        FusedMLP.repack(self)
         return self
 
     def __setstate__(self, state):
@@ -177,7 +148,28 @@ class FusedPlainMLP(FusedMLP):
 # guards before each replay of a graph
 
 
-def _compiled(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
+# functions of a module and its class, or of compiled code the module twice, which has what its class has
+
+
+def _again(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
+    """The kernels' answer to a call like one they have answered; None for any other, which takes the long way.
+
+    In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then `reasons`
+    has none, the operands fit, and nothing but the result is wanted.
+    """
+    if (
+        not remembered
+        or not ops.only_results(x)
+        or _has_any_global_hook()
+        or cls.original_class.forward is not cls.original_forward
+        or not functions_are_own()
+        or (operands := _usual_operands(module, cls, parameters_at_a_glance, is_left_alone)) is None
+    ):
+        return None
+    return answer(mlp_kind(*operands), (x, *operands[:-1]))
+
+
+def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
     """The operator's answer where all is as usual; None for any other call, which takes the long way.
 
     Whatever is read here `torch.compile` checks before each replay. It is spared that where all is names, tensors and
@@ -185,24 +177,45 @@ def _compiled(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None
     """
     if not _is_ordinary(x) or _autocasts() or no_kernels(x.device) is not None or x.dtype == torch.float64:
         return None
-    if not hf_fused_mlp_keeps_forward(cls) or not functions_are_own():
+    if not hf_fused_mlp_keeps_forward(module.original_class) or not functions_are_own():
         return None
-    operands = _usual_operands(module, cls, plain_parameters, is_bare)
+    operands = _usual_operands(module, module, plain_parameters, is_bare)
     return None if operands is None else ops.mlp_if_fits(x, *operands)
 
 
+def _looked_into(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
+    """The answer of the kernels to as much as they can do here; None where the original forward has to."""
+    spec = cls.fused_spec
+    if no_kernels(x.device) is not None:  # one of the reasons, and all that need be asked on a CPU
+        return None
+    bypassed, called = _reasons(module, cls, x.device)
+    if bypassed is not None:
+        return None
+    reads_all = called is None and not _autocasts()
+    # None where the kernels do not take these tensors: PyTorch answers for them, errors included
+    if reads_all and (out := ops.mlp_if_fits(x, *_operands(module, spec))) is not None:
+        return out
+    if can_call(module, spec) and (h := _first_half(module, cls, x)) is not None:
+        return module._modules[spec.down](h)
+    return None
+
+
 @torch.compiler.assume_constant_result  # the compiler of torch 2.11 misreads functions of classes
-def hf_fused_mlp_keeps_forward(cls: type[FusedMLP]) -> bool:
-    """Whether the original class still has the forward that it had when it was fused."""
-    return cls.original_class.forward is cls.original_forward
+def hf_fused_mlp_keeps_forward(original: type[nn.Module]) -> bool:
+    """Whether a class that was fused still has the forward that it had then."""
+    return all(cls.original_forward is original.forward for cls in generated_classes(original))
+
+
+def _why_functions_are_not_own() -> str | None:
+    return "a function of PyTorch was replaced" if torch.compiler.is_compiling() else why_functions_are_not_own()
 
 
 def _reasons(module: FusedMLP, cls: type[FusedMLP], device: torch.device | None) -> tuple[str | None, str | None]:
     spec = cls.fused_spec
-    if not hf_fused_mlp_keeps_forward(cls):
+    if not hf_fused_mlp_keeps_forward(cls.original_class):
         return replaced_reason(cls.original_class), None
-    if not functions_are_own():
-        return why_functions_are_not_own(), None
+    if not functions_are_own() and (reason := _why_functions_are_not_own()) is not None:
+        return reason, None
     if reason := altered_reason(module, spec):
         return reason, None
     called = "in training mode" if module.training else call_reason(module, spec.projections)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_fused_mlp import ops
 from hf_fused_mlp.children import OWN_FORWARD, has_own_forward
 from hf_fused_mlp.memory import answer
+from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
 from hf_fused_mlp.recognition import Unreadable, is_usual, source_of
 from hf_fused_mlp.swap import Fused, fuse
 
@@ -76,44 +77,51 @@ class FusedRMSNorm(Fused):
     fused_spec: ClassVar[NormSpec]
 
     def forward(self, *args, **kwargs):
-        # who wraps a module's forward may call it after the module was unfused
-        if not isinstance(self, FusedRMSNorm):
+        # read once, since another thread may unfuse the module meanwhile; compiled code is spared guards of the class
+        if torch.compiler.is_compiling():
+            cls, is_fused = self, isinstance(self, FusedRMSNorm)
+        else:
+            cls = type(self)
+            is_fused = issubclass(cls, FusedRMSNorm)
+        if not is_fused:  # who wraps a module's forward may call it after the module was unfused
             return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            out = self._launched(args[0])
+            out = _launched(self, cls, args[0])
             if out is not None:
                 return out
-        return self.original_class.forward(self, *args, **kwargs)  # not `super()`, which compiled code checks anew
-
-    def _launched(self, x: Any) -> Tensor | None:
-        """The kernel's answer, or None where it cannot stand for the original forward."""
-        if not ops.only_results(x) or (operands := self._operands()) is None:
-            return None
-        weight, eps = operands
-        form = self.fused_spec.form
-        out = answer((form, eps), (x, weight))
-        if out is None and ops.HAS_TRITON and ops.runs_now(x):
-            return ops.on_gpu().rms_norm(x, weight, eps, form)
-        return None if out is NotImplemented else out
-
-    def _operands(self) -> tuple[nn.Parameter, float] | None:
-        """Weight and epsilon, or None if the module or its class is no longer what was read."""
-        spec, own, cls = self.fused_spec, self.__dict__, self.original_class
-        weight, eps = own["_parameters"].get("weight"), own.get(spec.eps)
-        if cls.forward is not self.original_forward or type(weight) is not nn.Parameter or type(eps) is not float:
-            return None
-        for name, function in spec.helpers:
-            if name in own or getattr(cls, name, None) is not function:
-                return None
-        return weight, eps
+        return cls.original_class.forward(self, *args, **kwargs)  # not `super()`, which compiled code checks anew
 
     def reason(self) -> str | None:
         """Why the next call would run another forward whatever it is given, or None."""
-        if has_own_forward(self) or self._operands() is None:
+        if has_own_forward(self) or _operands(self, type(self)) is None:
             return (
                 "its forward, its weight or its epsilon was replaced since it was fused, so the original forward runs"
             )
+        return why_functions_are_not_own()
+
+
+def _launched(norm: FusedRMSNorm, cls: type[FusedRMSNorm], x: Any) -> Tensor | None:
+    """The kernel's answer, or None where it cannot stand for the original forward."""
+    if not ops.only_results(x) or not functions_are_own() or (operands := _operands(norm, cls)) is None:
         return None
+    weight, eps = operands
+    form = cls.fused_spec.form
+    out = answer((form, eps), (x, weight))
+    if out is None and ops.HAS_TRITON and ops.runs_now(x):
+        return ops.on_gpu().rms_norm(x, weight, eps, form)
+    return None if out is NotImplemented else out
+
+
+def _operands(norm: FusedRMSNorm, cls: type[FusedRMSNorm]) -> tuple[nn.Parameter, float] | None:
+    """Weight and epsilon, or None if the module or its class is no longer what was read."""
+    spec, own, original = cls.fused_spec, norm.__dict__, cls.original_class
+    weight, eps = own["_parameters"].get("weight"), own.get(spec.eps)
+    if original.forward is not cls.original_forward or type(weight) is not nn.Parameter or type(eps) is not float:
+        return None
+    for name, function in spec.helpers:
+        if name in own or getattr(original, name, None) is not function:
+            return None
+    return weight, eps
 
 
 # a class with such names of its own would lose them

@@ -15,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# of `torch.nn.functional` and `torch`: what the kernels compute in place of a call
-_FUNCTIONS = {F: ("linear", "silu", "gelu", "relu", "dropout"), torch: ("relu", "sigmoid", "tanh", "square", "rsqrt")}
-
 
 def is_own(function: Any, module: str, qualname: str) -> bool:
     """Whether `function` is what `module` defines as `qualname`: its Python code, or a builtin of that name."""
@@ -29,14 +26,20 @@ def is_own(function: Any, module: str, qualname: str) -> bool:
     return getattr(code, "co_qualname", qualname) == qualname and code.co_name == qualname.rpartition(".")[2]
 
 
-def _or_unknown(module: Any, name: str) -> Any:
-    """The function of that name, or a value that equals none if another has its place."""
-    function = getattr(module, name)
-    return function if is_own(function, module.__name__, name) else object()
-
-
-_linear, _silu, _gelu, _relu, _dropout = (_or_unknown(F, name) for name in _FUNCTIONS[F])
-_t_relu, _sigmoid, _tanh, _square, _rsqrt = (_or_unknown(torch, name) for name in _FUNCTIONS[torch])
+# what the kernels compute in place of a call, by the variable below that holds PyTorch's own
+_FUNCTIONS = {
+    "_linear": (F, "linear"),
+    "_silu": (F, "silu"),
+    "_gelu": (F, "gelu"),
+    "_relu": (F, "relu"),
+    "_dropout": (F, "dropout"),
+    "_torch_relu": (torch, "relu"),
+    "_sigmoid": (torch, "sigmoid"),
+    "_tanh": (torch, "tanh"),
+    "_square": (torch, "square"),
+    "_rsqrt": (torch, "rsqrt"),
+}
+_linear = _silu = _gelu = _relu = _dropout = _torch_relu = _sigmoid = _tanh = _square = _rsqrt = object()
 
 
 def functions_are_own() -> bool:
@@ -47,7 +50,7 @@ def functions_are_own() -> bool:
         and F.gelu is _gelu
         and F.relu is _relu
         and F.dropout is _dropout
-        and torch.relu is _t_relu
+        and torch.relu is _torch_relu
         and torch.sigmoid is _sigmoid
         and torch.tanh is _tanh
         and torch.square is _square
@@ -55,14 +58,16 @@ def functions_are_own() -> bool:
     )
 
 
-def why_functions_are_not_own() -> str:
-    """The words for what `functions_are_own` has found."""
-    for module, names in _FUNCTIONS.items():
-        for name in names:
-            function = getattr(module, name)
-            if not is_own(function, module.__name__, name):
-                return f"{module.__name__}.{name} was replaced by {path_of(function)}; undo the patch"
-    return "PyTorch's functions were replaced when hf_fused_mlp was imported; import it in a process without the patch"
+def why_functions_are_not_own() -> str | None:
+    """Which function was replaced, or None. From then on `functions_are_own` knows those that are PyTorch's."""
+    reason = None
+    for variable, (module, name) in _FUNCTIONS.items():
+        function = getattr(module, name)
+        if is_own(function, module.__name__, name):
+            globals()[variable] = function
+        elif reason is None:
+            reason = f"{module.__name__}.{name} was replaced by {path_of(function)}; undo the patch"
+    return reason
 
 
 def path_of(function: Any) -> str:
@@ -107,5 +112,7 @@ def hf_fused_mlp_runs_own_forward(cls: type[nn.Module]) -> bool:
 
 
 runs_own_forward = hf_fused_mlp_runs_own_forward
+
+why_functions_are_not_own()
 for _cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU):
     runs_own_forward(_cls)

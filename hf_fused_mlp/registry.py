@@ -24,7 +24,7 @@ from hf_fused_mlp.children import (
     is_plain,
     why_not_plain,
 )
-from hf_fused_mlp.originals import functions_are_own, path_of, why_functions_are_not_own
+from hf_fused_mlp.originals import path_of, why_functions_are_not_own
 from hf_fused_mlp.recognition import IDENTITIES, recognise
 from hf_fused_mlp.types import MLPKind, MLPSpec
 
@@ -82,8 +82,8 @@ def reject_reason(module: nn.Module, cls: type[nn.Module], spec: MLPSpec) -> str
     """Why `module`, an instance of `cls`, cannot be fused as `spec` says, with the remedy, or None if it can."""
     if cls in MLP_SPECS and cls.forward is not MLP_SPECS[cls][1]():
         return replaced_reason(cls)
-    if not functions_are_own():
-        return why_functions_are_not_own()
+    if reason := why_functions_are_not_own():
+        return reason
     if reason := altered_reason(module, spec):
         return reason
     linears = {name: module._modules[name] for name in spec.projections}

@@ -52,12 +52,15 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol):
         # copies and pickles are made as the original's, and then given a generated class
-        reduced = super().__reduce_ex__(protocol)
+        cls = type(self)  # read once: another thread may unfuse the module meanwhile
+        if not issubclass(cls, Fused):
+            return cls.__reduce_ex__(self, protocol)
+        reduced = super(Fused, cls).__reduce_ex__(self, protocol)
         if isinstance(reduced, str):
             return reduced
-        mixin, original, spec = self._made_of
-        make, arguments, *state = (original if part is type(self) else part for part in reduced)
-        arguments = tuple(original if argument is type(self) else argument for argument in arguments)
+        mixin, original, spec = cls._made_of
+        make, arguments, *state = (original if part is cls else part for part in reduced)
+        arguments = tuple(original if argument is cls else argument for argument in arguments)
         return (_restore, (mixin, original, spec, make, arguments), *state)
 
 
@@ -85,8 +88,8 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
     """
     made_of = mixin, original, spec
     with LOCK:
-        for known in original.__subclasses__():
-            if vars(known).get("_made_of") == made_of:
+        for known in generated_classes(original):
+            if known._made_of == made_of and known.original_forward is original.forward:
                 return known
         parameters = list(inspect.signature(original.forward).parameters.values())
         by_name = len(parameters) > 1 and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -103,6 +106,11 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
         }
         metaclass = _FusedType if type(original) is type else type(original)
         return metaclass(original.__name__, (mixin, original), attributes)
+
+
+def generated_classes(original: type) -> list[type[Fused]]:
+    """Those of `fused_class` for this original that are in use."""
+    return [cls for cls in original.__subclasses__() if "_made_of" in vars(cls)]
 
 
 def _like(original: Callable, forward: Any) -> Callable:

@@ -103,7 +103,6 @@ def _owns_memory(weight: Tensor) -> bool:
     return (
         (on_gpu or weight.device.type == "cpu")
         and weight.is_contiguous()
-        and storage.nbytes() == weight.nbytes
         and (storage.resizable() or _was_packed(weight))  # what is not belongs to NumPy, a file or another library
         and _is_alone(weight)
         and not (_is_sent(storage) if on_gpu else storage.is_shared() or weight.is_pinned())

@@ -16,7 +16,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from hf_fused_mlp import dispatch, fuse_model, memory
+from hf_fused_mlp import dispatch, fuse_model, memory, modules
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.types import UNFUSED
@@ -35,6 +35,10 @@ def short_way(monkeypatch):
     cache.forget()
 
 
+def replay(mlp, x):
+    return modules._again(mlp, type(mlp), x)
+
+
 def answered_mlp(x, model_type="llama"):
     """A fused MLP that has answered a call with `x`."""
     mlp = next(m for m in fuse_model(tiny_model(model_type)).modules() if isinstance(m, FusedMLP))
@@ -51,7 +55,7 @@ def test_a_call_like_one_before_takes_the_short_way(model_type, short_way):
     assert mlp(x) is ANSWER
     assert mlp(torch.randn(3, 64)) is ANSWER
     for other in (torch.randn(4, 64), torch.randn(3, 1, 64), torch.randn(3, 128)[:, ::2], x.double()):
-        assert mlp._again(other) is None
+        assert replay(mlp, other) is None
 
 
 @torch.no_grad()
@@ -70,7 +74,7 @@ def test_another_argument(short_way):
 def test_the_long_way_has_nothing_against_it(model_type, short_way):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x, model_type)
-    assert mlp._again(x) is ANSWER
+    assert replay(mlp, x) is ANSWER
     assert mlp.reasons(torch.device("cuda", 0)) == (None, None)
 
 
@@ -81,7 +85,7 @@ def test_a_projection_that_was_wrapped(wrap, name, short_way):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x)
     wrap(mlp, name)
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
 
 
 def own_forward(mlp):
@@ -188,7 +192,7 @@ def test_a_module_that_was_changed(change, short_way):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x)
     change(mlp)
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
     try:
         expected = LlamaMLP.forward(mlp, x)
     except Exception as error:
@@ -204,7 +208,7 @@ def test_a_packed_bias_that_cannot_be_halved(bias, short_way):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x, "phi3")
     mlp.gate_up_proj.bias = nn.Parameter(bias)
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
     assert mlp.reasons(torch.device("cuda", 0))[1].startswith("gate_up_proj has a sparse weight, or a bias that")
     if bias.numel() == 1:
         torch.testing.assert_close(mlp(x), Phi3MLP.forward(mlp, x))
@@ -229,16 +233,16 @@ def test_dropout_on_the_way(make, short_way):
     dropout = next(name for name, child in mlp.named_children() if isinstance(child, nn.Dropout))
     assert mlp(x) is ANSWER
     mlp.get_submodule(dropout).train()
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
     mlp.eval()
-    assert mlp._again(x) is ANSWER
+    assert replay(mlp, x) is ANSWER
     mlp.set_submodule(dropout, nn.Tanh())
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
     mlp.set_submodule(dropout, nn.Identity().eval())
-    assert mlp._again(x) is ANSWER
+    assert replay(mlp, x) is ANSWER
     if isinstance(mlp, nn.Sequential):
         mlp.append(nn.Tanh())
-        assert mlp._again(x) is None
+        assert replay(mlp, x) is None
 
 
 @pytest.mark.parametrize("cls", [LlamaMLP, nn.Linear, SiLUActivation], ids=lambda cls: cls.__name__)
@@ -248,7 +252,7 @@ def test_a_class_that_was_patched(cls, short_way, monkeypatch):
     mlp = answered_mlp(x)
     assert mlp(x) is ANSWER
     monkeypatch.setattr(cls, "forward", lambda self, x: x)
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
 
 
 @torch.no_grad()
@@ -262,11 +266,11 @@ def test_hooks_that_come_and_go(short_way):
     ]
     for register in hooks:
         hook = register()
-        assert mlp._again(x) is None
+        assert replay(mlp, x) is None
         hook.remove()
-        assert mlp._again(x) is ANSWER
+        assert replay(mlp, x) is ANSWER
     attach_hook(mlp, "up_proj")
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
 
 
 @torch.no_grad()
@@ -275,10 +279,10 @@ def test_backward_hooks_do_nothing_here(short_way):
     mlp = answered_mlp(x)
     mlp.down_proj.register_full_backward_hook(lambda *args: None)
     mlp.down_proj.register_full_backward_pre_hook(lambda *args: None)
-    assert mlp._again(x) is ANSWER
+    assert replay(mlp, x) is ANSWER
     assert mlp.reasons(torch.device("cuda", 0)) == (None, None)
     with torch.enable_grad():
-        assert mlp._again(x) is None
+        assert replay(mlp, x) is None
 
 
 def test_pytorch_can_compare_tensors_at_once():
@@ -304,8 +308,8 @@ def test_a_state_of_pytorch(state, mode, short_way):
         mlp = answered_mlp(x)
         with STATES[state]():
             changed = state != "inference" or mode is torch.no_grad
-            assert mlp._again(x) is (None if changed else ANSWER)
-        assert mlp._again(x) is ANSWER
+            assert replay(mlp, x) is (None if changed else ANSWER)
+        assert replay(mlp, x) is ANSWER
 
 
 @torch.no_grad()
@@ -314,9 +318,9 @@ def test_functions_that_are_watched(short_way):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x)
     with torch.device("cpu"):
-        assert mlp._again(x) is ANSWER
+        assert replay(mlp, x) is ANSWER
         with Doubling():
-            assert mlp._again(x) is None
+            assert replay(mlp, x) is None
             torch.testing.assert_close(mlp(x), LlamaMLP.forward(mlp, x))
 
 
@@ -331,7 +335,7 @@ def test_autocast_that_was_on_before(short_way, monkeypatch):
         with context:
             out = dispatch.mlp_cuda(x, *mlp.operands())
             assert torch.equal(out, dispatch.mlp_cuda(x, *mlp.operands()))
-            assert (mlp._again(x) is not None) is again
+            assert (replay(mlp, x) is not None) is again
     assert len(memory.remembered) == 2
 
 
@@ -354,7 +358,7 @@ def test_a_transformed_call(transform, short_way):
     mlp = answered_mlp(x)
 
     def call(y):
-        found.extend((mlp._again(x), mlp._again(y)))
+        found.extend((replay(mlp, x), replay(mlp, y)))
         return 2 * y
 
     TRANSFORMS[transform](call, x)
@@ -369,7 +373,7 @@ def test_a_weight_that_is_transformed(short_way):
 
     def call(weight):
         mlp.gate_proj.weight = nn.Parameter(weight)
-        assert mlp._again(x) is None
+        assert replay(mlp, x) is None
         return weight.sum()
 
     torch.func.vmap(call)(stack)
@@ -382,7 +386,7 @@ def test_other_kinds_of_tokens(short_way):
     nested = torch.nested.nested_tensor([torch.randn(3, 64)])
     jagged = torch.nested.nested_tensor([torch.randn(3, 64)], layout=torch.jagged)
     for other in (x.to("meta"), x.to_sparse(), x.bfloat16(), x[:2], nn.Parameter(x), nested, jagged):
-        assert mlp._again(other) is None
+        assert replay(mlp, other) is None
 
 
 def test_one_tensor_as_two(short_way):
@@ -421,24 +425,24 @@ def test_what_a_call_is_made_under():
     mlp = fuse_model(tiny_model()).model.layers[0].mlp.cuda()
     x = torch.randn(3, 64, device="cuda")
     expected = mlp(x)
-    assert torch.equal(mlp._again(x), expected)
+    assert torch.equal(replay(mlp, x), expected)
     with torch.autocast("cuda", torch.bfloat16):
-        assert mlp._again(x) is None
+        assert replay(mlp, x) is None
         assert mlp(x).dtype == torch.bfloat16
     with torch.enable_grad():
-        assert mlp._again(x) is None
+        assert replay(mlp, x) is None
         assert mlp(x).requires_grad
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, x)
-        assert mlp._again(dual) is None
+        assert replay(mlp, dual) is None
         assert forward_ad.unpack_dual(mlp(dual)).tangent is not None
     torch.testing.assert_close(torch.func.vmap(mlp)(x[:, None])[:, 0], expected)
     with torch.inference_mode():
         assert mlp(x).is_inference()
     mlp.down_proj.cpu()
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
     mlp.down_proj.to("meta")
-    assert mlp._again(x) is None
+    assert replay(mlp, x) is None
 
 
 def test_operands_that_do_not_fit(short_way):

@@ -73,7 +73,8 @@ def tensor_parallel(where, directory):
     for _, gate, up, down, *_ in halves:
         assert up.shape == (176 // WORLD, 64)
         assert down is None
-        assert gate is None or is_packed(gate, up)
+        # on a CPU the shards lie in the checkpoint's file
+        assert gate is None or where == "cpu" or is_packed(gate, up)
     assert len(halves) == (0 if model_type == "phi3" else 2)
 
     grads = []

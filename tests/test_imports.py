@@ -44,7 +44,7 @@ MAY_IMPORT = {
         "memory",
         "ops",
     },
-    "norms": {"torch", "children", "recognition", "swap", "memory", "ops"},
+    "norms": {"torch", "children", "originals", "recognition", "swap", "memory", "ops"},
     "fuse": {"torch", "children", "originals", "registry", "swap", "threads", "modules", "norms"},
     "numerics": {"torch", "validation", "ops", "swap", "modules", "fuse"},
     "integrations": {"torch", "transformers", "fuse"},

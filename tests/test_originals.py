@@ -1,0 +1,184 @@
+"""What was replaced, before or after the import, is called and never bypassed."""
+
+import copy
+import functools
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import as_on_gpu, tiny_model, token_ids
+from torch import nn
+from transformers.activations import GELUActivation, QuickGELUActivation, SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import hf_fused_mlp.reference
+from hf_fused_mlp import fuse_model, fusion_report
+from hf_fused_mlp.originals import functions_are_own, is_own, runs_own_forward
+
+
+class MLP(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act = act
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class InlineMLP(MLP):
+    def __init__(self):
+        super().__init__(None)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def doubled(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return 2 * function(*args, **kwargs)
+
+    return wrapper
+
+
+# what is replaced, and a module that it matters to
+FUNCTIONS = {
+    "linear": ((F, "linear"), lambda: MLP(nn.SiLU())),
+    "silu": ((F, "silu"), lambda: MLP(nn.SiLU())),
+    "silu, inline": ((F, "silu"), InlineMLP),
+    "silu of Transformers": ((F, "silu"), lambda: MLP(SiLUActivation())),
+    "gelu": ((F, "gelu"), lambda: MLP(nn.GELU())),
+    "relu": ((F, "relu"), lambda: MLP(nn.ReLU())),
+    "sigmoid": ((torch, "sigmoid"), lambda: MLP(QuickGELUActivation())),
+}
+FORWARDS = {
+    "nn.Linear": ((nn.Linear, "forward"), lambda: MLP(nn.SiLU())),
+    "nn.SiLU": ((nn.SiLU, "forward"), lambda: MLP(nn.SiLU())),
+    "SiLUActivation": ((SiLUActivation, "forward"), lambda: MLP(SiLUActivation())),
+    "GELUActivation": ((GELUActivation, "forward"), lambda: MLP(GELUActivation())),
+    "LlamaMLP": ((LlamaMLP, "forward"), lambda: tiny_model().model.layers[0].mlp),
+}
+TARGETS = FUNCTIONS | FORWARDS
+
+
+class OperatorsOwnFunctions:
+    """What the operator's form for the CPU calls: a kernel sees no patch."""
+
+    linear, gelu, silu, relu = staticmethod(F.linear), staticmethod(F.gelu), staticmethod(F.silu), staticmethod(F.relu)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch):
+    as_on_gpu(monkeypatch)
+    monkeypatch.setattr(hf_fused_mlp.reference, "F", OperatorsOwnFunctions)
+
+
+@pytest.mark.parametrize("target, make", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_replaced_around_fusing(target, make, when, monkeypatch):
+    module = make().eval()
+    x = torch.randn(2, module.down.in_features - 4 if hasattr(module, "down") else 64)
+    model = nn.ModuleList([module])
+    if when == "after":
+        fuse_model(model, strict=True)
+        module(x)
+    plain = module(x)
+    monkeypatch.setattr(*target, doubled(getattr(*target)))
+    if when == "before":
+        fuse_model(model)
+    assert functions_are_own() == (target[0] not in (F, torch))
+    expected = getattr(type(module), "original_class", type(module)).forward(module, x)
+    assert not torch.allclose(expected, plain)
+    torch.testing.assert_close(module(x), expected)
+    (mlp,) = fusion_report(model).mlps
+    assert mlp.reason is not None
+
+
+@pytest.mark.parametrize("name", ["linear", "silu", "nn.Linear", "nn.SiLU", "LlamaMLP"])
+@torch.no_grad()
+def test_replaced_before_compiling(name, monkeypatch):
+    """What is traced is what would run."""
+    target, make = TARGETS[name]
+    original = make().eval()
+    module = copy.deepcopy(original)
+    x = torch.randn(2, 64 if name == "LlamaMLP" else 8)
+    fuse_model(nn.ModuleList([module]), strict=True)
+    real = getattr(*target)
+    monkeypatch.setattr(*target, lambda *args, **kwargs: 2 * real(*args))
+    torch.compiler.reset()
+    expected = torch.compile(original, backend="eager")(x)
+    torch.testing.assert_close(torch.compile(module, backend="eager")(x), expected)
+
+
+@pytest.mark.parametrize("name", ["linear", "silu"])
+@torch.no_grad()
+def test_replaced_after_compiling(name, monkeypatch):
+    target, make = FUNCTIONS[name]
+    original, x = make().eval(), torch.randn(2, 8)
+    module = copy.deepcopy(original)
+    fuse_model(nn.ModuleList([module]), strict=True)
+    torch.compiler.reset()
+    forms = [torch.compile(form, backend="eager") for form in (original, module)]
+    plain, real = [form(x) for form in forms], getattr(*target)
+    monkeypatch.setattr(*target, lambda *args, **kwargs: 2 * real(*args))
+    expected, found = (form(x) for form in forms)
+    assert not torch.allclose(found, plain[1])
+    torch.testing.assert_close(found, expected)
+
+
+def test_replaced_before_the_import():
+    """What was there first is not trusted either; once a function is PyTorch's again, the kernels may run."""
+    code = """
+        import functools, torch, torch.nn.functional as F
+        from torch import nn
+        def doubled(function):
+            return functools.wraps(function)(lambda *args, **kwargs: 2 * function(*args, **kwargs))
+        targets = [(F, "linear"), (F, "silu"), (F, "gelu"), (nn.Linear, "forward"), (nn.SiLU, "forward")]
+        real = {target: getattr(*target) for target in targets}
+        for target in targets:
+            setattr(*target, doubled(real[target]))
+        from hf_fused_mlp.originals import functions_are_own, runs_own_forward, why_functions_are_not_own
+        assert not functions_are_own() and not runs_own_forward(nn.Linear) and not runs_own_forward(nn.SiLU)
+        assert "torch.nn.functional.linear was replaced by __main__.double" in why_functions_are_not_own()
+        for target in targets:
+            setattr(*target, real[target])
+        assert why_functions_are_not_own() is None and functions_are_own()
+        assert runs_own_forward(nn.Linear) and runs_own_forward(nn.SiLU)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@torch.no_grad()
+def test_counting_operations():
+    """A profiler's patch of `F.linear` sees what it sees of the original."""
+    counts = []
+    for fuse in (lambda model: model, fuse_model):
+        model, real, seen = fuse(tiny_model()), F.linear, []
+
+        def counted(x, weight, bias=None, real=real, seen=seen):
+            seen.append(x.numel() * weight.shape[0])
+            return real(x, weight, bias)
+
+        F.linear = counted
+        try:
+            model(token_ids(1, 5))
+        finally:
+            F.linear = real
+        counts.append(sum(seen))
+    assert counts[0] == counts[1] > 0
+
+
+def test_names_prove_nothing():
+    wrapped = doubled(F.silu)
+    assert (wrapped.__module__, wrapped.__qualname__) == (F.silu.__module__, F.silu.__qualname__)
+    assert is_own(F.silu, "torch.nn.functional", "silu")
+    assert not is_own(wrapped, "torch.nn.functional", "silu")
+    assert not is_own(F.relu, "torch.nn.functional", "silu")
+    lookalike = type("SiLU", (nn.Module,), {"forward": lambda self, x: x, "__module__": nn.SiLU.__module__})
+    assert not runs_own_forward(lookalike)
+    assert runs_own_forward(nn.SiLU)
