@@ -72,7 +72,8 @@ def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     if x.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in operands):
         return mlp_ref(x, *operands, activation)
     if not has_rows(x):
-        return mlp_cuda(x.contiguous(), *operands, activation)
+        rows = x.clone(memory_format=torch.contiguous_format)  # a tensor may be contiguous and have no rows
+        return mlp_cuda(rows, *operands, activation) if has_rows(rows) else mlp_ref(x, *operands, activation)
 
     bias = not (gate_bias is None and up_bias is None and down_bias is None)
     plan = find_plan(problem_key(x.numel() // x.shape[-1], gate, up, down, activation, bias))
