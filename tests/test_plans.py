@@ -192,6 +192,10 @@ def test_the_kernels_hash_is_of_code_only():
     assert kernel_code(source) != kernel_code(source.replace("None", "0"))
     assert kernel_code(source) == kernel_code(f"def candidates(key):\n    return [1]\n{source}")
     assert kernel_code(source) != kernel_code(source.replace("@triton.jit(debug=None)\n", ""))
+    backward = "\n@triton.jit\ndef g(x):\n    return f(2 * x)\n"
+    launcher = "\ndef run(x):\n    launch(f)(x)\n\ndef family(x):\n    return run(x)\n"
+    assert kernel_code(source + backward + launcher, "family") == kernel_code(source), "of what plans run"
+    assert kernel_code(source + backward + launcher.replace("(f)", "(g)"), "family") == kernel_code(source + backward)
     assert kernel_hashes().keys() == FAMILIES.keys()
     assert len(set(kernel_hashes().values())) == len(FAMILIES)
 

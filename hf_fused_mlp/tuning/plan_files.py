@@ -123,22 +123,27 @@ def unsupported(key: ProblemKey, plan: Plan) -> str | None:
 
 @cache
 def kernel_hashes() -> dict[str, str]:
-    """For each family, a hash of its kernels and of those that all share.
+    """For each family, a hash of the kernels that its plans run and of those that all share.
 
     Comments, docstrings and layout do not count, nor what launches them; Python's version does not either.
     """
 
     folder = Path(kernels.__file__).parent
     shared = kernel_code(folder.joinpath("_common.py").read_text())
-    codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text()) for name in kernels.FAMILIES}
+    codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text(), name) for name in kernels.FAMILIES}
     return {name: hashlib.sha256(code.encode()).hexdigest()[:16] for name, code in codes.items()}
 
 
-def kernel_code(source: str) -> str:
+def kernel_code(source: str, start: str | None = None) -> str:
     """What the Triton functions in Python code say, without what does nothing: comments, layout, bare strings.
 
-    Not `ast.dump`, which shows fields that only some versions of Python have, though they are empty.
+    Of all of them, or of those that the function `start` runs, which leaves out a family's backward. Not `ast.dump`,
+    which shows fields that only some versions of Python have, though they are empty.
     """
+    statements = ast.parse(source).body
+    if start is not None:
+        functions = {node.name: node for node in statements if isinstance(node, ast.FunctionDef)}
+        statements = _reached(functions, start)
 
     def canonical(node):
         if isinstance(node, list):
@@ -148,7 +153,18 @@ def kernel_code(source: str) -> str:
         fields = ((name, canonical(value)) for name, value in ast.iter_fields(node))
         return (type(node).__name__, *(field for field in fields if field[1] not in (None, ())))
 
-    return "".join(repr(canonical(node)) for node in ast.parse(source).body if _is_kernel(node))
+    return "".join(repr(canonical(node)) for node in statements if _is_kernel(node))
+
+
+def _reached(functions: dict[str, ast.FunctionDef], start: str) -> list[ast.stmt]:
+    """Those of `functions` that `start` names, or that one of those does, in the order of the file."""
+    reached, ahead = {start}, [start]
+    while ahead:
+        named = {node.id for node in ast.walk(functions[ahead.pop()]) if isinstance(node, ast.Name)}
+        new = (named & functions.keys()) - reached
+        reached |= new
+        ahead += new
+    return [node for name, node in functions.items() if name in reached]
 
 
 def _is_kernel(node: ast.stmt) -> bool:
