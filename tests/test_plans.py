@@ -289,7 +289,9 @@ def test_dispatch_runs_a_plan_from_the_users_file(device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [OutOfResources(300000, 232448, "shared memory"), PTXASError("bad code")], ids=["resources", "compiler"]
+    "error",
+    [OutOfResources(300000, 232448, "shared memory"), PTXASError("bad code"), RuntimeError("pass failed")],
+    ids=["resources", "assembler", "compiler"],
 )
 def test_a_plan_that_does_not_fit_gives_way(error, monkeypatch, caplog):
     """As it may with a plan that ships, measured with another Triton."""
@@ -313,6 +315,21 @@ def test_a_plan_that_does_not_fit_gives_way(error, monkeypatch, caplog):
         assert torch.equal(dispatch.mlp_cuda(tokens, *operands, "silu"), mlp_ref(tokens, *operands, "silu"))
     assert ran == [TUNED.plan, UNFUSED, UNFUSED, UNFUSED]
     assert str(error) in the_warning(caplog)
+
+
+@pytest.mark.parametrize(
+    "plan, error", [(TUNED.plan, torch.OutOfMemoryError()), (UNFUSED, RuntimeError("of PyTorch"))]
+)
+def test_errors_that_are_not_the_plans(plan, error, monkeypatch):
+    def prepare(*args):
+        raise error
+
+    monkeypatch.setattr(dispatch, "SOURCES", [lambda key: plan])
+    monkeypatch.setattr(dispatch, "prepare", prepare)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    with pytest.raises(type(error)):
+        dispatch.mlp_cuda(torch.randn(5, 72).half(), *random_mlp(72, 104, True, False, torch.float16), "silu")
+    assert not cache.unusable
 
 
 def test_what_is_remembered_tells_calls_apart(monkeypatch):
