@@ -31,8 +31,11 @@ def by_problem(rows: list[Row]) -> dict[Problem, dict[str, Row]]:
 def read(file: Path) -> tuple[Header, list[Row]]:
     """The header and the rows of `file`; what is no such file ends the command."""
     try:
-        header = json.loads(file.read_text())
-        return header, header.pop("rows")
+        header = json.loads(file.read_text(encoding="utf-8"))
+        rows = header.pop("rows")
+        if not all(isinstance(row, dict) for row in rows):
+            raise TypeError("rows")
+        return header, rows
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{file}: not what `bench --json` writes ({error!r}); name another file")
 
