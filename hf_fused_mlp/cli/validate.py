@@ -64,17 +64,17 @@ def encode(
     text: Path | None, tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel, tokens: int
 ) -> torch.Tensor:
     """The first token ids of the text, at most as many as the model has positions for."""
-    try:
-        words = (
-            "".join(pydoc_data.topics.topics[topic] for topic in TOPICS)
-            if text is None
-            else text.read_text(encoding="utf-8")
-        )
-    except UnicodeDecodeError as error:
-        fail(f"{text}: not a text in UTF-8 ({error})")
+    words = "".join(pydoc_data.topics.topics[topic] for topic in TOPICS) if text is None else read(text)
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     ids = tokenizer(words, return_tensors="pt")["input_ids"]
     return ids[:, : min(tokens, positions or tokens)]
+
+
+def read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fail(f"{text}: not a text in UTF-8 ({error})")
 
 
 def print_report(report: NumericsReport) -> None:
