@@ -72,15 +72,21 @@ def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     if x.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in operands):
         return mlp_ref(x, *operands, activation)
     if not has_rows(x):
-        return mlp_cuda(x.contiguous(), *operands, activation)
+        rows = x.clone(memory_format=torch.contiguous_format)  # a tensor may be contiguous and have no rows
+        return mlp_cuda(rows, *operands, activation) if has_rows(rows) else mlp_ref(x, *operands, activation)
 
     bias = not (gate_bias is None and up_bias is None and down_bias is None)
     plan = find_plan(problem_key(x.numel() // x.shape[-1], gate, up, down, activation, bias))
-    run = prepare(plan, x, gate, up, down, activation)
     try:
+        run = prepare(plan, x, gate, up, down, activation)
         out = run(x, *operands)
-    except TritonError as error:  # out of resources, for one
-        # a plan that ships may have been measured with a Triton that needed less, or compiled more
+    except torch.OutOfMemoryError:  # which is no fault of the plan's
+        raise
+    except Exception as error:
+        if plan == UNFUSED:
+            raise
+        # a plan that ships may have been measured with a Triton that needed less, or compiled more; and a file of
+        # plans may have been written by anyone
         logger.warning("%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
         unusable.add(plan)
         run = prepare(UNFUSED, x, gate, up, down, activation)

@@ -6,13 +6,14 @@ names of intermediate results are gone it has to be, word for word, one of `FORM
 """
 
 import ast
-import copy
 import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import CodeType, FunctionType
 from typing import Any, ClassVar
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from hf_fused_mlp import ops
 from hf_fused_mlp.children import OWN_FORWARD, has_own_forward
 from hf_fused_mlp.memory import answer
 from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
-from hf_fused_mlp.recognition import Unreadable, is_usual, source_of
+from hf_fused_mlp.recognition import is_usual
+from hf_fused_mlp.source import Unreadable, meaning_of, source_of
 from hf_fused_mlp.swap import Fused, fuse
 
 
@@ -135,9 +137,7 @@ def find_norm(module: nn.Module) -> NormSpec | None:
     cls: Any = type(module)
     if not is_usual(cls):
         return None
-    spec = _spec_of(cls, cls.forward)
-    if spec is not None and any(inspect.getattr_static(cls, name) is not function for name, function in spec.helpers):
-        spec = _spec_of.__wrapped__(cls, cls.forward)  # a helper was replaced since it was read
+    spec = _spec_of(cls)
     # a class may have a descriptor where the module seems to have a weight
     on_classes = {name for base in cls.__mro__ if base is not nn.Module for name in vars(base)}
     return None if spec is None or on_classes & {*_TAKEN, "weight", spec.eps} else spec
@@ -163,89 +163,166 @@ def fuse_norm(module: nn.Module, spec: NormSpec) -> None:
     fuse(module, FusedRMSNorm, spec)
 
 
-@cache
-def _spec_of(cls: Any, forward: Callable) -> NormSpec | None:
-    """What `forward`, that of `cls`, computes, or None."""
+@dataclass(frozen=True)
+class _Method:
+    """A method that was read, by its name in the class, which is not kept alive."""
+
+    name: str
+    function: ReferenceType
+    code: CodeType
+    means_torch: bool  # by `torch`
+
+    def is_still_of(self, cls: type) -> bool:
+        function = self.function()
+        return (
+            function is not None
+            and inspect.getattr_static(cls, self.name, None) is function
+            and function.__code__ is self.code
+            and (meaning_of(function, "torch") is torch) == self.means_torch
+        )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a class's forward computes, or None, and what that rests on."""
+
+    form: str | None
+    eps: str
+    methods: tuple[_Method, ...]
+
+    def spec(self) -> NormSpec | None:
+        if self.form is None:
+            return None
+        helpers: Any = ((method.name, method.function()) for method in self.methods if method.name != "forward")
+        return NormSpec(self.form, self.eps, tuple(helpers))
+
+
+# a class that was looked at can be collected like any other: even its methods' globals may hold it
+_readings: WeakKeyDictionary[type, _Reading] = WeakKeyDictionary()
+
+
+def _spec_of(cls: type[nn.Module]) -> NormSpec | None:
+    """What the forward of `cls` computes, or None."""
+    reading = _readings.get(cls)
+    if reading is None or not all(method.is_still_of(cls) for method in reading.methods):
+        reading = _readings[cls] = _read(cls)
+    return reading.spec()
+
+
+def _read(cls: Any) -> _Reading:
+    reader = _Inliner(cls)
     try:
-        text, eps, helpers = _read(cls, forward)
-        return NormSpec(_forms_by_text()[text], eps, helpers)
+        text = reader.method("forward", ["x"])
+        (eps,) = set(re.findall(r"\+ self\.(?!weight\b)(\w+)", text))
+        form = _forms_by_text()[text.replace(f"+ self.{eps})", "+ self.eps)")]
     except Exception:  # no source, among others; what is not understood is left alone
-        return None
+        form, eps = None, ""
+    methods = (
+        _Method(name, ref(function), function.__code__, meaning_of(function, "torch") is torch)
+        for name, function in reader.methods.items()
+    )
+    return _Reading(form, eps, tuple(methods))
 
 
 @cache
 def _forms_by_text() -> dict[str, str]:
-    return {_read(None, function)[0]: form for form, function in SPELLINGS}
+    """By the text that is read of a forward, the form that it computes.
 
-
-def _read(cls: type | None, forward: Callable) -> tuple[str, str, tuple[tuple[str, Callable], ...]]:
-    """The text of what `forward` returns, the name of its epsilon, which is `eps` in the text, and its helpers.
-
-    Of Llama's the text is ``(torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.eps) *
-    x.to(torch.float32)).to(x.dtype) * self.weight``.
+    Of Llama's the text is ``((torch.rsqrt((x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.eps)) *
+    x.to(torch.float32)).to(x.dtype) * self.weight)``.
     """
-    reader = _Inliner(cls)
-    text = ast.unparse(reader.returned(forward, [ast.Name("x")]))
-    (name,) = set(re.findall(r"\+ self\.(?!weight\b)(\w+)", text))
-    return text.replace(f"+ self.{name}", "+ self.eps"), name, tuple(reader.helpers.items())
+    return {_Inliner(None).returned(function, ["x"]): form for form, function in SPELLINGS}
 
 
-class _Inliner(ast.NodeTransformer):
-    """Puts expressions in the place of names and of calls of the class's own methods, and evens out synonyms."""
+class _Inliner:
+    """Gives what a method returns as text, with the names of intermediate results and calls of the class's own methods
+    replaced by what they stand for, and one spelling for synonyms.
+
+    What is not in any of `FORMS`, and more calls or a longer text than an RMSNorm has, ends the reading.
+    """
+
+    MOST_CALLS = 8
+    LONGEST = 2000
 
     def __init__(self, cls: type | None):
         self.cls = cls
-        self.helpers: dict[str, Callable] = {}
-        self.values: dict[str, ast.expr] = {}
+        self.methods: dict[str, FunctionType] = {}
+        self.calls = 0
+        self.values: dict[str, str] = {}
         self.unread: set[str] = set()
 
-    def returned(self, function: Any, arguments: list[ast.expr]) -> ast.expr:
-        """What a call of `function`, a method, gives."""
-        source = source_of(function)
-        if function.__globals__.get("torch") is not torch:
+    def method(self, name: str, arguments: list[str]) -> str:
+        """What a call of a method of the class gives."""
+        method = inspect.getattr_static(self.cls, name)
+        self.calls += 1
+        if not isinstance(method, FunctionType) or self.calls > self.MOST_CALLS:
             raise Unreadable
+        self.methods[name] = method
         outer = self.values, self.unread
+        result = self.returned(method, arguments)
+        self.values, self.unread = outer
+        return result
+
+    def returned(self, function: Any, arguments: list[str]) -> str:
+        """What a call of `function` gives."""
+        source = source_of(function)
+        if meaning_of(function, "torch") is not torch:
+            raise Unreadable
         names = [argument.arg for argument in source.args.args]
-        self.values, self.unread = dict(zip(names, [ast.Name("self"), *arguments], strict=True)), set()
+        self.values, self.unread = dict(zip(names, ["self", *arguments], strict=True)), set(names[1:])
         for statement in source.body:
             match statement:
                 case ast.Expr(ast.Constant()):  # a docstring
                     pass
                 case ast.Assign([ast.Name(name)], value):
-                    self.values[name] = self.visit(value)
+                    text = self.text(value)
                     if name in self.unread:
                         raise Unreadable
+                    self.values[name] = text
                     self.unread.add(name)
                 case ast.Return(value) if value is not None:
-                    result = self.visit(value)
+                    text = self.text(value)
                     if self.unread:  # what is not used may be there for what else it does
                         raise Unreadable
-                    self.values, self.unread = outer
-                    return result
+                    return text
                 case _:
                     raise Unreadable
         raise Unreadable
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        if node.id not in self.values and node.id != "torch":
+    def text(self, node: ast.expr) -> str:
+        text = self._text(node)
+        if len(text) > self.LONGEST:
             raise Unreadable
-        self.unread.discard(node.id)
-        return copy.deepcopy(self.values.get(node.id, node))
+        return text
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        node = self.generic_visit(node)  # type: ignore[assignment]
-        if isinstance(node.op, ast.Mult):
-            node.left, node.right = sorted((node.left, node.right), key=ast.unparse)
-        return node
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        node = self.generic_visit(node)  # type: ignore[assignment]
+    def _text(self, node: ast.expr) -> str:
         match node:
-            case ast.Call(ast.Attribute(ast.Name("self"), name), arguments, []):
-                self.helpers[name] = inspect.getattr_static(self.cls, name)
-                return self.returned(self.helpers[name], arguments)
-            case ast.Call(ast.Attribute(of, "float"), [], []):
-                return ast.Call(ast.Attribute(of, "to"), [ast.parse("torch.float32", mode="eval").body], [])
-            case ast.Call(ast.Attribute(of, "type_as"), [like], []):
-                return ast.Call(ast.Attribute(of, "to"), [ast.Attribute(like, "dtype")], [])
-        return node
+            case ast.Name(name) if name in self.values:
+                self.unread.discard(name)
+                return self.values[name]
+            case ast.Name("torch"):
+                return "torch"
+            case ast.Constant(int() | float() as number):
+                return repr(number)
+            case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as number)):
+                return f"-{number!r}"
+            case ast.Attribute(of, name):
+                return f"{self.text(of)}.{name}"
+            case ast.BinOp(left, ast.Mult(), right):
+                return f"({' * '.join(sorted((self.text(left), self.text(right))))})"
+            case ast.BinOp(left, ast.Add(), right):
+                return f"({self.text(left)} + {self.text(right)})"
+            case ast.Call(ast.Attribute(of, name), arguments, keywords):
+                return self.call(self.text(of), name, [self.text(argument) for argument in arguments], keywords)
+        raise Unreadable
+
+    def call(self, of: str, name: str, arguments: list[str], keywords: list[ast.keyword]) -> str:
+        match of, name, arguments, keywords:
+            case "self", _, _, []:
+                return self.method(name, arguments)
+            case _, "float", [], []:
+                return f"{of}.to(torch.float32)"
+            case _, "type_as", [like], []:
+                return f"{of}.to({like}.dtype)"
+        arguments += [f"{keyword.arg}={self.text(keyword.value)}" for keyword in keywords]
+        return f"{of}.{name}({', '.join(arguments)})"

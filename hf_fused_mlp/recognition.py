@@ -4,85 +4,102 @@ A forward of straight lines is evaluated on symbols: `self.up(x)` becomes `Call(
 the few steps below (a clamp, another attribute of self, a branch but for a cast to a weight's dtype) ends the reading,
 and the class stays unknown. On an instance, calls of dropout modules fall away, since the kernels run in evaluation
 mode only, and what is left has to be one of three equations, with projections and a known activation in their places.
-What names of the class's module mean is looked up once; replacing such a function later is not noticed.
+Time and memory are bounded: `source_of` refuses long texts, and `Step` long expressions.
 """
 
 import ast
-import dis
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache, reduce
+from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hf_fused_mlp.activations import find_activation
+from hf_fused_mlp.source import Unreadable, meaning_of, source_of
 from hf_fused_mlp.types import MLPKind, MLPSpec
 
 # functions that forwards call where others have a module; without arguments beside the input
 FUNCTIONS: dict[Callable, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
 
+MOST_STEPS = 100  # of an expression; an MLP with every cast and dropout there is has about twenty
+
 
 @dataclass(frozen=True)
-class Input:
+class Step:
+    """A node of an expression. What is used twice counts twice in `size`, as it does for whoever walks the expression.
+
+    Raises:
+        Unreadable: the expression has more than `MOST_STEPS`.
+    """
+
+    size: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        size = 1 + sum(part.size for part in vars(self).values() if isinstance(part, Step))
+        if size > MOST_STEPS:
+            raise Unreadable
+        object.__setattr__(self, "size", size)
+
+
+@dataclass(frozen=True)
+class Input(Step):
     """The forward's one argument."""
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Step):
     """`self.<name>(<of>)`."""
 
     name: str
-    of: object
+    of: Step
 
 
 @dataclass(frozen=True)
-class Cast:
+class Cast(Step):
     """`<of>.to(self.<name>.weight.dtype)`."""
 
     name: str
-    of: object
+    of: Step
 
 
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(Step):
     """`F.dropout(<of>, training=self.training)`."""
 
-    of: object
+    of: Step
 
 
 @dataclass(frozen=True)
-class Function:
+class Function(Step):
     """A function of `FUNCTIONS`, by the activation that it computes."""
 
     activation: str
-    of: object
+    of: Step
 
 
 @dataclass(frozen=True)
-class Product:
+class Product(Step):
     left: Any
     right: Any
 
 
 @dataclass(frozen=True)
-class Half:
+class Half(Step):
     """One of `<of>.chunk(2, dim=-1)`."""
 
     index: int
-    of: object
+    of: Step
 
 
 @dataclass(frozen=True)
-class Chunks:
+class Chunks(Step):
     """``<of>.chunk(2, dim=-1)``, as a whole."""
 
-    of: object
+    of: Step
 
 
 INPUT = Input()
@@ -97,61 +114,51 @@ LOOKS = (
 )
 
 
-class Unreadable(Exception):
-    """The step of a forward that is not one of those known."""
+@dataclass(frozen=True)
+class _Reading:
+    """What a forward returns, or None, and what that rests on: its code, and whether names meant some function."""
+
+    equation: Step | None
+    code: CodeType
+    meanings: dict[tuple[str, Callable], bool]
+
+    def holds_for(self, function: FunctionType) -> bool:
+        return function.__code__ is self.code and all(
+            (meaning_of(function, name) is known) == was for (name, known), was in self.meanings.items()
+        )
 
 
-@cache
-def equation_of(function: FunctionType) -> object | None:
+# a class that was looked at can be collected like any other
+_readings: WeakKeyDictionary[FunctionType, _Reading] = WeakKeyDictionary()
+
+
+def equation_of(function: FunctionType) -> Step | None:
     """What a forward returns, as an expression of `Input`, or None if it does anything that is not known here."""
+    reading = _readings.get(function)
+    if reading is None or not reading.holds_for(function):
+        reading = _readings[function] = _read(function)
+    return reading.equation
+
+
+def _read(function: FunctionType) -> _Reading:
+    reader = _Reader(function)
     try:
-        return _Reader(function, source_of(function)).result()
+        equation = reader.result()
     except Exception:  # no source, among others; what is not understood is left alone
-        return None
-
-
-def source_of(function: FunctionType) -> ast.FunctionDef:
-    """What `function` was compiled from.
-
-    Raises:
-        OSError: there is no source.
-        Unreadable: it is not that of a plain function, or not of this one.
-    """
-    source = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    if not isinstance(source, ast.FunctionDef) or not _is_source_of(function, source):
-        raise Unreadable
-    return source
-
-
-def _is_source_of(function: FunctionType, source: ast.FunctionDef) -> bool:
-    """Whether `function` does what `source` says: the file may have changed since, or a wrapper point to another."""
-    compiled = compile(ast.Module([source], []), "", "exec").co_consts
-    code = next(code for code in compiled if isinstance(code, CodeType))
-    signature = ("co_varnames", "co_argcount", "co_kwonlyargcount", "co_posonlyargcount")
-    same = all(getattr(code, name) == getattr(function.__code__, name) for name in signature)
-    return same and _steps(code) == _steps(function.__code__)
-
-
-def _steps(code: CodeType) -> list[tuple[str, object]]:
-    """The instructions of `code`, but for how a name is called, which depends on the module around it."""
-    steps = []
-    for step in dis.get_instructions(code):
-        if step.opname != "PUSH_NULL":
-            target = step.opcode in dis.hasjrel or step.opcode in dis.hasjabs
-            steps.append((step.opname.replace("LOAD_METHOD", "LOAD_ATTR"), None if target else step.argval))
-    return steps
+        equation = None
+    return _Reading(equation, function.__code__, reader.meanings)
 
 
 def recognise(module: nn.Module) -> MLPSpec | None:
     """What `module` computes, by the names of its children, or None if that is no MLP or cannot be told."""
-    cls = type(module)
+    cls: Any = type(module)
     if not is_usual(cls):
         return None
     sequence: tuple[str, ...] = ()
-    equation: object = INPUT
+    equation: Step | None
     if cls.forward is SEQUENTIAL_FORWARD and getattr(cls, "__iter__", None) is nn.Sequential.__iter__:
         sequence = tuple(module._modules)
-        equation = reduce(lambda of, name: Call(name, of), sequence, equation)
+        equation = _in_a_row(sequence)
     else:
         equation = equation_of(cls.forward)
     if equation is None:
@@ -163,6 +170,16 @@ def recognise(module: nn.Module) -> MLPSpec | None:
     if spec is None or not {step.name for step in removed if isinstance(step, Cast)} <= set(spec.projections):
         return None
     return replace(spec, sequence=sequence, other_steps=any(not isinstance(step, Call) for step in removed))
+
+
+def _in_a_row(names: tuple[str, ...]) -> Step | None:
+    """Calls of modules one after another, or None where they are too many for an MLP."""
+    equation: Step = INPUT
+    if len(names) >= MOST_STEPS:
+        return None
+    for name in names:
+        equation = Call(name, equation)
+    return equation
 
 
 def is_usual(cls: type[nn.Module]) -> bool:
@@ -177,7 +194,7 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     return None if hidden else module._modules.get(name)
 
 
-def _simplified(equation: Any, module: nn.Module, removed: list[Call | Cast | Dropout]) -> object:
+def _simplified(equation: Any, module: nn.Module, removed: list[Call | Cast | Dropout]) -> Step:
     """`equation` without the steps that do nothing to `module` in evaluation mode; they are added to `removed`."""
     match equation:
         case Product(left, right):
@@ -261,19 +278,19 @@ def _calls(equation: object) -> Iterator[Call]:
 class _Reader:
     """Evaluates the statements of one function on symbols."""
 
-    def __init__(self, function: FunctionType, source: ast.FunctionDef):
-        arguments = source.args
-        plain = not (source.decorator_list or arguments.vararg or arguments.kwarg or arguments.kwonlyargs)
-        required = len(arguments.args) - len(arguments.defaults)
-        if not plain or len(arguments.args) < 2 or required > 2 or function.__closure__:
-            raise Unreadable
-        self.function, self.body = function, source.body
-        self.self_name = arguments.args[0].arg
-        self.values: dict[str, object] = {arguments.args[1].arg: INPUT}
+    def __init__(self, function: FunctionType):
+        self.function = function
+        self.values: dict[str, Step] = {}
         self.calls: set[Call] = set()
+        self.meanings: dict[tuple[str, Callable], bool] = {}
 
-    def result(self) -> object:
-        for statement in self.body:
+    def result(self) -> Step:
+        source = source_of(self.function)
+        self.self_name, *names = (argument.arg for argument in source.args.args)
+        if not names or len(names) - len(source.args.defaults) > 1:
+            raise Unreadable  # it has to be called with something else
+        self.values[names[0]] = INPUT
+        for statement in source.body:
             match statement:
                 case ast.Expr(ast.Constant()):  # a docstring
                     pass
@@ -292,7 +309,7 @@ class _Reader:
                     raise Unreadable
         raise Unreadable
 
-    def evaluate(self, node: ast.expr) -> object:
+    def evaluate(self, node: ast.expr) -> Step:
         match node:
             case ast.Name(name) if name in self.values:
                 return self.values[name]
@@ -308,12 +325,12 @@ class _Reader:
                 self.calls.add(call)
                 return call
             case ast.Call(function, [argument], keywords):
-                called = self.resolve(function)
                 given = {keyword.arg: keyword.value for keyword in keywords}
-                if called is F.dropout and self.off_in_evaluation(given):
+                if self.means(function, F.dropout) and self.off_in_evaluation(given):
                     return Dropout(self.evaluate(argument))
-                if callable(called) and not given and (activation := FUNCTIONS.get(called)):
-                    return Function(activation, self.evaluate(argument))
+                for known, activation in FUNCTIONS.items():
+                    if self.means(function, known) and not given:
+                        return Function(activation, self.evaluate(argument))
         raise Unreadable
 
     def half(self, node: ast.expr, index: Any) -> Half:
@@ -333,12 +350,11 @@ class _Reader:
                 return Cast(child, self.values[name])
         raise Unreadable
 
-    @staticmethod
-    def only_looks(test: ast.expr) -> bool:
+    def only_looks(self, test: ast.expr) -> bool:
         """Whether a condition consists of attributes and constants that are compared, and of `isinstance`."""
         calls = [node for node in ast.walk(test) if isinstance(node, ast.Call)]
         return all(isinstance(node, LOOKS) for node in ast.walk(test)) and all(
-            isinstance(call.func, ast.Name) and call.func.id == "isinstance" and not call.keywords for call in calls
+            self.means(call.func, isinstance) and not call.keywords for call in calls
         )
 
     def off_in_evaluation(self, given: dict[str | None, ast.expr]) -> bool:
@@ -351,11 +367,14 @@ class _Reader:
                 return not others
         return False
 
-    def resolve(self, node: ast.expr) -> object:
-        """The object that a dotted name means in the function's module; None for anything else."""
-        match node:
-            case ast.Name(name) if name not in self.function.__code__.co_varnames:
-                return self.function.__globals__.get(name)
-            case ast.Attribute(value, name):
-                return getattr(self.resolve(value), name, None)
-        return None
+    def means(self, node: ast.expr, known: Callable) -> bool:
+        """Whether `node` is a dotted name that means `known` in the function's module, which the reading rests on."""
+        attributes = []
+        while isinstance(node, ast.Attribute):
+            attributes.append(node.attr)
+            node = node.value
+        if not isinstance(node, ast.Name) or node.id in self.function.__code__.co_varnames:
+            return False
+        name = ".".join((node.id, *reversed(attributes)))
+        self.meanings[name, known] = does = meaning_of(self.function, name) is known
+        return does

@@ -1,8 +1,10 @@
 """The commands, as a person types them."""
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -11,9 +13,13 @@ from rich.markup import escape
 from typer.testing import CliRunner
 
 from hf_fused_mlp.cli import app
-from hf_fused_mlp.cli.console import fail
+from hf_fused_mlp.cli.console import fail, output
+from hf_fused_mlp.cli.list import table as list_table
+from hf_fused_mlp.cli.model_types import Entry, Found
 from hf_fused_mlp.cli.run import first_difference, report_table
+from hf_fused_mlp.cli.validate import layer_table
 from hf_fused_mlp.fuse import FusionReport, ModuleStatus
+from hf_fused_mlp.numerics.report import LayerNumerics
 
 
 def invoke(*args):
@@ -88,6 +94,160 @@ def test_brackets_in_messages_are_no_markup(capsys):
     reason = "remove [/it], or pass exclude=[...]"
     report = FusionReport((ModuleStatus("mlp", "SomeMLP", "skipped", reason),))
     assert list(report_table(report).columns[3].cells) == [escape(reason)]
+
+
+def changed(model, name, change):
+    """A copy of a model's directory, in which `change` has damaged something."""
+    copy = model.with_name(name)
+    shutil.copytree(model, copy)
+    change(copy)
+    return copy
+
+
+def config(**changes):
+    def change(directory):
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def halve(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+BROKEN = {
+    "half of the weights": halve,
+    "no weights": lambda directory: (directory / "model.safetensors").unlink(),
+    "weights that are none": lambda directory: (directory / "model.safetensors").write_text("weights"),
+    "weights of another shape": config(intermediate_size=99),
+    "an unknown activation": config(hidden_act="nope"),
+    "a negative size": config(hidden_size=-5),
+    "a size in words": config(hidden_size="large"),
+    "no heads": config(num_attention_heads=0),
+    "an unknown model type": config(model_type="nope"),
+    "no JSON": lambda directory: (directory / "config.json").write_text("{"),
+    "a list": lambda directory: (directory / "config.json").write_text("[]"),
+    "null": lambda directory: (directory / "config.json").write_text("null"),
+    "other bytes": lambda directory: (directory / "config.json").write_bytes(b"\xff\xfe"),
+    "no config": lambda directory: (directory / "config.json").unlink(),
+    "no tokenizer": lambda directory: None,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "good"
+    tiny_model().save_pretrained(directory)
+    return directory
+
+
+def assert_is_one_line(result, code=2):
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) > 15, result.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "audit", "validate", "tune"])
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_models(what, command, saved, tmp_path_factory):
+    if command == "audit" and what == "no tokenizer":
+        pytest.skip("audit needs none")
+    directory = changed(saved, f"{command} {what}", BROKEN[what])
+    assert_is_one_line(invoke(command, directory))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["run", "--device-map", "cuda:77"],
+        ["run", "--device-map", "abacus"],
+        ["audit", "--device-map", "cuda:77"],
+        ["audit", "--prompt-tokens", 10**6],
+        ["audit", "--batch", 10**17],
+        ["audit", "--gpu-price", "inf"],
+        ["audit", "--html", "/dev/null/page.html"],
+        ["audit", "--trace", "/dev/null/traces"],
+        ["validate", "--reference", "/no/such/directory"],
+        ["validate", "--text", "{latin}"],
+        ["tune", "--m", "9" * 5000],
+        ["tune", "--m", "1,99999999999"],
+        ["bench", "--m", "9" * 5000],
+        ["bench", "--table", "{latin}"],
+        ["bench", "--table", "{rows}"],
+        ["list", "--model-type", "[/nope]"],
+    ],
+    ids=lambda args: " ".join(map(str, args))[:40],
+)
+def test_mistakes_are_one_line(args, saved, tmp_path):
+    (tmp_path / "latin").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "rows").write_text('{"timed": "forward", "rows": [{}, 7]}')
+    command, *options = (str(arg).format(latin=tmp_path / "latin", rows=tmp_path / "rows") for arg in args)
+    model = [saved] if command in ("run", "audit", "validate", "tune") else []
+    tokenizer_of(saved)
+    assert_is_one_line(invoke(command, *model, *options))
+
+
+def tokenizer_of(directory):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"a": 0, "b": 1, "<unk>": 2}
+    model = models.WordLevel(vocabulary, unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(directory)
+
+
+def test_a_traceback_where_it_is_asked_for(saved, monkeypatch):
+    directory = changed(saved, "for a traceback", config(hidden_act="nope"))
+    result = invoke("run", directory)
+    assert result.exit_code == 2 and "KeyError: 'nope'; set HF_FUSED_MLP_DEBUG=1 to see where" in result.stderr
+    monkeypatch.setenv("HF_FUSED_MLP_DEBUG", "1")
+    result = invoke("run", directory)
+    assert isinstance(result.exception, KeyError) and result.exit_code == 1
+
+
+COMMAND = [sys.executable, "-m", "hf_fused_mlp", "list", "--model-type", "llama", "--json"]
+
+
+def test_output_that_cannot_be_written():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(COMMAND, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert "Exception" not in result.stderr
+
+
+def test_who_reads_the_output_may_have_seen_enough():
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert not any(line.startswith(("error", "Traceback", "Exception")) for line in said.splitlines()), said
+
+
+STRANGE = ["[red]MLP", "[/]MLP", "[/red]", ":smile:MLP", "a.b[0].MLP", "[link=x]MLP"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_names_are_printed_as_they_are(name, capsys):
+    status = ModuleStatus(name, name, "skipped", f"{name} is odd")
+    report = FusionReport((status,))
+    output.print(report_table(report))
+    entry = Entry(name, name, (Found(name, 1, "skipped", name),))
+    output.print(list_table([entry]))
+    layer = LayerNumerics(name, name, "original forward", None, 1, "float64", None, None, None)
+    for passed in (True, False):
+        output.print(
+            layer_table(
+                SimpleNamespace(passed=passed, layers=[layer], dtype="", device="cpu", grouped=lambda: {0: [layer]})
+            )
+        )
+    assert capsys.readouterr().out.count(name) == 7
+    with pytest.raises(typer.Exit):
+        fail(f"of {name}\\")
+    assert f"error: of {name}\\\n" == capsys.readouterr().err
 
 
 def test_run_with_nothing_fusable(tmp_path):

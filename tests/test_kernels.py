@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.dispatch import act_mul_backward_cuda, act_mul_cuda
+from hf_fused_mlp.dispatch import act_mul_backward_cuda, act_mul_cuda, mlp_cuda
 from hf_fused_mlp.kernels import FAMILIES, LAUNCHERS, _launch, call_of, gemm, linear
 from hf_fused_mlp.kernels._launch import allocator, launcher
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
@@ -100,11 +100,64 @@ def test_act_mul(activation, shape, dtype, device):
         assert_accurate(result, eager, exact)
 
 
+ENDS = [
+    float("nan"),
+    float("inf"),
+    3.4028234663852886e38,
+    1e30,
+    4e19,
+    1.85e19,
+    2e13,
+    1e13,
+    1e5,
+    300.0,
+    100.0,
+    20.0,
+    0.0,
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("other", [1.0, 3.0, -1e-3, 0.0, 1e30, float("nan")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_act_mul_of_extreme_values(activation, other, device):
+    """Product and gradients are infinite, NaN and zero where eager's are, at either end of the range and beyond it."""
+    values = torch.tensor(ENDS, device=device)
+    gate = torch.cat((values, -values)).repeat(2, 1)
+    up, grad = torch.full_like(gate, other), torch.tensor([[1.0], [2.0]], device=device).expand_as(gate)
+    results = act_mul_cuda(gate, up, activation), *act_mul_backward_cuda(grad, gate, up, activation)
+    with torch.backends.mkldnn.flags(enabled=False):  # whose GELU of infinity is NaN, as no other's
+        expected = act_mul_by_autograd(grad, gate, up, activation)
+    for result, eager in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, eager, equal_nan=True)
+
+
 def act_mul_by_autograd(grad, gate, up, activation):
     """The product, and the gradients of gate and up."""
     gate, up = (half.detach().requires_grad_() for half in (gate, up))
     out = act_mul_ref(gate, up, activation)
     return out.detach(), *torch.autograd.grad(out, (gate, up), grad)
+
+
+LONG = (1 << 22) + 1
+
+
+@pytest.mark.parametrize("H, lead", [(1, (5,)), (1, (1,)), (1, (2, 3)), (LONG, (1,)), (LONG, (2,))], ids=str)
+def test_tokens_without_rows(H, lead, device, monkeypatch):
+    """Contiguous, and yet no rows to the kernels: a copy of them has, or PyTorch's operations run."""
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    x = torch.randn(H, *lead[::-1], device=device).permute(*range(len(lead), -1, -1))
+    operands = random_mlp(H, 3, True, False, torch.float32, device)
+    for tokens in (x, x.contiguous(), x[:1].expand_as(x)):
+        torch.testing.assert_close(mlp_cuda(tokens, *operands, "silu"), mlp_ref(tokens, *operands, "silu"))
+
+
+def test_one_column(device):
+    gate, up, grad = torch.randn(3, 1, 5, device=device).transpose(1, 2)
+    results = act_mul_cuda(gate, up, "silu"), *act_mul_backward_cuda(grad, gate, up, "silu")
+    for result, eager in zip(results, act_mul_by_autograd(grad, gate, up, "silu"), strict=True):
+        torch.testing.assert_close(result, eager)
 
 
 @pytest.mark.parametrize("activation", ["identity", "gelu"])

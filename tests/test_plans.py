@@ -192,6 +192,10 @@ def test_the_kernels_hash_is_of_code_only():
     assert kernel_code(source) != kernel_code(source.replace("None", "0"))
     assert kernel_code(source) == kernel_code(f"def candidates(key):\n    return [1]\n{source}")
     assert kernel_code(source) != kernel_code(source.replace("@triton.jit(debug=None)\n", ""))
+    backward = "\n@triton.jit\ndef g(x):\n    return f(2 * x)\n"
+    launcher = "\ndef run(x):\n    launch(f)(x)\n\ndef family(x):\n    return run(x)\n"
+    assert kernel_code(source + backward + launcher, "family") == kernel_code(source), "of what plans run"
+    assert kernel_code(source + backward + launcher.replace("(f)", "(g)"), "family") == kernel_code(source + backward)
     assert kernel_hashes().keys() == FAMILIES.keys()
     assert len(set(kernel_hashes().values())) == len(FAMILIES)
 
@@ -285,7 +289,9 @@ def test_dispatch_runs_a_plan_from_the_users_file(device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [OutOfResources(300000, 232448, "shared memory"), PTXASError("bad code")], ids=["resources", "compiler"]
+    "error",
+    [OutOfResources(300000, 232448, "shared memory"), PTXASError("bad code"), RuntimeError("pass failed")],
+    ids=["resources", "assembler", "compiler"],
 )
 def test_a_plan_that_does_not_fit_gives_way(error, monkeypatch, caplog):
     """As it may with a plan that ships, measured with another Triton."""
@@ -309,6 +315,21 @@ def test_a_plan_that_does_not_fit_gives_way(error, monkeypatch, caplog):
         assert torch.equal(dispatch.mlp_cuda(tokens, *operands, "silu"), mlp_ref(tokens, *operands, "silu"))
     assert ran == [TUNED.plan, UNFUSED, UNFUSED, UNFUSED]
     assert str(error) in the_warning(caplog)
+
+
+@pytest.mark.parametrize(
+    "plan, error", [(TUNED.plan, torch.OutOfMemoryError()), (UNFUSED, RuntimeError("of PyTorch"))]
+)
+def test_errors_that_are_not_the_plans(plan, error, monkeypatch):
+    def prepare(*args):
+        raise error
+
+    monkeypatch.setattr(dispatch, "SOURCES", [lambda key: plan])
+    monkeypatch.setattr(dispatch, "prepare", prepare)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    with pytest.raises(type(error)):
+        dispatch.mlp_cuda(torch.randn(5, 72).half(), *random_mlp(72, 104, True, False, torch.float16), "silu")
+    assert not cache.unusable
 
 
 def test_what_is_remembered_tells_calls_apart(monkeypatch):

@@ -1,6 +1,7 @@
 """`hf-fused-mlp audit`: where a model's time goes, and what fusing its MLPs does about it."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -39,33 +40,30 @@ def audit(
     trace: Annotated[Path | None, typer.Option(file_okay=False, help="A directory for the Chrome traces.")] = None,
 ) -> None:
     """Profile prefill and decode, original and fused, and say what would make them faster."""
-    if gpu_price is not None and not gpu_price > 0:
+    if gpu_price is not None and not 0 < gpu_price < math.inf:
         fail(f"gpu-price {gpu_price}: expected dollars an hour, more than 0")
     network = load_model(model, dtype, device_map)
-    try:
-        if html is not None:
-            html.parent.mkdir(parents=True, exist_ok=True)
-        with console.status("measuring"):
-            report = measure(
-                network,
-                batch=batch,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                rounds=rounds,
-                gpu_price=gpu_price,
-                trace=trace,
-            )
-        report = replace(report, model=model or demo.NAME)
-        if html is not None:
-            html.write_text(page(report), encoding="utf-8")
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
-        fail(str(error))
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+    with console.status("measuring"):
+        report = measure(
+            network,
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            gpu_price=gpu_price,
+            trace=trace,
+        )
+    report = replace(report, model=model or demo.NAME)
+    if html is not None:
+        html.write_text(page(report), encoding="utf-8")
     if as_json:
         print(json.dumps(report.to_dict(), indent=1))
     else:
         print_report(report)
         for path in filter(None, (html, trace)):
-            output.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
+            output.print(f"written: {path}", soft_wrap=True, markup=False)
 
 
 def print_report(report: AuditReport) -> None:
@@ -76,7 +74,7 @@ def print_report(report: AuditReport) -> None:
         output.print(form_table(report, phase))
         output.print(phase_table(phase))
     for sentence in report.advice:
-        output.print(f"- {escape(sentence)}", highlight=False)
+        output.print(f"- {escape(sentence)}")
 
 
 def form_table(report: AuditReport, phase: dict) -> Table:

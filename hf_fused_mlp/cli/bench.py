@@ -181,10 +181,7 @@ def measure_users_side(
         timed, batches, by = "host", host_rows(tokens, dtype), ("kind", "m")
     else:
         timed, batches, by = "end-to-end", end_to_end_rows(model, workloads, dtype, rounds), WORKLOAD
-    try:
-        return collect(timed, [], json_file, batches, partial(results.replaced, by=by))
-    except (OSError, ValueError) as error:  # no such model, or not one that Transformers can load
-        fail(str(error))
+    return collect(timed, [], json_file, batches, partial(results.replaced, by=by))
 
 
 def collect(

@@ -1,20 +1,78 @@
-"""Where the commands print: tables and answers on standard output, progress and errors on standard error."""
+"""Where the commands print, tables and answers on standard output, progress and errors on standard error; and how
+they end."""
 
+import os
+import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+from typer.core import TyperGroup
 
-output = Console()
-console = Console(stderr=True)
+# names of models and modules are full of colons, which are no emoji
+output = Console(emoji=False, highlight=False)
+console = Console(emoji=False, highlight=False, stderr=True)
+
+DEBUG = "HF_FUSED_MLP_DEBUG"
+# what Transformers, PyTorch and this package raise in words that were written for users
+SENTENCES = (OSError, ValueError, TypeError, ImportError, RuntimeError)
+
+
+class Commands(TyperGroup):
+    """The commands. Whatever one raises ends it in one line, unless `DEBUG` is set in the environment.
+
+    What is wrong with a model, a file or an option comes out of many libraries, as exceptions of any class.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                _flush()  # Python does so too, when it is too late for an exit code of ours
+        except BrokenPipeError:  # who read the output has seen enough
+            _forget_output()
+            sys.exit(1)
+        except Exception as error:
+            if os.environ.get(DEBUG):
+                raise
+            _forget_output()
+            print_error(in_one_line(error))
+            sys.exit(2)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _forget_output() -> None:
+    """What could not be written is not tried again when Python ends, which would say so once more."""
+    try:
+        _flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def in_one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    if words and isinstance(error, SENTENCES):
+        return words
+    return f"{type(error).__name__}: {words}; set {DEBUG}=1 to see where"
+
+
+def print_error(message: str) -> None:
+    console.print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:
     """Ends the command with one line on standard error and exit code 2."""
-    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    print_error(message)
     raise typer.Exit(2)
 
 
@@ -27,7 +85,7 @@ def require_directory(model: str) -> None:
 def token_counts(m: str) -> list[int]:
     """The numbers of a comma-separated option; anything but positive ones ends the command."""
     counts = m.replace(" ", "").split(",")
-    if not all(count.isdecimal() and int(count) for count in counts):
+    if not all(count.isdecimal() and len(count) < 10 and int(count) for count in counts):
         fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
     return [int(count) for count in counts]
 
@@ -35,4 +93,4 @@ def token_counts(m: str) -> list[int]:
 @cache
 def note(message: str) -> None:
     """A line on standard error, the first time that it is said."""
-    console.print(f"[yellow]note:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("note:", "yellow"), f" {message}"), soft_wrap=True)

@@ -52,22 +52,23 @@ def list_mlps(
         print(coverage_page(entries))
     elif every:
         output.print(table(entries))
-        output.print(summary(entries), highlight=False)
+        output.print(summary(entries))
     elif entries[0].mlps:
         output.print(table(entries))
     else:
-        output.print(f"{model_type}: {entries[0].model_class} has no MLP module", highlight=False)
+        output.print(f"{model_type}: {entries[0].model_class} has no MLP module", markup=False)
 
 
 def table(entries: list[Entry]) -> Table:
     """A line for each class, state and reason."""
     out = Table("model type", "class", "MLPs", "state", "remark")
     out.columns[2].justify = "right"
-    out.columns[4].overflow = "fold"
+    for column in out.columns:
+        column.overflow = "fold"
     for entry in entries:
         for class_name, count, state, remark in lines(entry):
             state = f"[{COLORS[state]}]{state}[/]" if state in COLORS else state
-            out.add_row(entry.model_type, class_name, count, state, escape(remark))
+            out.add_row(escape(entry.model_type), escape(class_name), count, state, escape(remark))
     return out
 
 

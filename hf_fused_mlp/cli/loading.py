@@ -1,7 +1,5 @@
-"""Loading what a command's MODEL argument names; what cannot be loaded ends the command."""
+"""Loading what a command's MODEL argument names."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,23 +21,13 @@ def load_model(name: str | None, dtype: str, device_map: str | None, **kwargs: A
     if name is not None:
         require_directory(name)
     device_map = device_map or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    with _errors_end_the_command():
-        if name is not None:
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **kwargs)
-        if dtype == "auto":
-            dtype = "float32" if device_map == "cpu" else "bfloat16"
-        return demo.load_demo(dtype=dtype, device_map=device_map, **kwargs)
+    if name is not None:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **kwargs)
+    if dtype == "auto":
+        dtype = "float32" if device_map == "cpu" else "bfloat16"
+    return demo.load_demo(dtype=dtype, device_map=device_map, **kwargs)
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of the same."""
-    with _errors_end_the_command():
-        return demo.load_demo_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
-
-
-@contextmanager
-def _errors_end_the_command() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        fail(str(error))
+    return demo.load_demo_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)

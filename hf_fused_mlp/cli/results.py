@@ -1,12 +1,12 @@
 """The JSON file of `bench`: what was measured, on what, and how a later run adds to it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from hf_fused_mlp.cli.console import fail
 from hf_fused_mlp.cli.shapes import SHAPES
+from hf_fused_mlp.files import replace_file
 
 Row = dict[str, Any]
 Header = dict[str, Any]
@@ -31,8 +31,11 @@ def by_problem(rows: list[Row]) -> dict[Problem, dict[str, Row]]:
 def read(file: Path) -> tuple[Header, list[Row]]:
     """The header and the rows of `file`; what is no such file ends the command."""
     try:
-        header = json.loads(file.read_text())
-        return header, header.pop("rows")
+        header = json.loads(file.read_text(encoding="utf-8"))
+        rows = header.pop("rows")
+        if not all(isinstance(row, dict) for row in rows):
+            raise TypeError("rows")
+        return header, rows
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{file}: not what `bench --json` writes ({error!r}); name another file")
 
@@ -72,6 +75,4 @@ def write(file: Path, header: Header, rows: list[Row]) -> None:
     """Writes `file` in one step, so that an interrupted run leaves the last whole one."""
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(f'{json.dumps(header)[:-1]}, "rows": [\n  {lines}\n]}}\n')
-    os.replace(partial, file)
+    replace_file(file, f'{json.dumps(header)[:-1]}, "rows": [\n  {lines}\n]}}\n')

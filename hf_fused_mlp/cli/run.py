@@ -138,9 +138,10 @@ def progress() -> Progress:
 def report_table(report: FusionReport) -> Table:
     """One line for each class, state and reason."""
     table = Table("class", "MLPs", "state", "remark", title=str(report).splitlines()[0], title_justify="left")
+    table.columns[0].overflow = table.columns[3].overflow = "fold"
     for (class_name, state, reason), count in report.grouped().items():
         color = "green" if state == "fused" else "yellow"
-        table.add_row(class_name, str(count), f"[{color}]{state}[/]", escape(reason or ""))
+        table.add_row(escape(class_name), str(count), f"[{color}]{state}[/]", escape(reason or ""))
     return table
 
 
@@ -155,7 +156,7 @@ def print_answers(result: dict) -> None:
     if fused["tokens_per_s"]:
         gain = fused["tokens_per_s"] / original["tokens_per_s"]
         output.print(
-            f"{result['device']}: {fused['tokens_per_s']} tokens/s fused, "
+            f"{escape(result['device'])}: {fused['tokens_per_s']} tokens/s fused, "
             f"{original['tokens_per_s']} original ({gain:.2f}x), one request, eager"
         )
     else:

@@ -79,17 +79,12 @@ def tune(
             tuned.append(tuner.tune(key))
         except torch.OutOfMemoryError:
             problem = f"{describe_problem(key)}, {key.m} tokens"
-            console.print(f"skipped, since the GPU has no room for it: {problem}", highlight=False, soft_wrap=True)
+            console.print(f"skipped, since the GPU has no room for it: {problem}", soft_wrap=True)
         else:
             keep(tuned[-1:], gpu, file)
     for table in report(tuned):
         output.print(table)
-    output.print(
-        f"{len(tuned)} of {len(problems)} problems tuned; plans are in {path}",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    output.print(f"{len(tuned)} of {len(problems)} problems tuned; plans are in {path}", soft_wrap=True, markup=False)
 
 
 def keep(tuned: "list[TunedPlan]", gpu: GPU, file: Path | None) -> Path:
@@ -117,12 +112,9 @@ def mlps_of(name: str, dtype: torch.dtype | None) -> list[MLP]:
 def skeleton(name: str, dtype: torch.dtype | None) -> nn.Module:
     """The model of a directory or hub id without weights."""
     require_directory(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            return AutoModel.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
-    except (OSError, ValueError, ImportError) as error:
-        fail(str(error))
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        return AutoModel.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
 
 
 def mlp_of(module: nn.Module) -> MLP | None:

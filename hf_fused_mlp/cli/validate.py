@@ -50,11 +50,8 @@ def validate(
     same = str(network.dtype).removeprefix("torch.")
     original = None if no_reference else load_model(reference or model, same, device_map)
     ids = encode(text, load_tokenizer(model), network, tokens)
-    try:
-        with console.status("validating"):
-            report = numerics.validate(network, ids, reference=original, new_tokens=new_tokens)
-    except ValueError as error:
-        fail(str(error))
+    with console.status("validating"):
+        report = numerics.validate(network, ids, reference=original, new_tokens=new_tokens)
     if as_json:
         print(json.dumps({"model": model or demo.NAME} | report.to_dict(), indent=1))
     else:
@@ -67,27 +64,34 @@ def encode(
     text: Path | None, tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel, tokens: int
 ) -> torch.Tensor:
     """The first token ids of the text, at most as many as the model has positions for."""
-    words = "".join(pydoc_data.topics.topics[topic] for topic in TOPICS) if text is None else text.read_text()
+    words = "".join(pydoc_data.topics.topics[topic] for topic in TOPICS) if text is None else read(text)
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     ids = tokenizer(words, return_tensors="pt")["input_ids"]
     return ids[:, : min(tokens, positions or tokens)]
 
 
+def read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fail(f"{text}: not a text in UTF-8 ({error})")
+
+
 def print_report(report: NumericsReport) -> None:
     output.print(layer_table(report))
     for line in report.summary():
-        output.print(line, highlight=False, soft_wrap=True, markup=False)
+        output.print(line, soft_wrap=True, markup=False)
     for line in report.warnings:
-        output.print(f"[yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
+        output.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
     for line in report.failures:
-        output.print(f"[red]failed:[/] {escape(line)}", highlight=False, soft_wrap=True)
+        output.print(f"[red]failed:[/] {escape(line)}", soft_wrap=True)
     color = "green" if report.passed else "red"
-    output.print(f"[{color}]{escape(report.verdict())}[/]", highlight=False, soft_wrap=True)
+    output.print(f"[{color}]{escape(report.verdict())}[/]", soft_wrap=True)
 
 
 def layer_table(report: NumericsReport) -> Table:
     """A line a layer, or where all pass one for each class and path, with the errors of the worst."""
-    title = f"errors over the RMS of each token's output; {report.dtype}, {report.device}"
+    title = f"errors over the RMS of each token's output; {report.dtype}, {escape(report.device)}"
     table = Table("MLP", "fused RMS", "original", "largest", "original", "verdict", title=title, title_justify="left")
     table.columns[0].overflow = "fold"
     for column in table.columns[1:5]:

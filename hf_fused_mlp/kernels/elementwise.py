@@ -56,29 +56,39 @@ def candidates(key: LinearKey) -> list[TileConfig]:
 
 
 @triton.jit
-def derivative(x, ACTIVATION: tl.constexpr):
-    """That of `activate`, of fp32 `x`."""
+def derivative(x, grad, ACTIVATION: tl.constexpr):
+    """That of `activate` at fp32 `x`, times `grad`.
+
+    Infinite and NaN where PyTorch's is: a comparison decides as its does, and what may overflow is multiplied in its
+    order, so that infinity meets a zero here where it does there.
+    """
     if ACTIVATION == "gelu":
-        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        slope = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        return grad * slope
     elif ACTIVATION == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        return tl.where(x <= 0, 0.0, grad)
     elif ACTIVATION == "relu2":
-        return tl.where(x > 0, 2.0 * x, 0.0)
+        return tl.where(x <= 0, 0.0, grad * (2.0 * x))
     elif ACTIVATION == "identity":
-        return tl.full(x.shape, 1.0, tl.float32)
+        return grad
     else:
         # x times the logistic function of some y
         if ACTIVATION == "silu":
-            y, slope = x, 1.0
+            y = x
         elif ACTIVATION == "quick_gelu":
-            y, slope = 1.702 * x, 1.702
+            y = 1.702 * x
         else:
             tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation")
             y = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-            slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         e = tl.exp(-tl.abs(y))  # of both signs of y the same, so that 1 - s is not a difference of neighbours
         s = tl.where(y < 0, e, 1.0) / (1.0 + e)
-        return s + x * slope * e / ((1.0 + e) * (1.0 + e))
+        bend = e / ((1.0 + e) * (1.0 + e))
+        if ACTIVATION == "silu":
+            return grad * (s + x * bend)
+        elif ACTIVATION == "quick_gelu":
+            return grad * s + grad * x * bend * 1.702
+        else:
+            return grad * (s + x * bend * (1.5957691216057308 * (1.0 + 0.134145 * (x * x))))
 
 
 @triton.jit
@@ -124,7 +134,7 @@ def _backward_kernel(
     grad = tl.load(grad_ptr + row * stride_grad + offs, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * stride_gate + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_up + offs, mask=mask, other=0.0).to(tl.float32)
-    gate_grad, up_grad = grad * up * derivative(gate, ACTIVATION), grad * activate(gate, ACTIVATION, False)
+    gate_grad, up_grad = derivative(gate, grad * up, ACTIVATION), grad * activate(gate, ACTIVATION, False)
     tl.store(gate_grad_ptr + row * I + offs, gate_grad.to(gate_grad_ptr.dtype.element_ty), mask=mask)
     tl.store(up_grad_ptr + row * I + offs, up_grad.to(up_grad_ptr.dtype.element_ty), mask=mask)
 

@@ -9,12 +9,15 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 import os
-import tempfile
+import reprlib
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -22,14 +25,21 @@ import torch
 import triton
 
 from hf_fused_mlp import kernels
+from hf_fused_mlp.files import replace_file
 from hf_fused_mlp.types import GPU, Plan, ProblemKey, TileConfig, next_power_of_two
 
 FORMAT = 1
 VERSIONS = ("torch", "triton")
 _LARGEST = {"num_warps": 32, "num_stages": 32, "split_k": 64}
+LARGEST_TILE = 1 << 16  # elements; twice what any candidate has, and much more takes minutes to compile
+LARGEST_FILE = 64 << 20  # bytes; a plan takes 400
 REMEDY = "measure it again with `hf-fused-mlp tune`"
 
 T = TypeVar("T")
+
+_quote = reprlib.Repr()
+_quote.maxstring = _quote.maxother = _quote.maxlong = 100
+shown = _quote.repr  # of what a file may hold, which may be long or deep
 
 logger = logging.getLogger("hf_fused_mlp")
 
@@ -50,27 +60,25 @@ def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, Tu
     Args:
         any_version: take plans that were measured with other versions of PyTorch and Triton.
     """
+    plans: dict[ProblemKey, TunedPlan] = {}
     try:
-        document = json.loads(path.read_text())
+        document = _load(path)
         reason = _stale_reason(document, gpu, ignored=VERSIONS if any_version else ())
-        entries = document["plans"] if reason is None else []
-        if not isinstance(entries, list):
-            reason, entries = f"its plans are a {type(entries).__name__}, expected a list", []
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        reason, entries = f"not a file of plans ({type(error).__name__}: {error})", []
+        return plans
+    except Exception as error:  # a file may hold anything
+        reason = f"not a file of plans ({type(error).__name__}: {_short(error)})"
     if reason is not None:
         logger.warning("%s: %s; its plans are not used, %s", path, reason, REMEDY)
+        return plans
 
-    plans: dict[ProblemKey, TunedPlan] = {}
     skipped: list[str] = []
-    for index, entry in enumerate(entries):
+    for index, entry in enumerate(document["plans"]):
         try:
             tuned = _from_json(entry, gpu, document["kernels"])
             plans[tuned.key] = tuned
-        except (ValueError, TypeError, KeyError) as error:
-            skipped.append(f"plans[{index}]: {error}")
+        except Exception as error:  # and so may an entry
+            skipped.append(f"plans[{index}]: {_short(error)}")
     if skipped:
         more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
         logger.warning("%s: %s; skipped%s, %s", path, skipped[0], more, REMEDY)
@@ -80,7 +88,7 @@ def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, Tu
 def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
     """Adds plans to `path`, in place of those for the same problems; what no longer holds in it is dropped.
 
-    The file is replaced as a whole, so that no reader finds half of one, and by one process at a time.
+    The file is replaced as a whole (`replace_file`), and by one process at a time.
 
     Raises:
         OSError: the directory cannot be made or written to, or the file is one of something else; it is as it was.
@@ -93,7 +101,7 @@ def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
         plans = read(path, gpu) | {entry.key: entry for entry in tuned}
         lines = ",\n".join(json.dumps(_to_json(plans[key])) for key in sorted(plans, key=_order))
         header = json.dumps(header_of(gpu), indent=1)[:-2]
-        _replace(path, f'{header},\n "plans": [\n{lines}\n ]\n}}\n')
+        replace_file(path, f'{header},\n "plans": [\n{lines}\n ]\n}}\n')
 
 
 def header_of(gpu: GPU) -> dict[str, Any]:
@@ -123,22 +131,27 @@ def unsupported(key: ProblemKey, plan: Plan) -> str | None:
 
 @cache
 def kernel_hashes() -> dict[str, str]:
-    """For each family, a hash of its kernels and of those that all share.
+    """For each family, a hash of the kernels that its plans run and of those that all share.
 
     Comments, docstrings and layout do not count, nor what launches them; Python's version does not either.
     """
 
     folder = Path(kernels.__file__).parent
     shared = kernel_code(folder.joinpath("_common.py").read_text())
-    codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text()) for name in kernels.FAMILIES}
+    codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text(), name) for name in kernels.FAMILIES}
     return {name: hashlib.sha256(code.encode()).hexdigest()[:16] for name, code in codes.items()}
 
 
-def kernel_code(source: str) -> str:
+def kernel_code(source: str, start: str | None = None) -> str:
     """What the Triton functions in Python code say, without what does nothing: comments, layout, bare strings.
 
-    Not `ast.dump`, which shows fields that only some versions of Python have, though they are empty.
+    Of all of them, or of those that the function `start` runs, which leaves out a family's backward. Not `ast.dump`,
+    which shows fields that only some versions of Python have, though they are empty.
     """
+    statements = ast.parse(source).body
+    if start is not None:
+        functions = {node.name: node for node in statements if isinstance(node, ast.FunctionDef)}
+        statements = _reached(functions, start)
 
     def canonical(node):
         if isinstance(node, list):
@@ -148,7 +161,18 @@ def kernel_code(source: str) -> str:
         fields = ((name, canonical(value)) for name, value in ast.iter_fields(node))
         return (type(node).__name__, *(field for field in fields if field[1] not in (None, ())))
 
-    return "".join(repr(canonical(node)) for node in ast.parse(source).body if _is_kernel(node))
+    return "".join(repr(canonical(node)) for node in statements if _is_kernel(node))
+
+
+def _reached(functions: dict[str, ast.FunctionDef], start: str) -> list[ast.stmt]:
+    """Those of `functions` that `start` names, or that one of those does, in the order of the file."""
+    reached, ahead = {start}, [start]
+    while ahead:
+        named = {node.id for node in ast.walk(functions[ahead.pop()]) if isinstance(node, ast.Name)}
+        new = (named & functions.keys()) - reached
+        reached |= new
+        ahead += new
+    return [node for name, node in functions.items() if name in reached]
 
 
 def _is_kernel(node: ast.stmt) -> bool:
@@ -162,17 +186,36 @@ def _is_bare_string(node: Any) -> bool:
 
 def _is_of_plans(path: Path) -> bool:
     try:
-        document = json.loads(path.read_text())
-    except (ValueError, RecursionError):
+        document = _load(path)
+    except OSError:
+        raise
+    except Exception:  # a file may hold anything
         return False
     return isinstance(document, dict) and {"format", "plans"} <= document.keys()
 
 
-def _stale_reason(document: dict[str, Any], gpu: GPU, ignored: tuple[str, ...]) -> str | None:
+def _load(path: Path) -> Any:
+    """The JSON in `path`.
+
+    Raises:
+        OSError: there is no file, it cannot be read, or is something that would be read for ever.
+        Exception: it holds no JSON; of several kinds.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_size > LARGEST_FILE:
+        raise OSError("a device, a pipe, or far larger than plans are")
+    return json.loads(path.read_text(encoding="utf-8"))  # of a directory, this raises
+
+
+def _stale_reason(document: Any, gpu: GPU, ignored: tuple[str, ...]) -> str | None:
+    """Why nothing in a document holds here, or None."""
     for name, here in header_of(gpu).items():
         found = document.get(name) if isinstance(document, dict) else None
         if name not in ("date", "kernels", *ignored) and found != here:
-            return f"{name} is {found!r}, here {here!r}"
+            return f"{name} is {shown(found)}, here {here!r}"
+    for name, expected, words in (("kernels", dict, "an object"), ("plans", list, "a list")):
+        if not isinstance(document[name], expected):
+            return f"its {name} are a {type(document[name]).__name__}, expected {words}"
     return None
 
 
@@ -187,17 +230,21 @@ def _to_json(tuned: TunedPlan) -> dict[str, Any]:
 
 
 def _from_json(entry: dict[str, Any], gpu: GPU, hashes: dict[str, str]) -> TunedPlan:
-    """Raises ValueError, TypeError or KeyError where anything but a plan for its problem comes out."""
+    """Raises one of several exceptions where anything but a plan for its problem comes out."""
     key = _typed(ProblemKey, entry["problem"], gpu=gpu)
     if next_power_of_two(key.m) != key.m:
-        raise ValueError(f"m {key.m}: expected a power of two")
+        raise ValueError(f"m {shown(key.m)}: expected a power of two")
     plan = Plan(up=_config(entry["plan"]["up"]), down=_config(entry["plan"]["down"]))
     if reason := unsupported(key, plan):
         raise ValueError(reason)
     for family in {plan.up.kernel, plan.down.kernel} - {"torch"}:
         if hashes.get(family) != kernel_hashes()[family]:
             raise ValueError(f"{family} is not the kernel that was measured")
-    return TunedPlan(key, plan, float(entry["plan_us"]), float(entry["unfused_us"]))
+    times = {name: float(entry[name]) for name in ("plan_us", "unfused_us")}
+    for name, us in times.items():
+        if not 0 < us < math.inf:
+            raise ValueError(f"{name} is {shown(entry[name])}, expected microseconds")
+    return TunedPlan(key, plan, **times)
 
 
 def _config(values: dict[str, Any]) -> TileConfig:
@@ -206,25 +253,28 @@ def _config(values: dict[str, Any]) -> TileConfig:
         if name not in values:
             raise ValueError(f"{name} is missing")
         if name.startswith(("block_", "num_warps")) and value.bit_count() != 1:
-            raise ValueError(f"{name} {value}: expected a power of two")
+            raise ValueError(f"{name} {shown(value)}: expected a power of two")
         if name != "kernel" and not 1 <= value <= _LARGEST.get(name, 1 << 14):
-            raise ValueError(f"{name} {value}: expected 1 to {_LARGEST.get(name, 1 << 14)}")
+            raise ValueError(f"{name} {shown(value)}: expected 1 to {_LARGEST.get(name, 1 << 14)}")
+    for one, other in combinations(("block_m", "block_n", "block_k"), 2):
+        if getattr(config, one) * getattr(config, other) > LARGEST_TILE:
+            raise ValueError(f"{one} x {other}: expected at most {LARGEST_TILE} elements")
     return config
 
 
 def _typed(cls: type[T], values: dict[str, Any], **given: Any) -> T:
     """An instance of the dataclass `cls` from JSON; every field must be known, and of exactly its type."""
     if not isinstance(values, dict):
-        raise TypeError(f"{cls.__name__} is {values!r}, expected an object")
+        raise TypeError(f"{cls.__name__} is {shown(values)}, expected an object")
     types = get_type_hints(cls)
     arguments = dict(given)
     for name, value in values.items():
         if name not in types or name in given:
-            raise ValueError(f"unknown field {name!r} of {cls.__name__}")
+            raise ValueError(f"unknown field {shown(name)} of {cls.__name__}")
         if types[name] is torch.dtype:
-            value = getattr(torch, str(value), None)
+            value = vars(torch).get(value) if isinstance(value, str) else None
         if type(value) is not types[name] or (types[name] is int and value < 0):
-            raise ValueError(f"{name} is {values[name]!r}, expected a {types[name].__name__}")
+            raise ValueError(f"{name} is {shown(values[name])}, expected a {types[name].__name__}")
         arguments[name] = value
     return cls(**arguments)
 
@@ -249,13 +299,6 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _replace(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _short(error: Exception) -> str:
+    """The beginning of what an error says, which may quote all of a file."""
+    return str(error)[:300]
