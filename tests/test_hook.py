@@ -1,10 +1,12 @@
 """`use_fused_mlp` in every way in, and loads without it as they always were."""
 
+import importlib
 import json
 import threading
 
 import pytest
 import torch
+import transformers
 from models import MODEL_TYPES, tiny_config, tiny_model, token_ids
 from transformers import (
     AutoConfig,
@@ -188,3 +190,11 @@ def test_remote_code(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, use_fused_mlp="strict")
     assert type(model).__name__ == "OwnForCausalLM"
     assert is_fused(model)
+
+
+@pytest.mark.parametrize("version, warned", [("5.17.0", 0), ("5.24.3", 0), ("5.25.0.dev0", 1), ("6.0rc1", 1)])
+def test_untested_versions_of_transformers_are_named(version, warned, monkeypatch, caplog):
+    """Once, where the package is imported."""
+    monkeypatch.setattr(transformers, "__version__", version)
+    importlib.reload(hf_fused_mlp)
+    assert [f"Transformers {version} is newer than 5.24" in message for message in caplog.messages] == [True] * warned

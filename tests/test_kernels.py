@@ -4,10 +4,10 @@ import importlib
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
+import triton
 from numerics import assert_accurate, oracle_of, random_halves, random_mlp, run_plan
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -76,7 +76,9 @@ def test_activations_of_extreme_values(activation, family, M, device):
     bias = ends.to(device, torch.float16)
     x, weight = torch.zeros(M, 104, dtype=torch.float16, device=device), bias.new_zeros(72, 104)
     out = linear(x, weight, bias, None, None, activation, SMALL[family])
-    expected = ACTIVATIONS[activation].function(bias).expand(M, -1)
+    # on some processors oneDNN, to which PyTorch hands GELU on a CPU, makes NaN of infinity
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = ACTIVATIONS[activation].function(bias).expand(M, -1)
     torch.testing.assert_close(out, expected, equal_nan=True)
 
 
@@ -260,21 +262,25 @@ def test_a_launcher_keeps_its_binary(stream):
 
 
 def test_a_launcher_keeps_tensor_maps(stream, monkeypatch):
-    """The driver's launch gets what Triton would make of the descriptors, which is made once for an address."""
+    """The driver's launch gets what Triton would make of the descriptors, which is made once for an address.
+
+    Where Triton's launcher is one that we do not look into, it makes them itself, for each launch.
+    """
     driver, runtime = pytest.importorskip("triton.backends.nvidia.driver"), importlib.import_module("triton.runtime")
     meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [16, 64], "fp4_padded": False}
     calls, maps = [], []
-    utils = SimpleNamespace(fill_tma_descriptor=lambda *args: maps.append(args) or ("map", *args))
+    utils = SimpleNamespace()
+    # newer versions of Triton call it by the second name
+    utils.fill_tma_descriptor = utils.fill_tma_descriptor_tiled = lambda *args: maps.append(args) or ("map", *args)
     monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
     monkeypatch.setattr(_launch, "_bind_context", lambda device: None)
-
-    class CudaLauncher:
-        global_scratch_size = profile_scratch_size = 0
-        launch_cooperative_grid, launch_pdl = False, True
-        signature: ClassVar = {"x": "tensordesc<fp16[16,64]>", "half": "constexpr", "bias": "*fp16", "K": "i32"}
-        launch = staticmethod(driver.wrap_handle_tensordesc(lambda *args: calls.append(args), signature, [meta]))
-
-    run = CudaLauncher()
+    signature = {"x": "tensordesc<fp16[16,64]>", "half": "constexpr", "bias": "*fp16", "K": "i32"}
+    # what its constructor reads off a compiled kernel
+    run = object.__new__(driver.CudaLauncher)
+    run.launch = driver.wrap_handle_tensordesc(lambda *args: calls.append(args), signature, [meta])
+    run.num_ctas, run.launch_cooperative_grid, run.launch_pdl = 1, False, True
+    run.global_scratch_size = run.global_scratch_align = run.profile_scratch_size = run.profile_scratch_align = 0
+    run.gsan_enabled, run.arg_annotations, run.kernel_signature = False, "annotations", "signature"
     kernel = Kernel(SimpleNamespace(function="f", packed_metadata="metadata", run=run))
     tiling = [32, 128], [128, 1], [16, 64]
     x, other, bias = (torch.zeros(32, 128, dtype=torch.float16) for _ in range(3))
@@ -282,14 +288,13 @@ def test_a_launcher_keeps_tensor_maps(stream, monkeypatch):
     for tensor in (x, x, other, x, other):
         launch((bias,), (tensor, None))
     kept = len(maps)
-    before = 1, 2, 3, stream, "f", False, True, None, None, "metadata", None, None, None
     expected = []
     for tensor in (x, other, x, other):
         whole = TensorDescriptor(tensor, *tiling)
-        run.launch(*before, whole, None, bias.data_ptr(), 7)
+        run(1, 2, 3, stream, "f", "metadata", None, None, None, whole, None, bias.data_ptr(), 7)
         expected.append(calls.pop())
     assert calls == expected
-    assert kept == 2
+    assert kept == (2 if triton.__version__.startswith("3.6.") else 4)
 
 
 def test_plans_fit_the_problem():

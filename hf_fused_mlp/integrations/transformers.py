@@ -9,12 +9,19 @@ and no config ever holds it.
 """
 
 import functools
+import logging
+import re
 from collections.abc import Callable
 
+import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_fused_mlp.fuse import fuse_model
 
+logger = logging.getLogger("hf_fused_mlp")
+
+# the newest minor that `make test-newest` has passed with
+NEWEST_TESTED = "5.24"
 FLAG = "use_fused_mlp"
 _originals: dict[tuple[type, str], classmethod] = {}
 _wrappers: dict[tuple[type, str], classmethod] = {}
@@ -44,6 +51,18 @@ def uninstall() -> None:
         setattr(owner, name, original)
     _originals.clear()
     _wrappers.clear()
+
+
+def warn_if_untested() -> None:
+    """Says so where Transformers is newer than the newest that was tested."""
+    here, tested = (re.findall(r"\d+", version)[:2] for version in (transformers.__version__, NEWEST_TESTED))
+    if [int(number) for number in here] > [int(number) for number in tested]:
+        logger.warning(
+            "Transformers %s is newer than %s, the newest that hf_fused_mlp was tested with; look for a newer "
+            "hf_fused_mlp, or compare a fused model with its original by `hf-fused-mlp validate`",
+            transformers.__version__,
+            NEWEST_TESTED,
+        )
 
 
 def _with_flag(load: Callable) -> Callable:

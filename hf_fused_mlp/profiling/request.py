@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 PROMPT_TOKENS = {"cuda": 512, "cpu": 128}
 NEW_TOKENS = {"cuda": 32, "cpu": 16}
 ROUNDS = {"cuda": 5, "cpu": 3}
+# what a forward and its output call the key-value cache: from Transformers 5.24 on, and before
+CACHE_NAMES = ("cache", "past_key_values")
 State = tuple[Tensor, Any]
 
 
@@ -21,10 +23,11 @@ State = tuple[Tensor, Any]
 class Request:
     """`ids` `[batch, prompt_tokens]`, how many tokens to generate after them, and how often to time that.
 
-    `forward` is the model's, and `gpus` are those that it is on.
+    `forward` is the model's, which takes its key-value cache as `cache_name`, and `gpus` are those that it is on.
     """
 
     forward: Callable
+    cache_name: str
     ids: Tensor
     new_tokens: int
     rounds: int
@@ -35,8 +38,10 @@ class Request:
 
     def step(self, ids: Tensor, cache: Any) -> State:
         """One forward: the next token of each prompt, `[batch, 1]`, and the cache."""
-        output = self.forward(input_ids=ids, past_key_values=cache)
-        return output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = self.forward(input_ids=ids, **{self.cache_name: cache})
+        # not by `cache_name`: code from elsewhere may take the cache by the old name and answer with the new
+        kept = next(getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
+        return output.logits[:, -1:].argmax(-1), kept
 
     def decoding(self) -> Callable[[], None]:
         """After a prefill, a function that takes one step more at each call."""
@@ -58,6 +63,7 @@ def make_request(
         TypeError, ValueError: as `audit` says.
     """
     device = _auditable_device(model)
+    parameters = _parameters(model)
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     new_tokens = NEW_TOKENS[device.type] if new_tokens is None else new_tokens
@@ -78,9 +84,10 @@ def make_request(
     seeded = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=seeded).to(device)
     # as generate does, which asks for the logits of the last token alone
-    last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    cache_name = next(name for name in CACHE_NAMES if name in parameters)
     gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    return Request(partial(model, use_cache=True, **last), ids, new_tokens, rounds, tuple(gpus))
+    return Request(partial(model, use_cache=True, **last), cache_name, ids, new_tokens, rounds, tuple(gpus))
 
 
 def _auditable_device(model: PreTrainedModel) -> torch.device:
@@ -90,8 +97,9 @@ def _auditable_device(model: PreTrainedModel) -> torch.device:
         raise ValueError(f"audit: {name} is compiled, which hides its MLPs; pass the model before torch.compile")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"audit: {name} is not a model of Transformers; pass the loaded model itself")
-    needed = {"input_ids", "past_key_values", "use_cache"}
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None or needed - _parameters(model).keys():
+    parameters = _parameters(model)
+    cached = {"input_ids", "use_cache"} <= parameters.keys() and not parameters.keys().isdisjoint(CACHE_NAMES)
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None or not cached:
         raise TypeError(f"audit: {name} does not generate with a key-value cache; pass a causal language model")
     device = next(model.get_input_embeddings().parameters()).device
     if device.type not in PROMPT_TOKENS:
