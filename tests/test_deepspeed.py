@@ -133,7 +133,7 @@ def test_loading_in_parts(tmp_path):
 
 
 def loading_in_parts(where, directory):
-    """Under ZeRO-3, `from_pretrained` partitions what it loads: the flag is answered by reasons, and training works."""
+    """Under ZeRO-3 `from_pretrained` partitions what it loads: the flag is answered by reasons, and training works."""
     config = CONFIGS["zero-3"] | {"train_micro_batch_size_per_gpu": 2}
     ids, losses = token_ids(2, 9), []
     hf_config = HfDeepSpeedConfig(config)  # in force as long as it is referenced
