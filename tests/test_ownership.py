@@ -590,13 +590,14 @@ def assert_train_alike(plain, fused):
             torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("history", ["fuse", "fuse to", "fuse fuse", "fuse unfuse", "fuse deepcopy"])
+@pytest.mark.parametrize("history", ["fuse", "fuse fuse", "fuse unfuse"])
 def test_fake_weights_stay_usable(history):
     with FakeTensorMode():
-        for model in lived(new_model(), history):
-            fusion_report(model)
+        (model,) = lived(new_model(), history)
+        fusion_report(model)
+        with torch.no_grad():
             assert model(torch.randn(3, 64)).shape == (3, 64)
-            model(torch.randn(3, 64)).sum().backward()
+        model(torch.randn(3, 64)).sum().backward()
 
 
 @pytest.mark.parametrize("before", ["", "fuse"])
