@@ -16,10 +16,12 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 64, 4, 2, 16, 128
-LARGEST = 8_000_000  # parameters of a model
+LARGEST = 4_850_000  # parameters of a model
 
 # the first pattern that a key matches says what becomes of an int: a number, at most that
 SIZES: list[tuple[str, int]] = [
+    (r"num_feat_extract_layers", 100),  # as many as there are convolutions
+    (r"upsample_groups", HIDDEN),
     (r"^(n_group|topk_group|n_groups)$", 1),
     (r"experts?_per_tok|top_?k|moe_k$|num_experts_per", 2),
     (r"n_shared_experts|num_shared_experts", 1),
@@ -37,7 +39,20 @@ SIZES: list[tuple[str, int]] = [
 ]
 
 # what the rules above do not find
+_SWIN = {"embed_dim": 24, "num_heads": [3, 3, 3, 3]}
 OVERRIDES: dict[str, dict] = {
+    "swin": _SWIN,
+    "donut-swin": _SWIN,
+    "maskformer-swin": _SWIN,
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "longformer": {"attention_window": [8, 8]},
+    "layoutlmv3": {"coordinate_size": 11, "shape_size": 10},
+    "lilt": {"hidden_size": 96},
+    "reformer": {"axial_pos_embds_dim": [16, 48]},
+    "vivit": {"num_frames": 4},
+    "videomae": {"num_frames": 4},
     "codegen": {"rotary_dim": HEAD_DIM},
     "gptj": {"rotary_dim": HEAD_DIM},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
@@ -89,6 +104,8 @@ def _cut(key: str, value: int, config: dict) -> int:
     if key == "image_size":
         patch = config.get("patch_size")
         return min(value, 2 * patch if type(patch) is int else 64)
+    if key == "embed_dim" and "depths" in config:
+        return value  # heads go with it
     if "key_value_heads" in key and value == config.get("num_attention_heads"):
         return min(value, HEADS)
     return next((min(value, size) for pattern, size in SIZES if re.search(pattern, key)), value)
@@ -143,7 +160,8 @@ def inputs_for(model: nn.Module) -> Iterator[dict]:
 
     tokens = torch.randint(3, 60, (2, 8), generator=generator)
     text, decoder = {"input_ids": tokens}, {"decoder_input_ids": tokens[:, :5]}
-    image, patch = find("image_size", 64), find("patch_size", 16)
+    size, patch = getattr(config, "image_size", None), find("patch_size", 16)
+    image = tuple(size) if isinstance(size, (list, tuple)) else (find("image_size", 64),) * 2
     channels = find("num_channels", find("in_channels", find("in_chans", 3)))
     if "input_ids" in names:
         if "decoder_input_ids" in names:
@@ -152,10 +170,14 @@ def inputs_for(model: nn.Module) -> Iterator[dict]:
         yield {"input_ids": tokens[:, None].expand(-1, 3, -1)}  # multiple choice
         yield text | {"bbox": torch.zeros(2, 8, find("dim_bbox", 4), dtype=torch.long)}
     if "pixel_values" in names:
-        pixels = {"pixel_values": random(2, channels, image, image)}
+        pixels = {"pixel_values": random(2, channels, *image)}
         yield pixels
         yield text | pixels
-        yield {"pixel_values": random(2, 2, channels, image, image)}
+        yield {"pixel_values": random(2, find("num_frames", 2), channels, *image)}
+    for name in ("pixel_values_videos", "past_values"):
+        if name in names:
+            yield {"pixel_values_videos": random(2, find("num_frames", find("frames_per_clip", 2)), channels, *image)}
+            yield {"past_values": random(2, find("context_length", 32), find("num_input_channels", 1))}
     if "grid_thw" in names:
         width = channels * find("temporal_patch_size", 1) * patch * patch
         first = next(iter(names))
