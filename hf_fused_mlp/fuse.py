@@ -13,7 +13,15 @@ from hf_fused_mlp.children import device_of
 from hf_fused_mlp.modules import FusedMLP, fuse_module, mixin_of, no_kernels
 from hf_fused_mlp.norms import FusedRMSNorm, find_norm, fuse_norm, looks_like_norm, norm_reject_reason
 from hf_fused_mlp.originals import is_patched
-from hf_fused_mlp.registry import find_spec, looks_like_mlp, registered_spec, reject_reason, replaced_reason
+from hf_fused_mlp.recognition import is_known, unknown_child
+from hf_fused_mlp.registry import (
+    find_spec,
+    looks_like_mlp,
+    registered_spec,
+    reject_reason,
+    replaced_reason,
+    unknown_activation_reason,
+)
 from hf_fused_mlp.swap import Fused, unfuse_module, was_changed, why_not_swappable
 from hf_fused_mlp.threads import LOCK
 
@@ -192,7 +200,10 @@ def _unknown_reason(module: nn.Module) -> str:
     cls: Any = type(module)
     if is_patched(cls):
         return replaced_reason(cls)
-    known = next((base.__name__ for base in cls.__mro__[1:] if registered_spec(base)), None)
+    if name := unknown_child(module):
+        return unknown_activation_reason(name, module.get_submodule(name))
+    bases = [base for base in cls.__mro__[1:] if getattr(base, "forward", cls.forward) is not cls.forward]
+    known = next((base.__name__ for base in bases if registered_spec(base) or is_known(base)), None)
     what = f", a subclass of {known}," if known else ""
     return (
         f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "

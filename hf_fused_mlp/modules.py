@@ -6,7 +6,7 @@ goes to the original forward.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +54,14 @@ class FusedMLP(Fused):
 
     def forward(self, *args, **kwargs):
         # read once, since another thread may unfuse the module meanwhile; compiled code is spared guards of the class
-        if torch.compiler.is_compiling():
-            cls, is_fused = self, isinstance(self, FusedMLP)
-        else:
-            cls = type(self)
-            is_fused = issubclass(cls, FusedMLP)
-        if not is_fused:  # who wraps a module's forward may call it after the module was unfused
+        traced = torch.compiler.is_compiling()
+        cls: Any = self if traced else type(self)
+        # who wraps a module's forward may call it after the module was unfused
+        if not (isinstance(self, FusedMLP) if traced else issubclass(cls, FusedMLP)):
             return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(cls.input_name)
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
-            out = _compiled(self, x) if torch.compiler.is_compiling() else _again(self, cls, x)
+            out = _compiled(self, x) if traced else _again(self, cls, x)
             if out is None and _is_ordinary(x):
                 out = _looked_into(self, cls, x)
             if out is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_fused_mlp import ops
 from hf_fused_mlp.children import OWN_FORWARD, has_own_forward
 from hf_fused_mlp.memory import answer
-from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
+from hf_fused_mlp.originals import rsqrt_is_own, why_functions_are_not_own
 from hf_fused_mlp.recognition import is_usual
 from hf_fused_mlp.source import Unreadable, meaning_of, source_of
 from hf_fused_mlp.swap import Fused, fuse
@@ -80,14 +80,12 @@ class FusedRMSNorm(Fused):
 
     def forward(self, *args, **kwargs):
         # read once, since another thread may unfuse the module meanwhile; compiled code is spared guards of the class
-        if torch.compiler.is_compiling():
-            cls, is_fused = self, isinstance(self, FusedRMSNorm)
-        else:
-            cls = type(self)
-            is_fused = issubclass(cls, FusedRMSNorm)
-        if not is_fused:  # who wraps a module's forward may call it after the module was unfused
+        traced = torch.compiler.is_compiling()
+        cls: Any = self if traced else type(self)
+        # who wraps a module's forward may call it after the module was unfused
+        if not (isinstance(self, FusedRMSNorm) if traced else issubclass(cls, FusedRMSNorm)):
             return type(self).forward(self, *args, **kwargs)
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        if len(args) == 1 and not kwargs and not traced:
             out = _launched(self, cls, args[0])
             if out is not None:
                 return out
@@ -99,12 +97,12 @@ class FusedRMSNorm(Fused):
             return (
                 "its forward, its weight or its epsilon was replaced since it was fused, so the original forward runs"
             )
-        return why_functions_are_not_own()
+        return None if rsqrt_is_own() else why_functions_are_not_own()
 
 
 def _launched(norm: FusedRMSNorm, cls: type[FusedRMSNorm], x: Any) -> Tensor | None:
     """The kernel's answer, or None where it cannot stand for the original forward."""
-    if not ops.only_results(x) or not functions_are_own() or (operands := _operands(norm, cls)) is None:
+    if not ops.only_results(x) or not rsqrt_is_own() or (operands := _operands(norm, cls)) is None:
         return None
     weight, eps = operands
     form = cls.fused_spec.form

@@ -58,6 +58,11 @@ def functions_are_own() -> bool:
     )
 
 
+def rsqrt_is_own() -> bool:
+    """The same of the one function that RMSNorms call."""
+    return torch.rsqrt is _rsqrt
+
+
 def why_functions_are_not_own() -> str | None:
     """Which function was replaced, or None. From then on `functions_are_own` knows those that are PyTorch's."""
     reason = None

@@ -172,6 +172,27 @@ def recognise(module: nn.Module) -> MLPSpec | None:
     return replace(spec, sequence=sequence, other_steps=any(not isinstance(step, Call) for step in removed))
 
 
+def is_known(cls: Any) -> bool:
+    """Whether the forward of a class can be read."""
+    return is_usual(cls) and equation_of(cls.forward) is not None
+
+
+def unknown_child(module: nn.Module) -> str | None:
+    """The name of the only child in a forward that can be read which is neither a projection nor known otherwise."""
+    cls: Any = type(module)
+    equation = equation_of(cls.forward) if is_usual(cls) else None
+    called = {name: _child(module, name) for name in dict.fromkeys(call.name for call in _calls(equation))}
+    unknown = [
+        name
+        for name, child in called.items()
+        if child is not None
+        and not _is_projection(child)
+        and type(child) not in IDENTITIES
+        and find_activation(child) is None
+    ]
+    return unknown[0] if len(unknown) == 1 else None
+
+
 def _in_a_row(names: tuple[str, ...]) -> Step | None:
     """Calls of modules one after another, or None where they are too many for an MLP."""
     equation: Step = INPUT

@@ -123,13 +123,18 @@ def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
         return None
     activation = children[spec.activation]
     if find_activation(activation) is None:
-        return (
-            f"{spec.activation} is {type(activation).__name__}, expected an activation that computes one of "
-            f"{', '.join(ACTIVATIONS)}; pass exclude=[...] to leave this module as it is"
-        )
+        return unknown_activation_reason(spec.activation, activation)
     if is_hooked(activation):
         return f"{spec.activation} has hooks or a forward of its own; remove them first, or pass exclude=[...]"
     return None
+
+
+def unknown_activation_reason(name: str, activation: nn.Module) -> str:
+    """The words for a child that stands where an MLP has its activation."""
+    return (
+        f"{name} is {type(activation).__name__}, expected an activation that computes one of "
+        f"{', '.join(ACTIVATIONS)}; pass exclude=[...] to leave this module as it is"
+    )
 
 
 def can_call(module: nn.Module, spec: MLPSpec) -> bool:

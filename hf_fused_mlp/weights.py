@@ -78,7 +78,7 @@ def why_not_packable(gate: Tensor, up: Tensor) -> str | None:
     for name, weight in (("gate", gate), ("up", up)):
         if not _owns_memory(weight) or gate is up:
             return f"{name} shares its memory (a flat buffer, a tied weight, another process), and stays where it is"
-        if _was_packed(weight) and not _packed[weight.data_ptr()][1].expired():
+        if _was_packed(weight) and _partner_is_there(weight):
             return f"{name} is tied, and packed with the weight of another MLP"
     return None
 
@@ -163,3 +163,9 @@ def _was_packed(weight: Tensor) -> bool:
     """Whether `pack` put `weight` where it is."""
     storage = _packed.get(weight.data_ptr(), (None,))[0]
     return storage is not None and not storage.expired() and storage.cdata == weight.untyped_storage()._cdata
+
+
+def _partner_is_there(weight: Tensor) -> bool:
+    """Whether the weight that was put beside `weight` still is."""
+    partner = torch.UntypedStorage._new_with_weak_ptr(_packed[weight.data_ptr()][1].cdata)
+    return partner is not None and abs(partner.data_ptr() - weight.data_ptr()) == weight.nbytes

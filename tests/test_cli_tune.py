@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import MODEL_TYPES, tiny_config, tiny_model
+from models import MODEL_TYPES, as_on_gpu, tiny_config, tiny_model
 from typer.testing import CliRunner
 
 from hf_fused_mlp import fuse_model
@@ -99,7 +99,8 @@ def test_every_shape_is_found():
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_model_gives_the_problems_that_its_fused_mlps_ask_for(model_type, tmp_path):
+def test_a_model_gives_the_problems_that_its_fused_mlps_ask_for(model_type, tmp_path, monkeypatch):
+    as_on_gpu(monkeypatch)  # so that weights are packed
     tiny_config(model_type, dtype="float16").save_pretrained(tmp_path)
     model = fuse_model(tiny_model(model_type, dtype=torch.float16), strict=True)
     asked = set()

@@ -47,7 +47,7 @@ MAY_IMPORT = {
         "ops",
     },
     "norms": {"torch", "children", "originals", "source", "recognition", "swap", "memory", "ops"},
-    "fuse": {"torch", "children", "originals", "registry", "swap", "threads", "modules", "norms"},
+    "fuse": {"torch", "children", "originals", "recognition", "registry", "swap", "threads", "modules", "norms"},
     "numerics": {"torch", "validation", "ops", "swap", "modules", "fuse"},
     "integrations": {"torch", "transformers", "fuse"},
     "profiling": {

@@ -156,9 +156,9 @@ def test_prediction(monkeypatch):
 
 
 def test_prediction_asks_the_plans(plan_cache):
-    mlp = fuse_model(tiny_model()).model.layers[0].mlp
     with pytest.MonkeyPatch.context() as patch:
         as_on_gpu(patch)
+        mlp = fuse_model(tiny_model()).model.layers[0].mlp
         assert prediction._gain_alone(mlp, 3) is None
         gpu = GPU.of(torch.device("cpu"))
         key = ProblemKey(4, 64, 176, 64, True, "silu", torch.float32, False, True, gpu)
