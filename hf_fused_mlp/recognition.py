@@ -181,15 +181,9 @@ def unknown_child(module: nn.Module) -> str | None:
     """The name of the only child in a forward that can be read which is neither a projection nor known otherwise."""
     cls: Any = type(module)
     equation = equation_of(cls.forward) if is_usual(cls) else None
-    called = {name: _child(module, name) for name in dict.fromkeys(call.name for call in _calls(equation))}
-    unknown = [
-        name
-        for name, child in called.items()
-        if child is not None
-        and not _is_projection(child)
-        and type(child) not in IDENTITIES
-        and find_activation(child) is None
-    ]
+    children = {call.name: _child(module, call.name) for call in _calls(equation)}
+    known = (lambda child: type(child) in IDENTITIES, _is_projection, find_activation)
+    unknown = [name for name, child in children.items() if child is not None and not any(is_(child) for is_ in known)]
     return unknown[0] if len(unknown) == 1 else None
 
 
