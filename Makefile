@@ -12,7 +12,7 @@ TORCH := $(if $(GPU),2.11.0,2.13.0)
 COMPILE = .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.10 --no-annotate \
 	--custom-compile-command "make lock" --no-emit-package torch --extra dev --extra docs pyproject.toml tests/constraints.in
 
-.PHONY: demo audit test test-newest test-floor test-gpu sanitize bench docs types style lock clean
+.PHONY: demo audit test test-long test-newest test-floor test-gpu sanitize bench docs types style lock clean
 
 demo: $(VENV)/installed  ## load a real model fused, and compare its answer with the original's
 	$(BIN)/hf-fused-mlp run
@@ -21,8 +21,11 @@ audit: $(VENV)/installed  ## where the time of a real model goes, as a page
 	$(BIN)/hf-fused-mlp audit --html audit.html
 
 test: $(VENV)/installed  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 8 --dist loadfile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and slow" -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -m "not gpu and not slow and not long" -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and slow and not long" -n auto --maxprocesses 8
+
+test-long: $(VENV)/installed  ## every model type of Transformers fused and unfused, and half a minute of threads
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and long" -n auto --maxprocesses 8
 
 test-newest:  ## the same with the newest version of everything, in an environment of its own
 	rm -f .venv-newest/installed

@@ -19,7 +19,7 @@ from hf_fused_mlp import fuse_model, fusion_report
 from hf_fused_mlp.cli.model_types import MODEL_TYPES
 from hf_fused_mlp.modules import FusedMLP
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # as many model types are compared, or more; earlier versions of Transformers have fewer
 NEWEST = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)

@@ -25,7 +25,7 @@ THREADS = 8
 LAYERS = 6
 SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2, "mlp_bias": True}
 
-SECONDS = pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
+SECONDS = pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.long)])
 NORMS = pytest.mark.parametrize("norms", [False, True], ids=["", "norms"])
 
 
