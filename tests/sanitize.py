@@ -4,6 +4,7 @@ import torch
 from numerics import assert_accurate, oracle_of, random_mlp, run_plan
 
 from hf_fused_mlp import ops
+from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
 from hf_fused_mlp.types import TORCH, Plan, TileConfig
 
@@ -30,10 +31,12 @@ for M, config in PLANS:
 halves = torch.randn(2, 5, 1100, device="cuda", dtype=torch.bfloat16)
 
 
-def gradients(act_mul, dtype=torch.bfloat16):
+def gradients(act_mul, activation, dtype=torch.bfloat16):
     gate, up = pair = [half.to(dtype).requires_grad_() for half in halves.unbind()]
-    return torch.stack(torch.autograd.grad(act_mul(gate, up, "gelu").sum(), pair))
+    return torch.stack(torch.autograd.grad(act_mul(gate, up, activation).sum(), pair))
 
 
-assert_accurate(gradients(ops.act_mul), gradients(act_mul_ref), gradients(act_mul_ref, torch.float64))
-print("gradients of act_mul: right", flush=True)
+for activation in ACTIVATIONS:
+    expected, oracle = (gradients(act_mul_ref, activation, dtype) for dtype in (torch.bfloat16, torch.float64))
+    assert_accurate(gradients(ops.act_mul, activation), expected, oracle)
+    print(f"gradients of act_mul, {activation}: right", flush=True)
