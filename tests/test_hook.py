@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-import transformers
 from models import MODEL_TYPES, tiny_config, tiny_model, token_ids
 from transformers import (
     AutoConfig,
@@ -195,6 +194,6 @@ def test_remote_code(tmp_path):
 @pytest.mark.parametrize("version, warned", [("5.17.0", 0), ("5.24.3", 0), ("5.25.0.dev0", 1), ("6.0rc1", 1)])
 def test_untested_versions_of_transformers_are_named(version, warned, monkeypatch, caplog):
     """Once, where the package is imported."""
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(hook.transformers, "__version__", version)
     importlib.reload(hf_fused_mlp)
     assert [f"Transformers {version} is newer than 5.24" in message for message in caplog.messages] == [True] * warned
