@@ -73,7 +73,7 @@ def find_activation(module: nn.Module) -> str | None:
     """The key in `ACTIVATIONS` of what `module` computes, or None where that is not certain."""
     cls = type(module)
     path = class_path(cls)
-    if cls is nn.GELU:
+    if path == _NN + "GELU":
         path += f"({module.approximate})"
     name = _NAME_BY_CLASS.get(path)
     if path in _HELD:

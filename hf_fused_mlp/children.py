@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from hf_fused_mlp.originals import own_forwards, runs_own_forward
+from hf_fused_mlp.originals import LINEAR, own_forwards, runs_own_forward
 
 _PLAIN_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -36,15 +36,18 @@ def _hf_fused_mlp_class_path(cls: type) -> str:
 class_path = _hf_fused_mlp_class_path
 
 
+_LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
+
+
 def _is_linear(cls: type[nn.Module]) -> bool:
     """Whether a class, by itself, multiplies with its weight and adds its bias."""
-    return cls is nn.Linear or class_path(cls) == "transformers.models.falcon.modeling_falcon.FalconLinear"
+    return cls is LINEAR or class_path(cls) in _LINEARS
 
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a projection's weights may be read in place of calling it."""
     cls = type(linear)
-    if cls is not nn.Linear and not _is_linear(cls):
+    if not _is_linear(cls):
         return False
     parameters = linear._parameters
     weight = parameters.get("weight")
@@ -81,7 +84,7 @@ def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tenso
     It is asked at every call of an MLP in eager mode, so it touches as little as it can: those PyTorch compares, with
     the tensors of an earlier call.
     """
-    if type(linear) is not nn.Linear or own_forwards.get(nn.Linear) is not nn.Linear.forward:
+    if type(linear) is not LINEAR or own_forwards[LINEAR] is not getattr(LINEAR.forward, "__code__", None):
         return None
     own = linear.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
@@ -95,7 +98,8 @@ def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tenso
 
 def is_left_alone(module: nn.Module | None) -> bool:
     """Whether, without gradients, a call of `module` certainly runs the forward that its class came with."""
-    if module is None or type(module).forward is not own_forwards.get(type(module)):
+    cls: Any = type(module)
+    if cls not in own_forwards or own_forwards[cls] is not getattr(cls.forward, "__code__", None):
         return False
     own = module.__dict__  # what follows is also in `parameters_at_a_glance`, where a call would cost as much
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
@@ -117,10 +121,11 @@ def is_column_shard(linear: nn.Module) -> bool:
         and own.__module__ == type(style).__module__
         and style.use_local_output
         and (str(style.input_layouts), str(style.output_layouts)) == ("R", "S(-1)")
-        and getattr(original, "__func__", None) is nn.Linear.forward
-        and runs_own_forward(nn.Linear)
+        and LINEAR is not None
+        and getattr(original, "__func__", None) is LINEAR.forward
+        and runs_own_forward(LINEAR)
         and original.__self__ is linear
-        and type(linear) is nn.Linear
+        and type(linear) is LINEAR
         and linear._parameters.keys() == {"weight", "bias"}
         and all(p is None or _is_float_shard(p) for p in linear._parameters.values())
         and not _has_hooks(linear)

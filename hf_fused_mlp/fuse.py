@@ -179,10 +179,22 @@ def fusion_report(model: nn.Module) -> FusionReport:
             parts = name.split(".")
             if any(".".join(parts[:end]) in mlps for end in range(len(parts) + 1)):
                 continue
-            if not any(id(inner) in known for inner in module.modules()):
+            holds_known = any(id(inner) in known for inner in module.modules())
+            if not _only_wraps(module) and (not holds_known or _stacks_matrices(module)):
                 mlps[name] = ModuleStatus(name, type(module).__name__, "skipped", _unknown_reason(module))
     order = {name: place for place, name in enumerate(modules)}
     return FusionReport(tuple(sorted(mlps.values(), key=lambda mlp: order[mlp.name])), tuple(norms.values()))
+
+
+def _only_wraps(module: nn.Module) -> bool:
+    """Whether a module has nothing but one other, which will be in the report itself."""
+    children = list(module.children())
+    return len(children) == 1 and not module._parameters and looks_like_mlp("", children[0])
+
+
+def _stacks_matrices(module: nn.Module) -> bool:
+    """Whether a module itself holds weights of routed experts."""
+    return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values())
 
 
 def _why_not_all(module: FusedMLP) -> str | None:
@@ -220,18 +232,22 @@ def _routed_experts(module: nn.Module) -> str | None:
     return None
 
 
+def _matches(module: ModuleStatus, pattern: str) -> bool:
+    return module.name == pattern or fnmatchcase(module.name, pattern)
+
+
 def _wanted(report: FusionReport, excluded: tuple[str, ...], norms: bool) -> FusionReport:
     """What of a model is to be fused: not what matches a pattern, and norms only if they are wanted."""
     if not norms:
         report = replace(report, norms=())
     for pattern in excluded:
-        if not any(fnmatchcase(module.name, pattern) for module in report.mlps + report.norms):
+        if not any(_matches(module, pattern) for module in report.mlps + report.norms):
             what = "MLP or norm" if norms else "MLP"
             names = ", ".join(module.name for module in (*report.mlps[:3], *report.norms[:3])) or "none"
             raise ValueError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
 
     def kept(modules: tuple[ModuleStatus, ...]) -> tuple[ModuleStatus, ...]:
-        return tuple(module for module in modules if not any(fnmatchcase(module.name, one) for one in excluded))
+        return tuple(module for module in modules if not any(_matches(module, pattern) for pattern in excluded))
 
     return FusionReport(kept(report.mlps), kept(report.norms))
 

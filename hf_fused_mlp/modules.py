@@ -23,8 +23,8 @@ from hf_fused_mlp.children import (
     plain_parameters,
 )
 from hf_fused_mlp.memory import answer, mlp_kind, remembered
-from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
-from hf_fused_mlp.recognition import IDENTITIES
+from hf_fused_mlp.originals import IDENTITIES, functions_are_own, why_functions_are_not_own
+from hf_fused_mlp.recognition import rests_on_names, still_means_the_same
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
@@ -46,11 +46,14 @@ class FusedMLP(Fused):
     fused_spec: ClassVar[MLPSpec]
     # what a usual call reads of it: to `torch.compile` a tuple of names is a constant, an object is not
     _fused_names: ClassVar[tuple]
+    _rests_on_names: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs):
         if spec := vars(cls).get("fused_spec"):
             projections = spec.gate, spec.up, spec.down
-            cls._fused_names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
+            names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
+            type.__setattr__(cls, "_fused_names", names)
+            type.__setattr__(cls, "_rests_on_names", rests_on_names(cls.original_forward))
 
     def forward(self, *args, **kwargs):
         # read once, since another thread may unfuse the module meanwhile; compiled code is spared guards of the class
@@ -142,11 +145,8 @@ class FusedPlainMLP(FusedMLP):
     """``down(act(up(x)))``, or half of it; there is nothing to pack."""
 
 
-# functions rather than methods: `torch.compile` guards each name that it looks up in a module, and the host checks all
-# guards before each replay of a graph
-
-
-# functions of a module and its class, or of compiled code the module twice, which has what its class has
+# functions rather than methods, since `torch.compile` guards each name that it looks up in a module, and the host
+# checks all guards before each replay of a graph. They are given a module and its class; compiled, the module twice.
 
 
 def _again(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
@@ -159,7 +159,7 @@ def _again(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
         not remembered
         or not ops.only_results(x)
         or _has_any_global_hook()
-        or cls.original_class.forward is not cls.original_forward
+        or not _keeps_forward(cls)
         or not functions_are_own()
         or (operands := _usual_operands(module, cls, parameters_at_a_glance, is_left_alone)) is None
     ):
@@ -200,8 +200,17 @@ def _looked_into(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | N
 
 @torch.compiler.assume_constant_result  # the compiler of torch 2.11 misreads functions of classes
 def hf_fused_mlp_keeps_forward(original: type[nn.Module]) -> bool:
-    """Whether a class that was fused still has the forward that it had then."""
-    return all(cls.original_forward is original.forward for cls in generated_classes(original))
+    """Whether a class that was fused still has the forward that it had then, and its names mean what they did."""
+    return all(map(_keeps_forward, generated_classes(original)))
+
+
+def _keeps_forward(cls: type[FusedMLP]) -> bool:
+    forward = cls.original_class.forward
+    return (
+        forward is cls.original_forward
+        and getattr(forward, "__code__", None) is cls.original_code
+        and (not cls._rests_on_names or still_means_the_same(forward))
+    )
 
 
 def _why_functions_are_not_own() -> str | None:
@@ -210,7 +219,7 @@ def _why_functions_are_not_own() -> str | None:
 
 def _reasons(module: FusedMLP, cls: type[FusedMLP], device: torch.device | None) -> tuple[str | None, str | None]:
     spec = cls.fused_spec
-    if not hf_fused_mlp_keeps_forward(cls.original_class):
+    if not (hf_fused_mlp_keeps_forward(cls.original_class) if torch.compiler.is_compiling() else _keeps_forward(cls)):
         return replaced_reason(cls.original_class), None
     if not functions_are_own() and (reason := _why_functions_are_not_own()) is not None:
         return reason, None
@@ -332,8 +341,14 @@ def _is_ordinary(x: Tensor) -> bool:
         and not _has_any_global_hook()
         and not ops.is_watched()
         and not _is_exporting()
-        and (torch.compiler.is_compiling() or (type(x) in (Tensor, nn.Parameter) and not ops.is_transformed()))
+        and (torch.compiler.is_compiling() or _is_real(x))
     )
+
+
+def _is_real(x: Tensor) -> bool:
+    """Whether operations on `x` run as they are, under no mode and no transformation."""
+    dispatched = torch._C._len_torch_dispatch_stack() > 0
+    return type(x) in (Tensor, nn.Parameter) and not dispatched and not ops.is_transformed()
 
 
 def _is_exporting() -> bool:

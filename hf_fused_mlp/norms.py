@@ -77,6 +77,11 @@ class FusedRMSNorm(Fused):
     """An RMSNorm whose forward is one launch where nothing but the result is wanted, or else the original."""
 
     fused_spec: ClassVar[NormSpec]
+    _helper_code: ClassVar[tuple[CodeType, ...]]
+
+    def __init_subclass__(cls, **kwargs):
+        if spec := vars(cls).get("fused_spec"):
+            type.__setattr__(cls, "_helper_code", tuple(function.__code__ for _, function in spec.helpers))
 
     def forward(self, *args, **kwargs):
         # read once, since another thread may unfuse the module meanwhile; compiled code is spared guards of the class
@@ -116,10 +121,13 @@ def _operands(norm: FusedRMSNorm, cls: type[FusedRMSNorm]) -> tuple[nn.Parameter
     """Weight and epsilon, or None if the module or its class is no longer what was read."""
     spec, own, original = cls.fused_spec, norm.__dict__, cls.original_class
     weight, eps = own["_parameters"].get("weight"), own.get(spec.eps)
-    if original.forward is not cls.original_forward or type(weight) is not nn.Parameter or type(eps) is not float:
+    forward: Any = original.forward
+    if forward is not cls.original_forward or getattr(forward, "__code__", None) is not cls.original_code:
         return None
-    for name, function in spec.helpers:
-        if name in own or getattr(original, name, None) is not function:
+    if type(weight) is not nn.Parameter or type(eps) is not float or forward.__globals__.get("torch") is not torch:
+        return None
+    for (name, function), code in zip(spec.helpers, cls._helper_code, strict=True):
+        if name in own or getattr(original, name, None) is not function or function.__code__ is not code:
             return None
     return weight, eps
 

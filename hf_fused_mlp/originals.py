@@ -7,8 +7,7 @@ namespace.
 """
 
 import sys
-from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ def is_own(function: Any, module: str, qualname: str) -> bool:
 
 
 # what the kernels compute in place of a call, by the variable below that holds PyTorch's own
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, tuple[Any, str]] = {
     "_linear": (F, "linear"),
     "_silu": (F, "silu"),
     "_gelu": (F, "gelu"),
@@ -37,9 +36,14 @@ _FUNCTIONS = {
     "_sigmoid": (torch, "sigmoid"),
     "_tanh": (torch, "tanh"),
     "_square": (torch, "square"),
+    "_pow": (torch, "pow"),
+    "_erf": (torch, "erf"),
     "_rsqrt": (torch, "rsqrt"),
+    "_call": (nn.Module, "_wrapped_call_impl"),
+    "_call_impl": (nn.Module, "_call_impl"),
 }
-_linear = _silu = _gelu = _relu = _dropout = _torch_relu = _sigmoid = _tanh = _square = _rsqrt = object()
+_linear = _silu = _gelu = _relu = _dropout = _call = _call_impl = object()
+_torch_relu = _sigmoid = _tanh = _square = _pow = _erf = _rsqrt = object()
 
 
 def functions_are_own() -> bool:
@@ -54,7 +58,10 @@ def functions_are_own() -> bool:
         and torch.sigmoid is _sigmoid
         and torch.tanh is _tanh
         and torch.square is _square
-        and torch.rsqrt is _rsqrt
+        and torch.pow is _pow
+        and torch.erf is _erf
+        and nn.Module.__call__ is _call
+        and nn.Module._call_impl is _call_impl
     )
 
 
@@ -66,12 +73,16 @@ def rsqrt_is_own() -> bool:
 def why_functions_are_not_own() -> str | None:
     """Which function was replaced, or None. From then on `functions_are_own` knows those that are PyTorch's."""
     reason = None
-    for variable, (module, name) in _FUNCTIONS.items():
-        function = getattr(module, name)
-        if is_own(function, module.__name__, name):
+    for variable, (owner, name) in _FUNCTIONS.items():
+        function = getattr(owner, name)
+        module = "torch.nn.modules.module" if owner is nn.Module else owner.__name__
+        qualname = f"Module.{name}" if owner is nn.Module else name
+        if is_own(function, module, qualname):
             globals()[variable] = function
         elif reason is None:
-            reason = f"{module.__name__}.{name} was replaced by {path_of(function)}; undo the patch"
+            reason = f"{module}.{qualname} was replaced by {path_of(function)}; undo the patch"
+    if reason is None and nn.Module.__call__ is not _call:
+        reason = f"torch.nn.Module.__call__ was replaced by {path_of(nn.Module.__call__)}; undo the patch"
     return reason
 
 
@@ -95,8 +106,8 @@ def is_patched(cls: type[nn.Module]) -> bool:
     return package != owner.__module__.partition(".")[0]
 
 
-# forwards that `runs_own_forward` has passed, of classes that a module holds by name and that therefore stay
-own_forwards: dict[type[nn.Module], Callable] = {}
+# the code of forwards that `runs_own_forward` has passed, of classes that a module holds by name and that so stay
+own_forwards: dict[type[nn.Module], CodeType] = {}
 
 
 # compiled code takes the answer of the moment it is traced, and keeps it among the globals of whatever module was
@@ -104,20 +115,36 @@ own_forwards: dict[type[nn.Module], Callable] = {}
 @torch.compiler.assume_constant_result
 def hf_fused_mlp_runs_own_forward(cls: type[nn.Module]) -> bool:
     """Whether `cls` is what its module holds under its name, and has the forward that was written for it there."""
-    forward = cls.forward
-    if own_forwards.get(cls) is forward:
+    forward: Any = cls.forward
+    if cls.__call__ is not nn.Module.__call__:
+        return False
+    if cls in own_forwards and own_forwards[cls] is getattr(forward, "__code__", None):
         return True
     if vars(sys.modules.get(cls.__module__, sys)).get(cls.__qualname__) is not cls:
         return False
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     if not is_own(forward, owner.__module__, f"{owner.__qualname__}.forward"):
         return False
-    own_forwards[cls] = forward
+    own_forwards[cls] = forward.__code__
     return True
 
 
 runs_own_forward = hf_fused_mlp_runs_own_forward
 
+
+def _own_class(module: str, name: str) -> type[nn.Module] | None:
+    """PyTorch's class of that name, or None if another has its place."""
+    cls = getattr(sys.modules[module], name)
+    return cls if cls.__module__ == module and runs_own_forward(cls) else None
+
+
 why_functions_are_not_own()
-for _cls in (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, nn.GELU, nn.ReLU):
-    runs_own_forward(_cls)
+# not by way of `torch.nn`, where emulators of number formats put classes of their own
+LINEAR = _own_class("torch.nn.modules.linear", "Linear")
+IDENTITIES = tuple(
+    cls
+    for cls in (_own_class("torch.nn.modules.dropout", "Dropout"), _own_class("torch.nn.modules.linear", "Identity"))
+    if cls is not None
+)
+for _name in ("SiLU", "GELU", "ReLU"):
+    _own_class("torch.nn.modules.activation", _name)

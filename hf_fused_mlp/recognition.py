@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_fused_mlp.activations import find_activation
+from hf_fused_mlp.originals import IDENTITIES
 from hf_fused_mlp.source import Unreadable, meaning_of, source_of
 from hf_fused_mlp.types import MLPKind, MLPSpec
 
@@ -103,7 +104,6 @@ class Chunks(Step):
 
 
 INPUT = Input()
-IDENTITIES = (nn.Dropout, nn.Identity)
 SEQUENTIAL_FORWARD = nn.Sequential.forward  # as it came, should a patch replace it
 
 
@@ -138,6 +138,17 @@ def equation_of(function: FunctionType) -> Step | None:
     if reading is None or not reading.holds_for(function):
         reading = _readings[function] = _read(function)
     return reading.equation
+
+
+def rests_on_names(function: Callable) -> bool:
+    """Whether what was read of a forward depends on what names of its module mean."""
+    reading = _readings.get(function) if isinstance(function, FunctionType) else None
+    return reading is not None and bool(reading.meanings)
+
+
+def still_means_the_same(function: FunctionType) -> bool:
+    """Whether those names still mean what they did."""
+    return _readings[function].holds_for(function)
 
 
 def _read(function: FunctionType) -> _Reading:

@@ -24,8 +24,8 @@ from hf_fused_mlp.children import (
     is_plain,
     why_not_plain,
 )
-from hf_fused_mlp.originals import path_of, why_functions_are_not_own
-from hf_fused_mlp.recognition import IDENTITIES, recognise
+from hf_fused_mlp.originals import IDENTITIES, path_of, why_functions_are_not_own
+from hf_fused_mlp.recognition import recognise
 from hf_fused_mlp.types import MLPKind, MLPSpec
 
 # the classes that `register_mlp` was given, and what the forward of each was then

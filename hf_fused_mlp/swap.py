@@ -8,9 +8,10 @@ attributes and none of ours, and is unfused by giving its class back.
 import copyreg
 import functools
 import inspect
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     fused_spec: ClassVar[Any]
     original_class: ClassVar[type[nn.Module]]
     original_forward: ClassVar[Callable]
+    original_code: ClassVar[CodeType | None]
     # the name of the forward's first argument, if it may be given by name
     input_name: ClassVar[str | None]
     _made_of: ClassVar[tuple]
@@ -71,13 +73,28 @@ class _FusedType(type):
         # who finds a class by its name wants every module of that class, fused or not
         return isinstance(instance, vars(cls).get("original_class", ())) or super().__instancecheck__(instance)
 
+    def __setattr__(cls, name: str, value: Any) -> None:
+        # a patch of a module's class is meant for all modules of that class
+        setattr(cls.original_class, name, value) if "_made_of" in vars(cls) else super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(cls.original_class, name) if "_made_of" in vars(cls) else super().__delattr__(name)
+
+
+class _FusedABCMeta(_FusedType, ABCMeta):
+    pass
+
+
+_METACLASSES: dict[type, type] = {type: _FusedType, ABCMeta: _FusedABCMeta}
+
 
 def _reduce_class(cls: Any) -> str | tuple:
     made_of = vars(cls).get("_made_of")
     return cls.__qualname__ if made_of is None else (fused_class, made_of)
 
 
-copyreg.pickle(_FusedType, _reduce_class)  # type: ignore[arg-type]
+for _metaclass in _METACLASSES.values():
+    copyreg.pickle(_metaclass, _reduce_class)  # type: ignore[arg-type]
 
 
 def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> type[Fused]:
@@ -89,7 +106,9 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
     made_of = mixin, original, spec
     with LOCK:
         for known in generated_classes(original):
-            if known._made_of == made_of and known.original_forward is original.forward:
+            code = getattr(original.forward, "__code__", None)
+            same = known.original_forward is original.forward and known.original_code is code
+            if same and known._made_of == made_of:
                 return known
         parameters = list(inspect.signature(original.forward).parameters.values())
         by_name = len(parameters) > 1 and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -97,6 +116,7 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
             "fused_spec": spec,
             "original_class": original,
             "original_forward": staticmethod(original.forward),
+            "original_code": getattr(original.forward, "__code__", None),
             "input_name": parameters[1].name if by_name else None,
             "forward": _like(original.forward, mixin.forward),
             "_made_of": made_of,
@@ -104,8 +124,9 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
         }
-        metaclass = _FusedType if type(original) is type else type(original)
-        return metaclass(original.__name__, (mixin, original), attributes)
+        metaclass = _METACLASSES.get(type(original)) or type("_FusedType", (_FusedType, type(original)), {})
+        # not by calling the metaclass, which may keep a register of its classes by name
+        return type.__new__(metaclass, original.__name__, (mixin, original), attributes)
 
 
 def generated_classes(original: type) -> list[type[Fused]]:
@@ -194,7 +215,7 @@ def original_form(modules: Iterable[Fused]) -> Iterator[None]:
 def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Changes the class, and with it the forward that accelerate keeps on the instance."""
     before = type(module).forward
-    module.__class__ = cls
+    object.__setattr__(module, "__class__", cls)
     # compiled code of torch 2.11 looks at a module again only when a dictionary of it has changed
     module.__dict__["_class_given"] = None
     del module.__dict__["_class_given"]

@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import torch
@@ -19,37 +19,46 @@ if hasattr(os, "register_at_fork"):  # a child process must not inherit it locke
 _CALL = nn.Module._wrapped_call_impl.__code__
 _BACKWARD = _engine_run_backward.__code__
 
-# memory that a thread may still read which did not finish in time
-_kept: list[list[Tensor]] = []
+# calls that were waited for in vain, and the memory that each may still read
+_waiting: list[tuple[list[FrameType], list[Tensor]]] = []
 
 
-def free_when_unread(replaced: list[Tensor], module: nn.Module, seconds: float = 10.0) -> None:
+def free_when_unread(replaced: list[Tensor], module: nn.Module, seconds: float = 2.0) -> None:
     """Drops tensors that were the weights of `module` once no other thread can be reading them.
 
-    A thread that began a call before the weights were replaced may be in the middle of a GEMM: it is waited for, and
-    so is the GPU. Memory of calls that take longer than `seconds` is never freed.
+    A thread that began a call before the weights were replaced may be in the middle of a GEMM: it is waited for, once,
+    and so is the GPU. What a call that takes longer than `seconds` may read is dropped at a later time.
     """
     if not replaced:
         return
     calls = list(_calls_of(module))
+    slow = [call for known, _ in _waiting for call in known]
     deadline = time.monotonic() + seconds
-    while calls and time.monotonic() < deadline:
+    while _still(calls, module, but=slow) and time.monotonic() < deadline:
         time.sleep(0.001)
-        running = list(_calls_of(module))
-        calls = [call for call in calls if any(call is other for other in running)]
-    if calls:
-        _kept.append(list(replaced))
+    if calls := _still(calls, module):
+        _waiting.append((calls, list(replaced)))
     elif replaced[0].is_cuda:
         torch.cuda.synchronize(replaced[0].device)
     replaced.clear()
+    _waiting[:] = [(known, kept) for known, kept in _waiting if _still(known)]
 
 
-def _calls_of(module: nn.Module) -> Iterator[FrameType]:
-    """The calls in other threads in which `module` may run: of modules that contain it, and every backward."""
+def _still(calls: list[FrameType], module: nn.Module | None = None, but: Sequence[FrameType] = ()) -> list[FrameType]:
+    """Those of `calls` that go on, other than some."""
+    if not calls:
+        return []
+    running = list(_calls_of(module))
+    return [call for call in calls if any(call is one for one in running) and not any(call is one for one in but)]
+
+
+def _calls_of(module: nn.Module | None) -> Iterator[FrameType]:
+    """The calls in other threads in which `module`, or any, may run: those of what contains it, and each backward."""
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = None if thread == threading.get_ident() else top
         while frame is not None:
-            if frame.f_code is _BACKWARD or (frame.f_code is _CALL and _contains(frame.f_locals.get("self"), module)):
+            called = frame.f_locals.get("self") if frame.f_code is _CALL else None
+            if frame.f_code is _BACKWARD or (called is not None and (module is None or _contains(called, module))):
                 yield frame
             frame = frame.f_back
 

@@ -5,6 +5,7 @@ The parameters keep their identity, shape and strides, and each has a storage of
 owns its memory is moved: views of a flat buffer, shared memory and tied weights stay where their owner put them.
 """
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -98,21 +99,26 @@ def _is_real(*weights: Tensor) -> bool:
 
 def _owns_memory(weight: Tensor) -> bool:
     """Whether nothing but `weight` can read or write the memory that it lies in, as far as PyTorch knows."""
+    if weight.device.type not in ("cpu", "cuda") or not weight.is_contiguous() or not _is_alone(weight):
+        return False
     storage = weight.untyped_storage()
-    on_gpu = weight.device.type == "cuda"
-    return (
-        (on_gpu or weight.device.type == "cpu")
-        and weight.is_contiguous()
-        and (storage.resizable() or _was_packed(weight))  # what is not belongs to NumPy, a file or another library
-        and _is_alone(weight)
-        and not (_is_sent(storage) if on_gpu else storage.is_shared() or weight.is_pinned())
-    )
+    if not storage.resizable() and not _was_packed(weight):  # it belongs to NumPy, a file or another library
+        return False
+    return not (_is_sent(storage) if weight.is_cuda else storage.is_shared() or weight.is_pinned())
 
 
 def _is_alone(weight: Tensor) -> bool:
-    """Whether no other tensor, not even one that autograd has saved, uses the storage of `weight`."""
+    """Whether no other tensor, not even one that autograd has saved, and no other variable has its storage."""
+    return _uses(weight) <= _USES
+
+
+def _uses(weight: Tensor) -> tuple[int, int]:
     storage = weight.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) <= 2  # `weight` and `storage`
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+
+
+# of a weight that nobody shares; a storage and its variable count as one use or two, by version of PyTorch
+_USES = _uses(torch.empty(1))
 
 
 def _is_sent(storage: torch.UntypedStorage) -> bool:

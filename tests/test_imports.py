@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "memory": {"torch"},
     "source": set(),
     "files": set(),
-    "recognition": {"torch", "activations", "types", "source"},
+    "recognition": {"torch", "activations", "originals", "types", "source"},
     "originals": {"torch"},
     "threads": {"torch"},
     "children": {"torch", "originals"},

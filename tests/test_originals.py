@@ -5,14 +5,17 @@ import functools
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from models import as_on_gpu, tiny_model, token_ids
 from torch import nn
+from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import GELUActivation, QuickGELUActivation, SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import hf_fused_mlp.reference
 from hf_fused_mlp import fuse_model, fusion_report
@@ -182,3 +185,120 @@ def test_names_prove_nothing():
     lookalike = type("SiLU", (nn.Module,), {"forward": lambda self, x: x, "__module__": nn.SiLU.__module__})
     assert not runs_own_forward(lookalike)
     assert runs_own_forward(nn.SiLU)
+
+
+class ByName(MLP):
+    def __init__(self):
+        super().__init__(None)
+
+    def forward(self, x):
+        return self.down(silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("name, cls", [("silu", ByName), ("F", InlineMLP)], ids=["silu", "F"])
+@torch.no_grad()
+def test_a_name_of_the_module_is_given_another_meaning(name, cls, monkeypatch):
+    module, x = cls().eval(), torch.randn(2, 8)
+    fuse_model(nn.ModuleList([module]), strict=True)
+    plain = module(x)
+    other = doubled(F.silu) if name == "silu" else SimpleNamespace(silu=doubled(F.silu))
+    monkeypatch.setitem(globals(), name, other)
+    expected = cls.forward(module, x)
+    assert not torch.allclose(expected, plain)
+    torch.testing.assert_close(module(x), expected)
+    assert "was replaced" in fusion_report(nn.ModuleList([module])).mlps[0].reason
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(module, backend="eager")(x), expected)
+
+
+@pytest.mark.parametrize("of", ["MLP", "nn.Linear", "norm", "helper of a norm"])
+@torch.no_grad()
+def test_the_code_of_a_function_is_replaced(of, monkeypatch):
+    """As autoreload does it: the function stays the same object."""
+    model, x = nn.ModuleList([SquareMLP(), LlamaRMSNorm(8), Helped()]).eval(), torch.randn(2, 8)
+    fuse_model(model, strict=True, norms=True)
+    index = {"MLP": 0, "nn.Linear": 0, "norm": 1, "helper of a norm": 2}[of]
+    module = model[index]
+    function = {"MLP": SquareMLP.forward, "nn.Linear": nn.Linear.forward, "norm": LlamaRMSNorm.forward}.get(
+        of, Helped._norm
+    )
+    other = {"helper of a norm": lambda self, x: 7 * x, "nn.Linear": lambda self, input: 2 * input}.get(
+        of, lambda self, hidden_states: 7 * hidden_states
+    )
+    monkeypatch.setattr(function, "__code__", other.__code__)
+    assert torch.equal(module(x), module.original_class.forward(module, x))
+    report = fusion_report(model)
+    assert (report.mlps + report.norms)[index].reason is not None
+
+
+class SquareMLP(MLP):
+    def __init__(self):
+        super().__init__(nn.SiLU())
+        self.gate, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Helped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def _norm(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x):
+        return self._norm(x.float()).type_as(x) * self.weight
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+@torch.no_grad()
+def test_calls_of_modules_are_replaced(name, monkeypatch):
+    """Tracers see the calls of every child."""
+    module, x = MLP(nn.SiLU()).eval(), torch.randn(2, 8)
+    fuse_model(nn.ModuleList([module]), strict=True)
+    module(x)
+    seen, real = [], getattr(nn.Module, name)
+    monkeypatch.setattr(
+        nn.Module, name, lambda self, *args, **kwargs: seen.append(self) or real(self, *args, **kwargs)
+    )
+    module(x)
+    assert {id(child) for child in module.children()} <= {id(called) for called in seen}
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_another_class_in_the_place_of_linear(when, monkeypatch):
+    """Emulators of number formats put their own class there."""
+    if when == "before":
+        monkeypatch.setattr(nn, "Linear", Halved)
+    module, x = MLP(nn.SiLU()).eval(), torch.randn(2, 8)
+    for name in ("gate", "up", "down"):
+        setattr(module, name, Halved(*module.get_submodule(name).weight.shape[::-1]).eval())
+    expected = module(x)
+    monkeypatch.setattr(nn, "Linear", Halved)
+    fuse_model(nn.ModuleList([module]))
+    torch.testing.assert_close(module(x), expected)
+    assert "expected nn.Linear" in fusion_report(nn.ModuleList([module])).mlps[0].reason
+
+
+class Doubled(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if func is torch.ops.aten.addmm.default else out
+
+
+@torch.no_grad()
+def test_a_mode_that_changes_operations():
+    module, x = MLP(nn.SiLU()).eval(), torch.randn(2, 8)
+    with Doubled():
+        expected = module(x)
+    fuse_model(nn.ModuleList([module]), strict=True)
+    with Doubled():
+        torch.testing.assert_close(module(x), expected)

@@ -63,6 +63,9 @@ def test_classes_are_pickled_and_copied():
         cls = type(module)
         assert pickle.loads(pickle.dumps(cls)) is cls
         assert copy.deepcopy(cls) is cls
+    fuse_model(abstract := nn.ModuleList([Abstract()]))
+    assert pickle.loads(pickle.dumps(type(abstract[0]))) is type(abstract[0])
+    assert isinstance(Abstract(), type(abstract[0]))
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["", "on a GPU"])
@@ -191,22 +194,55 @@ def test_subclasses_that_register_themselves():
     assert known == {"one": One}
 
 
-def test_a_class_without_subclasses_is_refused():
-    class Final(type):
-        def __new__(mcs, name, bases, namespace):
-            if any(isinstance(base, Final) for base in bases):
-                raise TypeError(f"{name} is final")
-            return super().__new__(mcs, name, bases, namespace)
+def test_a_metaclass_that_keeps_a_register_by_name():
+    """Neither looking at a model nor fusing it changes what the register holds."""
+    known = {}
 
-    class Last(MLP, metaclass=Final):
+    class Once(type):
+        def __init__(cls, name, bases, namespace):
+            super().__init__(name, bases, namespace)
+            if name in known:
+                raise ValueError(f"two classes are called {name}")
+            known[name] = cls
+
+    class Kept(MLP, metaclass=Once):
         pass
 
-    model = nn.ModuleList([Last(), MLP()])
-    with pytest.raises(ValueError, match=r"0 \(Last\): its class cannot have subclasses \(TypeError: Last is final\)"):
+    model = nn.ModuleList([Kept()])
+    assert [mlp.state for mlp in fusion_report(model).mlps] == ["fusable"]
+    fuse_model(model, strict=True)
+    assert isinstance(model[0], Fused)
+    assert known == {"Kept": Kept}
+
+
+def test_a_class_that_cannot_be_subclassed_is_refused(monkeypatch):
+    def fails(*args):
+        raise TypeError("no subclasses")
+
+    model = nn.ModuleList([MLP(), MLP()])
+    monkeypatch.setattr("hf_fused_mlp.swap._like", fails)
+    with pytest.raises(ValueError, match=r"0 \(MLP\): its class cannot have subclasses \(TypeError: no subclasses\)"):
         fuse_model(model, strict=True)
-    assert not any(isinstance(module, Fused) for module in model)
     fuse_model(model)
-    assert [isinstance(module, Fused) for module in model] == [False, True]
+    assert not any(isinstance(module, Fused) for module in model)
+
+
+def test_a_patch_of_a_fused_modules_class_is_one_of_the_original():
+    class Patched(MLP):
+        pass
+
+    module, x = Patched(), torch.randn(2, 8)
+    fuse_model(nn.ModuleList([module]), strict=True)
+    type(module).forward = lambda self, x: 7 * x
+    type(module).counter = 1
+    assert torch.equal(module(x), 7 * x)
+    assert "was replaced" in fusion_report(nn.ModuleList([module])).mlps[0].reason
+    assert torch.equal(Patched()(x), 7 * x)
+    assert Patched.counter == 1
+    del type(module).counter
+    unfuse_model(nn.ModuleList([module]))
+    assert torch.equal(module(x), 7 * x)
+    assert not hasattr(Patched, "counter")
 
 
 @torch.no_grad()

@@ -87,7 +87,8 @@ def _past_config(load: Callable) -> Callable:
     @functools.wraps(load)
     def wrapper(cls, *args, **kwargs):
         # an Auto class gives what the config leaves to the model; a pipeline gives both the same
-        if FLAG not in kwargs or not kwargs.keys() & {"_from_auto", "_from_pipeline"}:
+        for_a_model = kwargs.keys() & {"_from_auto", "_from_pipeline", "return_unused_kwargs"}
+        if FLAG not in kwargs or not for_a_model:
             return load(cls, *args, **kwargs)
         flag = kwargs.pop(FLAG)
         loaded = load(cls, *args, **kwargs)
