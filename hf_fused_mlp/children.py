@@ -81,10 +81,12 @@ def is_bare(module: nn.Module | None) -> bool:
 def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tensor | None] | None:
     """Weight and bias where, without gradients, `is_plain` holds, except for dtypes, devices and shapes; else None.
 
+    Whether the forward of `nn.Linear` is its own is asked once a call, by `originals.are_own_at_a_glance`.
+
     It is asked at every call of an MLP in eager mode, so it touches as little as it can: those PyTorch compares, with
     the tensors of an earlier call.
     """
-    if type(linear) is not LINEAR or own_forwards[LINEAR] is not getattr(LINEAR.forward, "__code__", None):
+    if type(linear) is not LINEAR:
         return None
     own = linear.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
@@ -99,7 +101,7 @@ def parameters_at_a_glance(linear: nn.Module | None) -> Mapping[str, torch.Tenso
 def is_left_alone(module: nn.Module | None) -> bool:
     """Whether, without gradients, a call of `module` certainly runs the forward that its class came with."""
     cls: Any = type(module)
-    if cls not in own_forwards or own_forwards[cls] is not getattr(cls.forward, "__code__", None):
+    if (code := own_forwards.get(cls)) is None or getattr(cls.forward, "__code__", None) is not code:
         return False
     own = module.__dict__  # what follows is also in `parameters_at_a_glance`, where a call would cost as much
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)

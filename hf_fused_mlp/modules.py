@@ -23,8 +23,8 @@ from hf_fused_mlp.children import (
     plain_parameters,
 )
 from hf_fused_mlp.memory import answer, mlp_kind, remembered
-from hf_fused_mlp.originals import IDENTITIES, functions_are_own, why_functions_are_not_own
-from hf_fused_mlp.recognition import rests_on_names, still_means_the_same
+from hf_fused_mlp.originals import IDENTITIES, are_own_at_a_glance, functions_are_own, why_functions_are_not_own
+from hf_fused_mlp.recognition import reading_of
 from hf_fused_mlp.registry import MLPSpec, altered_reason, call_reason, can_call, reads_first, replaced_reason
 from hf_fused_mlp.swap import Fused, fuse, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
@@ -46,14 +46,16 @@ class FusedMLP(Fused):
     fused_spec: ClassVar[MLPSpec]
     # what a usual call reads of it: to `torch.compile` a tuple of names is a constant, an object is not
     _fused_names: ClassVar[tuple]
-    _rests_on_names: ClassVar[bool]
+    # what was read of its forward, where that rests on what names of a module mean
+    _reading: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs):
         if spec := vars(cls).get("fused_spec"):
             projections = spec.gate, spec.up, spec.down
             names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
             type.__setattr__(cls, "_fused_names", names)
-            type.__setattr__(cls, "_rests_on_names", rests_on_names(cls.original_forward))
+            reading = reading_of(cls.original_forward)
+            type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
 
     def forward(self, *args, **kwargs):
         # read once, since another thread may unfuse the module meanwhile; compiled code is spared guards of the class
@@ -155,13 +157,16 @@ def _again(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then `reasons`
     has none, the operands fit, and nothing but the result is wanted.
     """
+    forward = cls.original_class.forward
     if (
         not remembered
         or not ops.only_results(x)
         or _has_any_global_hook()
-        or not _keeps_forward(cls)
-        or not functions_are_own()
+        or forward is not cls.original_forward
+        or getattr(forward, "__code__", None) is not cls.original_code
+        or (cls._reading is not None and not cls._reading.holds_for(forward))
         or (operands := _usual_operands(module, cls, parameters_at_a_glance, is_left_alone)) is None
+        or not are_own_at_a_glance(operands[-1])
     ):
         return None
     return answer(mlp_kind(*operands), (x, *operands[:-1]))
@@ -209,7 +214,7 @@ def _keeps_forward(cls: type[FusedMLP]) -> bool:
     return (
         forward is cls.original_forward
         and getattr(forward, "__code__", None) is cls.original_code
-        and (not cls._rests_on_names or still_means_the_same(forward))
+        and (cls._reading is None or cls._reading.holds_for(forward))
     )
 
 

@@ -126,7 +126,7 @@ def _operands(norm: FusedRMSNorm, cls: type[FusedRMSNorm]) -> tuple[nn.Parameter
         return None
     if type(weight) is not nn.Parameter or type(eps) is not float or forward.__globals__.get("torch") is not torch:
         return None
-    for (name, function), code in zip(spec.helpers, cls._helper_code, strict=True):
+    for (name, function), code in zip(spec.helpers, cls._helper_code) if spec.helpers else ():  # noqa: B905
         if name in own or getattr(original, name, None) is not function or function.__code__ is not code:
             return None
     return weight, eps

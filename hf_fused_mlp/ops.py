@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
@@ -77,9 +78,10 @@ def only_results(x: Tensor) -> bool:
         type(x) is Tensor
         and not x.is_nested
         and not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not is_watched()
-        and not is_transformed()
+        and _len_torch_dispatch_stack() == 0
+        and (_len_torch_function_stack() == 0 or not is_watched())
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 

@@ -7,6 +7,7 @@ namespace.
 """
 
 import sys
+from collections.abc import Callable
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
@@ -47,7 +48,7 @@ _torch_relu = _sigmoid = _tanh = _square = _pow = _erf = _rsqrt = object()
 
 
 def functions_are_own() -> bool:
-    """Whether every function that the kernels stand in for is PyTorch's. It is asked at every call, and traced."""
+    """Whether every function that the kernels stand in for is PyTorch's. Compiled code traces it."""
     return (
         F.linear is _linear
         and F.silu is _silu
@@ -62,6 +63,30 @@ def functions_are_own() -> bool:
         and torch.erf is _erf
         and nn.Module.__call__ is _call
         and nn.Module._call_impl is _call_impl
+    )
+
+
+# by activation, whether the functions that its modules and PyTorch's own forwards call are PyTorch's
+_ACTIVATION_IS_OWN: dict[str, Callable[[], bool]] = {
+    "silu": lambda: F.silu is _silu,
+    "gelu": lambda: F.gelu is _gelu and torch.erf is _erf,
+    "gelu_tanh": lambda: F.gelu is _gelu and torch.tanh is _tanh and torch.pow is _pow,
+    "quick_gelu": lambda: torch.sigmoid is _sigmoid,
+    "relu": lambda: F.relu is _relu and torch.relu is _torch_relu,
+    "relu2": lambda: F.relu is _relu and torch.square is _square,
+    "identity": lambda: True,
+}
+
+
+def are_own_at_a_glance(activation: str) -> bool:
+    """The same of what one MLP calls, and of `nn.Linear`, at every call in eager mode."""
+    return (
+        F.linear is _linear
+        and F.dropout is _dropout
+        and nn.Module.__call__ is _call
+        and nn.Module._call_impl is _call_impl
+        and getattr(_LINEAR.forward, "__code__", None) is own_forwards.get(_LINEAR)
+        and _ACTIVATION_IS_OWN[activation]()
     )
 
 
@@ -141,6 +166,7 @@ def _own_class(module: str, name: str) -> type[nn.Module] | None:
 why_functions_are_not_own()
 # not by way of `torch.nn`, where emulators of number formats put classes of their own
 LINEAR = _own_class("torch.nn.modules.linear", "Linear")
+_LINEAR: Any = LINEAR or nn.Linear
 IDENTITIES = tuple(
     cls
     for cls in (_own_class("torch.nn.modules.dropout", "Dropout"), _own_class("torch.nn.modules.linear", "Identity"))

@@ -140,15 +140,9 @@ def equation_of(function: FunctionType) -> Step | None:
     return reading.equation
 
 
-def rests_on_names(function: Callable) -> bool:
-    """Whether what was read of a forward depends on what names of its module mean."""
-    reading = _readings.get(function) if isinstance(function, FunctionType) else None
-    return reading is not None and bool(reading.meanings)
-
-
-def still_means_the_same(function: FunctionType) -> bool:
-    """Whether those names still mean what they did."""
-    return _readings[function].holds_for(function)
+def reading_of(function: Any) -> _Reading | None:
+    """What was read of a forward, if it was."""
+    return _readings.get(function) if type(function) is FunctionType else None
 
 
 def _read(function: FunctionType) -> _Reading:

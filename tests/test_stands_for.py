@@ -219,9 +219,12 @@ def test_a_class_that_cannot_be_subclassed_is_refused(monkeypatch):
     def fails(*args):
         raise TypeError("no subclasses")
 
-    model = nn.ModuleList([MLP(), MLP()])
+    class Last(MLP):
+        pass
+
+    model = nn.ModuleList([Last(), Last()])
     monkeypatch.setattr("hf_fused_mlp.swap._like", fails)
-    with pytest.raises(ValueError, match=r"0 \(MLP\): its class cannot have subclasses \(TypeError: no subclasses\)"):
+    with pytest.raises(ValueError, match=r"0 \(Last\): its class cannot have subclasses \(TypeError: no subclasses\)"):
         fuse_model(model, strict=True)
     fuse_model(model)
     assert not any(isinstance(module, Fused) for module in model)
