@@ -326,3 +326,41 @@ def test_an_activation_that_holds_something_else_is_unknown(make, value):
     delattr(module, held)
     setattr(module, held, value)
     assert find_activation(module) is None
+
+
+def test_a_block_with_stacked_weights_of_its_own_is_listed():
+    """It has an MLP inside that fuses, and what else it computes does not."""
+
+    class SparseMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.w1 = tiny_model().model.layers[0].mlp, nn.Parameter(torch.randn(4, 32, 16))
+
+        def forward(self, x):
+            return self.shared(x)
+
+    model = nn.ModuleDict({"mlp": SparseMLP()})
+    states = {mlp.name: (mlp.class_name, mlp.state) for mlp in fusion_report(model).mlps}
+    assert states == {"mlp": ("SparseMLP", "skipped"), "mlp.shared": ("LlamaMLP", "fusable")}
+    with pytest.raises(ValueError, match="routed experts"):
+        fuse_model(model, strict=True)
+
+
+def test_a_wrapped_mlp_that_is_unknown_is_listed_by_its_own_class():
+    class SinMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down(torch.sin(self.up(x)))
+
+    (mlp,) = fusion_report(nn.ModuleDict({"mlp": torch.compile(SinMLP())})).mlps
+    assert (mlp.class_name, mlp.state) == ("SinMLP", "skipped")
+
+
+def test_a_name_with_brackets_can_be_excluded():
+    model = nn.Module()
+    model._modules["x[0]"] = tiny_model().model.layers[0].mlp
+    fuse_model(model, exclude=["x[0]"])
+    assert not fusion_report(model).select("fused")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import threading
 
 import pytest
@@ -197,3 +198,26 @@ def test_untested_versions_of_transformers_are_named(version, warned, monkeypatc
     monkeypatch.setattr(hook.transformers, "__version__", version)
     importlib.reload(hf_fused_mlp)
     assert [f"Transformers {version} is newer than 5.24" in message for message in caplog.messages] == [True] * warned
+
+
+def test_a_config_that_has_a_field_of_the_flags_name(directory, tmp_path):
+    """Whoever loads the config first, for a model, leaves the flag to the model."""
+    config = json.loads((directory / "config.json").read_text()) | {"use_fused_mlp": False}
+    shutil.copytree(directory, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "model"
+    for load in (
+        lambda: AutoModelForCausalLM.from_pretrained(path, use_fused_mlp="strict"),
+        lambda: LlamaForCausalLM.from_pretrained(path, use_fused_mlp=True),
+        lambda: AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, use_fused_mlp=True)[0],
+        lambda: given_what_is_left(*AutoConfig.from_pretrained(path, use_fused_mlp=True, return_unused_kwargs=True)),
+    ):
+        model = load()
+        assert is_fused(model)
+        assert model.config.use_fused_mlp is False
+    # the field is the config's own for who loads the config alone
+    assert AutoConfig.from_pretrained(path, use_fused_mlp=True).use_fused_mlp is True
+
+
+def given_what_is_left(config, left):
+    return AutoModelForCausalLM.from_config(config, **left)

@@ -11,11 +11,11 @@ import traceback
 
 import pytest
 import torch
-from models import as_on_gpu, tiny_config, tiny_model
+from models import as_on_gpu, tiny_config, tiny_model, token_ids
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp import fuse_model, fusion_report, threads, unfuse_model
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.norms import FusedRMSNorm
 from hf_fused_mlp.swap import Fused
@@ -319,3 +319,22 @@ def test_a_model_inside_a_model():
             assert_whole(module)
 
     Crowd(3).run(*[work] * THREADS)
+
+
+def test_a_call_that_waits_is_waited_for_once(monkeypatch):
+    """Memory that it may still read is kept until it has ended."""
+    as_on_gpu(monkeypatch)
+    model, inside, go = tiny_model(num_hidden_layers=4), threading.Event(), threading.Event()
+    handle = model.register_forward_pre_hook(lambda *args: inside.set() or (go.wait(60) and None))
+    thread = threading.Thread(target=lambda: model(token_ids(1, 3)))
+    thread.start()
+    inside.wait()
+    start = time.monotonic()
+    fuse_model(model)
+    assert time.monotonic() - start < 5
+    assert threads._waiting
+    go.set()
+    thread.join()
+    handle.remove()
+    fuse_model(tiny_model())
+    assert not threads._waiting

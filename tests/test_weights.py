@@ -11,7 +11,7 @@ from models import as_on_gpu, tiny_model, token_ids
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
-from hf_fused_mlp import fuse_model, fusion_report
+from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.weights import is_packed, pack, unpack
 
@@ -190,3 +190,13 @@ def test_memory_while_fusing_is_one_layer():
     fuse_model(model, strict=True)
     assert torch.cuda.max_memory_allocated() - before <= layer_bytes
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("hold", [lambda weight: weight.untyped_storage(), lambda weight: weight.storage()])
+def test_a_storage_that_somebody_holds_stays_the_weights(hold, packing):
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    held = hold(mlp.gate_proj.weight)
+    fuse_model(model)
+    unfuse_model(model)
+    assert held.data_ptr() == mlp.gate_proj.weight.data_ptr()
