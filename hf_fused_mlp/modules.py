@@ -157,13 +157,13 @@ def _again(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     In eager mode the GPU often waits for Python, so each thing is read once, and all must be as usual. Then `reasons`
     has none, the operands fit, and nothing but the result is wanted.
     """
-    forward = cls.original_class.forward
+    forward: Any = cls.original_class.forward
     if (
         not remembered
         or not ops.only_results(x)
         or _has_any_global_hook()
         or forward is not cls.original_forward
-        or getattr(forward, "__code__", None) is not cls.original_code
+        or (cls.original_code is not None and forward.__code__ is not cls.original_code)
         or (cls._reading is not None and not cls._reading.holds_for(forward))
         or (operands := _usual_operands(module, cls, parameters_at_a_glance, is_left_alone)) is None
         or not are_own_at_a_glance(operands[-1])

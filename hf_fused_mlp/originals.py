@@ -68,7 +68,6 @@ def functions_are_own() -> bool:
 
 # by activation, whether the functions that its modules and PyTorch's own forwards call are PyTorch's
 _ACTIVATION_IS_OWN: dict[str, Callable[[], bool]] = {
-    "silu": lambda: F.silu is _silu,
     "gelu": lambda: F.gelu is _gelu and torch.erf is _erf,
     "gelu_tanh": lambda: F.gelu is _gelu and torch.tanh is _tanh and torch.pow is _pow,
     "quick_gelu": lambda: torch.sigmoid is _sigmoid,
@@ -83,10 +82,11 @@ def are_own_at_a_glance(activation: str) -> bool:
     return (
         F.linear is _linear
         and F.dropout is _dropout
-        and nn.Module.__call__ is _call
-        and nn.Module._call_impl is _call_impl
-        and getattr(_LINEAR.forward, "__code__", None) is own_forwards.get(_LINEAR)
-        and _ACTIVATION_IS_OWN[activation]()
+        and _OF_MODULE["__call__"] is _call
+        and _OF_MODULE["_call_impl"] is _call_impl
+        and _OF_LINEAR["forward"] is _linear_forward
+        and _linear_forward.__code__ is _linear_code
+        and (F.silu is _silu if activation == "silu" else _ACTIVATION_IS_OWN[activation]())
     )
 
 
@@ -166,7 +166,10 @@ def _own_class(module: str, name: str) -> type[nn.Module] | None:
 why_functions_are_not_own()
 # not by way of `torch.nn`, where emulators of number formats put classes of their own
 LINEAR = _own_class("torch.nn.modules.linear", "Linear")
-_LINEAR: Any = LINEAR or nn.Linear
+# looked up in dictionaries, which is quicker than in classes
+_OF_MODULE, _OF_LINEAR = vars(nn.Module), vars(LINEAR or nn.Linear)
+_linear_forward: Any = LINEAR.forward if LINEAR else object()
+_linear_code = getattr(_linear_forward, "__code__", None)
 IDENTITIES = tuple(
     cls
     for cls in (_own_class("torch.nn.modules.dropout", "Dropout"), _own_class("torch.nn.modules.linear", "Identity"))

@@ -183,12 +183,12 @@ def is_known(cls: Any) -> bool:
 
 
 def unknown_child(module: nn.Module) -> str | None:
-    """The name of the only child in a forward that can be read which is neither a projection nor known otherwise."""
+    """The name of the only child without weights in a forward that can be read, if it is no known activation."""
     cls: Any = type(module)
     equation = equation_of(cls.forward) if is_usual(cls) else None
     children = {call.name: _child(module, call.name) for call in _calls(equation)}
-    known = (lambda child: type(child) in IDENTITIES, _is_projection, find_activation)
-    unknown = [name for name, child in children.items() if child is not None and not any(is_(child) for is_ in known)]
+    bare = {name: child for name, child in children.items() if child is not None and not list(child.parameters())}
+    unknown = [name for name, child in bare.items() if type(child) not in IDENTITIES and not find_activation(child)]
     return unknown[0] if len(unknown) == 1 else None
 
 
