@@ -131,7 +131,7 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
 
 
 def unfuse_model(model: M) -> M:
-    """Undoes `fuse_model` in place, bit for bit; every parameter owns its memory again. Returns `model`.
+    """Undoes `fuse_model` in place, bit for bit; moves only weights that fusing moved. Returns `model`.
 
     Raises:
         ValueError: a fused module was given another class since; the model is as it was.
