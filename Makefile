@@ -43,7 +43,7 @@ sanitize: $(VENV)/installed  ## the kernels under CUDA's compute-sanitizer
 	done
 
 bench: $(VENV)/installed  ## two shapes on this GPU; docs/performance.md has the command for all
-	$(BIN)/hf-fused-mlp bench
+	$(BIN)/hf-fused-mlp bench mlp
 
 docs: $(VENV)/installed  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

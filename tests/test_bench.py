@@ -1,4 +1,4 @@
-"""`bench`: what it compares is right, its file keeps what still holds, its tables and plots say what the file says."""
+"""`bench mlp`, `training` and `candidates`: implementations are right, files are added to, tables and plots match."""
 
 import copy
 import importlib
@@ -13,16 +13,15 @@ from models import SIZES, real_mlp
 from torch import nn
 from typer.testing import CliRunner
 
-from hf_fused_mlp.cli import app, peers, results
+from hf_fused_mlp.bench import measuring, mlp, peers, results, training
+from hf_fused_mlp.bench.peers import IMPLEMENTATIONS, Implementation, Unavailable
+from hf_fused_mlp.bench.shapes import Shape, fused_twin
+from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.console import note
-from hf_fused_mlp.cli.peers import IMPLEMENTATIONS, Implementation, Unavailable
-from hf_fused_mlp.cli.shapes import Shape, fused_twin
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.tuning.timing import Timing
 from hf_fused_mlp.validation import inaccuracy
 
-# the package has the command under this name
-bench = importlib.import_module("hf_fused_mlp.cli.bench")
 LLAMA, GEMMA, PHI, NEOX = (
     f"transformers.models.{name}"
     for name in (
@@ -168,12 +167,13 @@ def test_fused_and_eager_share_their_weights():
 
 
 @torch.no_grad()
-def test_what_is_not_installed_is_said_once(monkeypatch, capsys):
+def test_packages_that_are_not_installed_are_noted_once(monkeypatch, capsys):
     note.cache_clear()
+    importlib.import_module("hf_fused_mlp.cli.bench")  # prints the notes
     for package in ("liger_kernel", "quack"):
         monkeypatch.setitem(sys.modules, package, None)
     for _ in range(2):
-        calls = bench.judged(["fused", "liger", "quack"], *forms(LLAMA), "here")
+        calls = measuring.judged(["fused", "liger", "quack"], *forms(LLAMA), "here")
     assert list(calls) == ["fused"]
     said = capsys.readouterr().err
     assert said.count("liger: not installed") == said.count("quack: not installed") == 1
@@ -190,22 +190,21 @@ def fails(eager, fused, x):
 
 
 @torch.no_grad()
-def test_judgement(monkeypatch, capsys):
-    note.cache_clear()
+def test_judgement(monkeypatch, caplog):
     monkeypatch.setitem(IMPLEMENTATIONS, "compile", Implementation("compile", answers(lambda y: 2 * y)))
     monkeypatch.setitem(IMPLEMENTATIONS, "liger", Implementation("liger", fails))
-    calls = bench.judged(["fused", "eager", "compile", "liger"], *forms(LLAMA), "here")
+    calls = measuring.judged(["fused", "eager", "compile", "liger"], *forms(LLAMA), "here")
     assert list(calls) == ["fused", "eager", "compile"]
-    said = capsys.readouterr().err
-    assert "compile: inaccurate at here, timed all the same: largest error" in said
-    assert "liger: failed at here: RuntimeError: no kernel\n" in said
+    inaccurate, failed = (record.getMessage() for record in caplog.records if record.name == measuring.logger.name)
+    assert "compile: inaccurate at here, timed all the same: largest error" in inaccurate
+    assert failed == "liger: failed at here: RuntimeError: no kernel"
 
     monkeypatch.setitem(IMPLEMENTATIONS, "fused", Implementation("fused", answers(lambda y: 2 * y), "ours"))
     with pytest.raises(AssertionError, match="here: the fused MLP is wrong, so it is not timed: largest error"):
-        bench.judged(["fused"], *forms(LLAMA), "here")
+        measuring.judged(["fused"], *forms(LLAMA), "here")
     monkeypatch.setitem(IMPLEMENTATIONS, "fused", Implementation("fused", fails, "ours"))
     with pytest.raises(RuntimeError, match="no kernel"):
-        bench.judged(["fused"], *forms(LLAMA), "here")
+        measuring.judged(["fused"], *forms(LLAMA), "here")
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -217,11 +216,11 @@ def test_measure(monkeypatch, M, copies):
         timed.update({name: call if isinstance(call, list) else [call] for name, call in calls.items()})
         return dict.fromkeys(calls, Timing(2.0, 1.0, 3.0))
 
-    monkeypatch.setattr(bench, "build", lambda shape, dtype: real_mlp(LLAMA, dtype))
-    monkeypatch.setattr(bench, "weight_copies", lambda size: 3)
-    monkeypatch.setattr(bench, "round_robin_graphs" if M < 256 else "round_robin", time)
+    monkeypatch.setattr(mlp, "build", lambda shape, dtype: real_mlp(LLAMA, dtype))
+    monkeypatch.setattr(mlp, "weight_copies", lambda size: 3)
+    monkeypatch.setattr(mlp, "round_robin_graphs" if M < 256 else "round_robin", time)
     shape = Shape("tiny", "llama.LlamaMLP", 64, 176, "silu")
-    rows = bench.measure(shape, M, torch.float32, list(peers.DEFAULT))
+    rows = mlp.measure(shape, M, torch.float32, list(peers.DEFAULT))
     assert {name: len(calls) for name, calls in timed.items()} == dict.fromkeys(peers.DEFAULT, copies)
     with torch.no_grad():
         assert all(call() is not None for calls in timed.values() for call in calls)
@@ -240,10 +239,10 @@ def test_measure_training(monkeypatch, path):
         return dict.fromkeys(steps, Timing(2.0, 1.0, 3.0))
 
     eager = real_mlp(path)
-    monkeypatch.setattr(bench, "build", lambda shape, dtype: eager)
-    monkeypatch.setattr(bench, "round_robin", time)
-    monkeypatch.setattr(bench, "peak_mb", lambda step: 1.25)
-    rows = bench.measure_training(Shape("tiny", "", 64, 176, ""), 300, torch.float32, list(IMPLEMENTATIONS))
+    monkeypatch.setattr(training, "build", lambda shape, dtype: eager)
+    monkeypatch.setattr(training, "round_robin", time)
+    monkeypatch.setattr(training, "peak_mb", lambda step: 1.25)
+    rows = training.measure(Shape("tiny", "", 64, 176, ""), 300, torch.float32, list(IMPLEMENTATIONS))
     trained = ["fused", "eager", "compile"] + (["liger"] if path == LLAMA else [])
     assert [entry["impl"] for entry in rows] == list(timed) == trained
     assert {entry["peak_mb"] for entry in rows} == {1.2}
@@ -268,9 +267,20 @@ def test_a_later_run_replaces_whole_problems(tmp_path, monkeypatch):
         row("fused", 1.0, m=8), row("fused", 1.0, m=2), row("quack", 1.0, m=2)
     ])  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "environment", lambda names: HEADER | {"peers": {"liger-kernel": "0.8"}})
-    monkeypatch.setattr(bench, "measure", measure)
-    args = ["bench", "--json", file, "--shapes", "phi-3-mini,llama-3-8b", "--impl", "eager,fused", "--m", "1,2,4"]
+    monkeypatch.setattr(measuring, "environment", lambda names: HEADER | {"peers": {"liger-kernel": "0.8"}})
+    monkeypatch.setattr(mlp, "measure", measure)
+    args = [
+        "bench",
+        "mlp",
+        "--json",
+        file,
+        "--shapes",
+        "phi-3-mini,llama-3-8b",
+        "--impl",
+        "eager,fused",
+        "--m",
+        "1,2,4",
+    ]
     assert invoke(*args, "--plot", tmp_path).exit_code == 130
     header, rows = results.read(file)
     assert header == HEADER | {"peers": {"quack-kernels": "0.4", "liger-kernel": "0.8"}}
@@ -289,21 +299,21 @@ def test_a_later_run_replaces_whole_problems(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "earlier, candidates, words",
+    "earlier, command, words",
     [
-        (HEADER | {"device": "A100", "torch": "1"}, False, "device A100, here a GPU; torch 1, here 2. Remove it"),
-        (HEADER | {"peers": {"liger-kernel": "0.7"}}, False, "liger-kernel 0.7, here 0.8"),
-        (HEADER, True, "timed forward, here candidates"),
-        (None, False, "not what `bench --json` writes"),
+        (HEADER | {"device": "A100", "torch": "1"}, "mlp", "device A100, here a GPU; torch 1, here 2. Remove it"),
+        (HEADER | {"peers": {"liger-kernel": "0.7"}}, "mlp", "liger-kernel 0.7, here 0.8"),
+        (HEADER, "candidates", "timed forward, here candidates"),
+        (None, "mlp", "not what `bench --json` writes"),
     ],
 )
-def test_files_that_cannot_be_added_to(tmp_path, monkeypatch, earlier, candidates, words):
+def test_files_that_cannot_be_added_to(tmp_path, monkeypatch, earlier, command, words):
     file = tmp_path / "run.json"
     file.write_text("[]") if earlier is None else results.write(file, earlier, [row("fused", 1.0)])
     before = file.read_bytes()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "environment", lambda names: HEADER | {"peers": {"liger-kernel": "0.8"}})
-    result = invoke("bench", "--json", file, *(["--candidates"] if candidates else []))
+    monkeypatch.setattr(measuring, "environment", lambda names: HEADER | {"peers": {"liger-kernel": "0.8"}})
+    result = invoke("bench", command, "--json", file)
     assert result.exit_code == 2
     assert words in result.output
     assert file.read_bytes() == before
@@ -313,7 +323,7 @@ def test_table(tmp_path):
     times = {"eager": 30.0, "two-gemms": 25.0, "fused": 20.0, "liger": 28.0, "compile": 26.0}
     rows = [row(impl, us) for impl, us in times.items()]
     results.write(tmp_path / "run.json", HEADER, [*rows, row("fused", 2.0, m=2), row("fused", 2.0, "llama-3-8b")])
-    args = ["bench", "--table", tmp_path / "run.json", "--shapes", "phi-3-mini", "--m"]
+    args = ["bench", "mlp", "--table", tmp_path / "run.json", "--shapes", "phi-3-mini", "--m"]
     eager, peers, table = invoke(*args, "1,2").stdout.strip().split("\n\n")
     assert eager.splitlines() == ["| fused over eager, M = | 1 | 2 |", "|---|---:|---:|", "| phi-3-mini | 1.50x | - |"]
     assert peers.splitlines()[2:] == ["| phi-3-mini | 1.30x | - |"]
@@ -328,13 +338,13 @@ def test_table(tmp_path):
 
 
 def test_plots(tmp_path):
-    plots = pytest.importorskip("hf_fused_mlp.cli.plots")
+    plots = pytest.importorskip("hf_fused_mlp.bench.plots")
     rows = [row(impl, us * m, m=m) for m in (1, 64, 4096) for impl, us in (("fused", 20.0), ("eager", 30.0))]
     rows += [row("fused", 20.0, "pythia-6.9b", kind="plain", dtype="float16")]
     results.write(tmp_path / "run.json", HEADER, rows)
     for folder in ("a", "b"):
         args = ["--m", "1", "--shapes", "phi-3-mini", "--plot", tmp_path / folder]
-        assert invoke("bench", "--table", tmp_path / "run.json", *args).exit_code == 0
+        assert invoke("bench", "mlp", "--table", tmp_path / "run.json", *args).exit_code == 0
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     assert sorted(drawn) == ["decode.svg", "prefill.svg", "speedup.svg"]
     assert drawn == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
@@ -351,20 +361,47 @@ def test_plots(tmp_path):
 def test_plots_need_matplotlib(tmp_path, monkeypatch):
     results.write(tmp_path / "run.json", HEADER, [row("fused", 1.0)])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "hf_fused_mlp.cli.plots", raising=False)
-    result = invoke("bench", "--table", tmp_path / "run.json", "--plot", tmp_path)
+    monkeypatch.delitem(sys.modules, "hf_fused_mlp.bench.plots", raising=False)
+    result = invoke("bench", "mlp", "--table", tmp_path / "run.json", "--plot", tmp_path)
     assert result.exit_code == 2
     assert "pip install 'hf-fused-mlp[bench]'" in result.output
+
+
+CANDIDATE = {"kernel": "gemv", "block_m": 1, "block_n": 2, "block_k": 512, "num_warps": 4, "num_stages": 1}
+
+
+@pytest.mark.parametrize("timed, command", [pair for pair in results.COMMANDS.items() if pair[0] != "candidates"])
+def test_a_table_of_another_command_is_refused(tmp_path, timed, command):
+    file = tmp_path / "run.json"
+    results.write(file, HEADER | {"timed": timed}, [])
+    result = invoke("bench", "candidates", "--table", file)
+    assert result.exit_code == 2
+    assert f"was timed as {timed}; print it with `hf-fused-mlp bench {command} --table" in result.output.replace(
+        "\n", ""
+    )
+
+
+def test_table_of_candidates(tmp_path):
+    rows = [
+        {"shape": "phi-3-mini", "m": 1, "launch": "up", "median_us": us} | CANDIDATE | {"kernel": kernel}
+        for us, kernel in ((2.0, "gemv"), (3.0, "skinny"), (4.0, "torch"))
+    ]
+    results.write(tmp_path / "run.json", HEADER | {"timed": "candidates"}, rows)
+    args = ["bench", "candidates", "--table", tmp_path / "run.json", "--shapes", "phi-3-mini"]
+    assert invoke(*args).stdout.splitlines()[2:] == [
+        "| phi-3-mini | 1 | up | 4.0 | gemv 1x2x512, 4 warps, 1 stages: 2.0; skinny 1x2x512, 4 warps, 1 stages: 3.0 |"
+    ]
+    assert len(invoke(*args, "--m", "2").stdout.splitlines()) == 2
 
 
 @pytest.mark.gpu
 def test_bench(tmp_path):
     """Two shapes; the second run adds one, with every peer there is."""
     file = tmp_path / "run.json"
-    result = invoke("bench", "--shapes", "smollm2-135m", "--m", "1,300", "--json", file)
+    result = invoke("bench", "mlp", "--shapes", "smollm2-135m", "--m", "1,300", "--json", file)
     assert result.exit_code == 0, result.output
     result = invoke(
-        "bench", "--shapes", "pythia-6.9b", "--m", "1,300", "--json", file, "--impl", "eager,fused,compile"
+        "bench", "mlp", "--shapes", "pythia-6.9b", "--m", "1,300", "--json", file, "--impl", "eager,fused,compile"
     )
     assert result.exit_code == 0, result.output
     run = json.loads(file.read_text())

@@ -8,8 +8,8 @@ from models import MODEL_TYPES, as_on_gpu, tiny_config, tiny_model
 from typer.testing import CliRunner
 
 from hf_fused_mlp import fuse_model
+from hf_fused_mlp.bench.shapes import SHAPES
 from hf_fused_mlp.cli import app
-from hf_fused_mlp.cli.shapes import SHAPES
 from hf_fused_mlp.cli.tune import MLP, mlps_of
 from hf_fused_mlp.dispatch import find_plan, problem_key
 from hf_fused_mlp.modules import FusedMLP

@@ -13,10 +13,11 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.cli import app, end_to_end, host
-from hf_fused_mlp.cli.block import block_table
-from hf_fused_mlp.cli.results import read
-from hf_fused_mlp.cli.tables import markdown_table, speedup_table
+from hf_fused_mlp.bench import generate, host
+from hf_fused_mlp.bench.block import block_table
+from hf_fused_mlp.bench.results import read
+from hf_fused_mlp.bench.tables import markdown_table, speedup_table
+from hf_fused_mlp.cli import app
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.registry import MLP_SPECS
 from hf_fused_mlp.swap import Fused
@@ -89,13 +90,16 @@ def test_commands_parse(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sample.txt").touch()
     Path("docs").symlink_to(ROOT / "docs")
-    commands = typer.main.get_command(app).commands
     lines = "".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
     lines = [line for line in lines if line.startswith("hf-fused-mlp")]
     assert lines
     for line in lines:
-        _, name, *arguments = shlex.split(line.partition(" > ")[0], comments=True)
-        commands[name].make_context(name, arguments)
+        command = typer.main.get_command(app)
+        name, *arguments = shlex.split(line.partition(" > ")[0], comments=True)
+        while hasattr(command, "commands"):
+            name, *arguments = arguments
+            command = command.commands[name]
+        command.make_context(name, arguments)
 
 
 def test_performance_tables_are_the_json():
@@ -109,7 +113,7 @@ def test_performance_tables_are_the_json():
     _, rows = read(BENCHMARKS / "h100-training.json")
     for over in ("eager", "peers"):
         assert speedup_table(rows, over) in page
-    for name, table in (("end-to-end", end_to_end.table), ("host", host.table)):
+    for name, table in (("end-to-end", generate.table), ("host", host.table)):
         _, rows = read(BENCHMARKS / f"h100-{name}.json")
         assert f"<!-- {name} -->\n{table(rows)}\n<!-- /{name} -->" in page
     header, rows = read(BENCHMARKS / "h100-block.json")
@@ -132,7 +136,7 @@ def test_the_agreement_on_a_gpu_is_the_json():
 @pytest.mark.parametrize("gpu", GPUS)
 def test_plots_are_the_json(gpu, tmp_path):
     """Other versions of matplotlib draw the same lines with other bytes."""
-    plots = pytest.importorskip("hf_fused_mlp.cli.plots")
+    plots = pytest.importorskip("hf_fused_mlp.bench.plots")
     header, rows = read(BENCHMARKS / f"{gpu}.json")
     drawn = plots.draw(tmp_path, header, rows)
     assert [file.name for file in drawn] == ["speedup.svg", "decode.svg", "prefill.svg"]
@@ -143,7 +147,7 @@ def test_plots_are_the_json(gpu, tmp_path):
 
 
 def test_the_plot_of_whole_models_is_the_json(tmp_path):
-    plots = pytest.importorskip("hf_fused_mlp.cli.plots")
+    plots = pytest.importorskip("hf_fused_mlp.bench.plots")
     (drawn,) = plots.draw(tmp_path, *read(BENCHMARKS / "h100-end-to-end.json"))
     committed = (BENCHMARKS / "h100" / drawn.name).read_text()
     if f"Matplotlib v{plots.matplotlib.__version__}," not in committed:
@@ -173,7 +177,8 @@ def test_site_builds_without_warnings(tmp_path):
 DOCUMENTED = (
     *("fuse", "registry", "children", "modules", "types", "ops", "dispatch", "integrations/transformers"),
     *("integrations/demo", "tuning/cache", "tuning/tuner"),
-    *("cli/bench", "cli/console", "cli/list", "cli/results", "cli/run", "cli/tune", "cli/model_types"),
+    *("cli/bench", "cli/console", "cli/list", "cli/run", "cli/tune", "cli/model_types"),
+    *("bench/generate", "bench/measuring", "bench/results"),
 )
 
 

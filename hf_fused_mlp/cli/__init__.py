@@ -1,25 +1,45 @@
-"""The command line: `hf-fused-mlp run`, `audit`, `validate`, `list`, `tune` and `bench`."""
+"""The command line. Each row names a command and the module that is imported when it runs."""
 
 import typer
 
-from hf_fused_mlp.cli.audit import audit
-from hf_fused_mlp.cli.bench import bench
 from hf_fused_mlp.cli.console import Commands
-from hf_fused_mlp.cli.list import list_mlps
-from hf_fused_mlp.cli.run import run
-from hf_fused_mlp.cli.tune import tune
-from hf_fused_mlp.cli.validate import validate
+from hf_fused_mlp.cli.lazy import LazyGroup, Row
+
+COMMANDS = (
+    Row("run", "hf_fused_mlp.cli.run:run", "Answer a prompt with the original and the fused model, and compare."),
+    Row("audit", "hf_fused_mlp.cli.audit:audit", "Profile prefill and decode, and say what would make them faster."),
+    Row("validate", "hf_fused_mlp.cli.validate:validate", "Compare fused MLPs with float64, and models as a whole."),
+    Row("list", "hf_fused_mlp.cli.list:list_mlps", "List the MLPs of a model type, fused or not, and why not."),
+    Row("tune", "hf_fused_mlp.cli.tune:tune", "Measure which kernels are fastest on this GPU, and keep the answer."),
+)
+BENCH = (
+    Row("mlp", "hf_fused_mlp.cli.bench:mlp", "MLPs of published models: fused, eager and other packages."),
+    Row("training", "hf_fused_mlp.cli.bench:training", "Forward and backward of the same MLPs, time and memory."),
+    Row("block", "hf_fused_mlp.cli.bench:block", "Wall-clock time of many forward passes of one MLP."),
+    Row("generate", "hf_fused_mlp.cli.bench:generate", "Time of a token in `generate` of a whole model."),
+    Row("host", "hf_fused_mlp.cli.bench:host", "Host time of a module call."),
+    Row("candidates", "hf_fused_mlp.cli.bench:candidates", "Every tile configuration that the tuner may choose."),
+)
+
+
+class _Bench(LazyGroup):
+    rows = BENCH
+
+
+class _Commands(Commands, LazyGroup):
+    rows = COMMANDS
+
 
 app = typer.Typer(
-    cls=Commands,
+    cls=_Commands,
     help="Fused MLP kernels for Hugging Face Transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(run)
-app.command()(audit)
-app.command()(validate)
-app.command("list")(list_mlps)
-app.command()(tune)
-app.command()(bench)
+app.add_typer(
+    typer.Typer(no_args_is_help=True),
+    name="bench",
+    cls=_Bench,
+    help="Time fused MLPs against the originals and other packages on this GPU, in turn in one run.",
+)

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from hf_fused_mlp.activations import find_activation
+from hf_fused_mlp.bench.shapes import SHAPES, build
 from hf_fused_mlp.cli.console import console, fail, output, require_directory, token_counts
-from hf_fused_mlp.cli.shapes import SHAPES, build
 from hf_fused_mlp.registry import find_spec
 from hf_fused_mlp.types import GPU, MLPKind, ProblemKey, TileConfig, next_power_of_two
 

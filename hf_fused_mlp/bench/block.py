@@ -1,6 +1,6 @@
-"""`hf-fused-mlp bench --block`: the time of many forward passes of one MLP, as whoever runs them waits for it.
+"""`hf-fused-mlp bench block`: wall-clock time of many forward passes of one Llama MLP.
 
-The published claim is that fusing saves 12 % to 18 % of it; what it says of lengths and GPUs is what is measured here.
+The published claim is that fusing saves 12 % to 18 % of eager's time; `verdict` says for which M it holds on this GPU.
 """
 
 import random
@@ -9,43 +9,52 @@ from collections.abc import Callable
 
 import torch
 
-from hf_fused_mlp.cli.results import Row, by_problem
-from hf_fused_mlp.cli.shapes import Shape, build, fused_twin
+from hf_fused_mlp.bench.measuring import judged, name_of
+from hf_fused_mlp.bench.results import Row, by_problem
+from hf_fused_mlp.bench.shapes import Shape, build, fused_twin
 
-CLAIM = (12.0, 18.0)  # percent of eager's time that fusing saves
+CLAIM = (12.0, 18.0)  # percent of eager's time that fusing is said to save
 TOKENS = "1,16,128,512,2048,4096,8192,16384"
 NAMES = "fused,eager,compile"
 ROUNDS = 10
 
 
 def shape_of(hidden: int, intermediate: int | None) -> Shape:
-    """A Llama MLP of these sizes, four times as wide inside unless said otherwise."""
+    """A Llama MLP of these sizes; `intermediate` defaults to `4 * hidden`."""
     wide = intermediate or 4 * hidden
     return Shape(f"block-{hidden}x{wide}", "llama.LlamaMLP", hidden, wide, "silu")
 
 
 @torch.no_grad()
-def measure(
-    shape: Shape, m: int, dtype: torch.dtype, passes: int, judge: Callable[..., dict[str, Callable]]
-) -> list[Row]:
-    """The rows of `passes` forward passes of `shape` at `m` tokens, one for each implementation that answers here.
+def measure(shape: Shape, m: int, dtype: torch.dtype, passes: int, names: list[str]) -> list[Row]:
+    """Times `passes` forward passes of `shape` on `[M, H]` tokens, host time included.
 
-    `judge` is, with the names of the implementations, `judged` of `bench`.
+    Args:
+        names: keys of `IMPLEMENTATIONS`.
+
+    Returns:
+        One row for each implementation that is available here, in milliseconds a pass.
+
+    Raises:
+        AssertionError: the fused MLP is outside its tolerance.
     """
     torch.compiler.reset()
     eager = build(shape, dtype).requires_grad_(False)
     x = torch.randn(m, shape.hidden, device=next(eager.parameters()).device, dtype=dtype)
-    timings = wall_clock(judge(eager, fused_twin(eager), x, f"{shape.name}, M = {m}"), passes)
+    timings = wall_clock(judged(names, eager, fused_twin(eager), x, f"{shape.name}, M = {m}"), passes)
     sizes = {"shape": shape.name, "hidden": shape.hidden, "intermediate": shape.intermediate}
-    common = sizes | {"dtype": str(dtype).removeprefix("torch."), "m": m}
+    common = sizes | {"dtype": name_of(dtype), "m": m}
     return [common | {"impl": name, "passes": passes} | timing for name, timing in timings.items()]
 
 
 def wall_clock(calls: dict[str, Callable[[], object]], passes: int) -> dict[str, dict[str, float]]:
-    """Milliseconds a pass of each call, the host's time included: of all `passes`, and of the extreme rounds.
+    """Times `passes` calls of each entry, in milliseconds a pass.
 
-    The passes are split into rounds in which the calls take turns in random order, since a card that gets warm slows
-    down; a round before them does not count.
+    The passes are split into up to `ROUNDS` rounds in which the calls take turns in random order, since a GPU slows
+    down as it warms up. A first round is not counted.
+
+    Returns:
+        By name the mean over all passes, and the means of the fastest and the slowest round.
     """
     count = min(ROUNDS, passes)
     rounds = [passes // count + (i < passes % count) for i in range(count)]
@@ -71,7 +80,7 @@ def _milliseconds(call: Callable[[], object], passes: int) -> float:
 
 
 def block_table(rows: list[Row], device: str) -> str:
-    """A line a token count, percentages being the time that fusing saves; and a line about the claim."""
+    """One line a token count with the time that fusing saves in percent, and the verdict."""
     names = list(dict.fromkeys(row["impl"] for row in rows))
     others = [name for name in names if name != "fused"]
     columns = ["M", *(f"{name}, ms" for name in names), *(f"fused over {name}" for name in others)]
@@ -85,12 +94,12 @@ def block_table(rows: list[Row], device: str) -> str:
 
 
 def saved(ms: dict[str, float], over: str) -> float:
-    """Percent of the time of `over` that fused saves; negative where it takes longer. Rounded as it is shown."""
+    """Percent of the time of `over` that fusing saves, rounded as shown; negative if fused is slower."""
     return round(100 * (1 - ms["fused"] / ms[over]), 1)
 
 
 def verdict(rows: list[Row], device: str) -> str:
-    """For which token counts the claim holds, in one line."""
+    """Says in one line for which token counts the claim holds."""
     low, high = CLAIM
     claimed = f"{low:.0f} % to {high:.0f} %"
     lengths: dict[str, list[str]] = {claimed: [], "more": [], "less": []}

@@ -1,13 +1,14 @@
-"""Measurements as Markdown tables."""
+"""The rows of `bench mlp` and `bench training` as Markdown tables."""
 
-from hf_fused_mlp.cli.peers import IMPLEMENTATIONS
-from hf_fused_mlp.cli.results import Row, by_problem
+from hf_fused_mlp.bench.peers import IMPLEMENTATIONS
+from hf_fused_mlp.bench.results import Row, by_problem
 
 
 def speedup_table(rows: list[Row], over: str) -> str:
-    """A line a shape and a column a token count: how many times faster fused is than the implementation `over`.
+    """One line a shape, one column a token count: the time of `over` divided by the time of the fused MLP.
 
-    `peers` stands for the fastest whole MLP of another make; bare GEMMs are none.
+    Args:
+        over: a key of `IMPLEMENTATIONS`, or `peers` for the fastest peer; bare GEMMs are not a peer.
     """
     tokens = sorted({row["m"] for row in rows})
     lines = [f"| fused over {over}, M = | {' | '.join(map(str, tokens))} |", f"|---|{'---:|' * len(tokens)}"]
@@ -24,7 +25,7 @@ def speedup_table(rows: list[Row], over: str) -> str:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """A line a problem: median microseconds of each implementation, and how much faster fused is."""
+    """One line a problem: median microseconds of each implementation, and the speedups of the fused MLP."""
     present = {row["impl"] for row in rows}
     names = [name for name in IMPLEMENTATIONS if name in present]
     columns = ["shape", "dtype", "M", *(f"{name}, us" for name in names), "fused over eager", "fused over best peer"]
@@ -43,22 +44,3 @@ def _best_peer(us: dict[str, float]) -> float | None:
 
 def _ratio(other: float | None, fused: float | None) -> str:
     return f"{other / fused:.2f}x" if other and fused else "-"
-
-
-def candidates_table(rows: list[Row]) -> str:
-    """For each launch, PyTorch's time and the three fastest configurations of ours."""
-    launches: dict[tuple, list[Row]] = {}
-    for entry in rows:
-        launches.setdefault((entry["shape"], entry["m"], entry["launch"]), []).append(entry)
-    lines = ["| shape | M | launch | PyTorch, us | fastest of ours: M x N x K tile, us |", "|---|---:|---|---:|---|"]
-    for launch, entries in launches.items():
-        library = next(entry["median_us"] for entry in entries if entry["kernel"] == "torch")
-        ours = [entry for entry in entries if entry["kernel"] != "torch"][:3]
-        fastest = "; ".join(f"{describe(entry)}: {entry['median_us']:.1f}" for entry in ours)
-        lines.append(f"| {' | '.join(map(str, launch))} | {library:.1f} | {fastest} |")
-    return "\n".join(lines)
-
-
-def describe(config: Row) -> str:
-    tile = "x".join(str(config[name]) for name in ("block_m", "block_n", "block_k"))
-    return f"{config['kernel']} {tile}, {config['num_warps']} warps, {config['num_stages']} stages"

@@ -1,6 +1,5 @@
-"""`bench --end-to-end` and `bench --host`: what is timed, and what is written of it."""
+"""`bench generate` and `bench host`: what is timed, and which rows come of it."""
 
-import importlib
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -10,14 +9,13 @@ import torch
 from models import tiny_model
 from typer.testing import CliRunner
 
-from hf_fused_mlp.cli import app, end_to_end, host, results
-from hf_fused_mlp.cli.end_to_end import Workload
-from hf_fused_mlp.cli.shapes import fused_twin
+from hf_fused_mlp.bench import generate, host, measuring, results
+from hf_fused_mlp.bench.generate import Workload
+from hf_fused_mlp.bench.shapes import fused_twin
+from hf_fused_mlp.cli import app
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.norms import FusedRMSNorm
 from hf_fused_mlp.profiling.trace import Breakdown
-
-bench = importlib.import_module("hf_fused_mlp.cli.bench")
 
 
 @pytest.fixture
@@ -45,18 +43,18 @@ def clock(monkeypatch):
         busy_us = 1e3 * (now[0] - start) / 2 / steps
         return Breakdown(0, 0, busy_us, busy_us * len(mlps) / 4, {}, None, (), ())
 
-    monkeypatch.setattr(end_to_end, "load", load)
-    monkeypatch.setattr(end_to_end, "record", record)
-    monkeypatch.setattr(end_to_end, "time", SimpleNamespace(perf_counter=lambda: now[0] / 1e3))
-    monkeypatch.setattr(end_to_end, "NEW_TOKENS", 4)
-    monkeypatch.setattr(end_to_end, "PROFILED", 2)
+    monkeypatch.setattr(generate, "load", load)
+    monkeypatch.setattr(generate, "record", record)
+    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=lambda: now[0] / 1e3))
+    monkeypatch.setattr(generate, "NEW_TOKENS", 4)
+    monkeypatch.setattr(generate, "PROFILED", 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench, "environment", lambda names: dict.fromkeys(results.SAME, "this"))
+    monkeypatch.setattr(measuring, "environment", lambda names: dict.fromkeys(results.SAME, "this"))
 
 
 def test_rows(clock):
-    (rows,) = end_to_end.end_to_end("llama", [Workload("eager", 2, 5)], torch.float32, rounds=2)
+    (rows,) = generate.measure("llama", [Workload("eager", 2, 5)], torch.float32, rounds=2)
     shares = {"gpu_busy": 0.5, "mlp_share": 0.5}  # two MLPs, each a quarter
     expected = []
     for impl, faster in (("original", 1), ("fused", 2), ("fused-norms", 5)):
@@ -70,7 +68,7 @@ def test_rows(clock):
     assert rows == expected
     problem = "| llama | eager | {} | 2 | 5 |"
     prefill, decode = (problem.format(phase) for phase in ("prefill", "decode"))
-    assert end_to_end.table(rows).splitlines()[2:] == [
+    assert generate.table(rows).splitlines()[2:] == [
         f"{prefill} fused | 50.00 | 25.00 | 400 | 25.00 | 12.50 | 50% | 50% | 2.00x | 2.00x |",
         f"{prefill} fused-norms | 50.00 | 10.00 | 1000 | 25.00 | 5.00 | 50% | 50% | 5.00x | 5.00x |",
         f"{decode} fused | 10.00 | 5.00 | 400 | 5.00 | 2.50 | 50% | 50% | 2.00x | 2.00x |",
@@ -80,12 +78,12 @@ def test_rows(clock):
 
 def test_eager_forms_are_compared_round_by_round(clock, monkeypatch):
     times = {"original": [30.0, 40.0, 10.0], "fused": [10.0, 20.0, 20.0]}
-    by_phase = {(impl, phase): ms for impl, ms in times.items() for phase in end_to_end.PHASES}
-    monkeypatch.setattr(end_to_end, "time_forms", lambda *args: by_phase)
+    by_phase = {(impl, phase): ms for impl, ms in times.items() for phase in generate.PHASES}
+    monkeypatch.setattr(generate, "time_forms", lambda *args: by_phase)
     for mode, paired, cell in (("eager", 2.0, "2.00x"), ("static-compile", None, "-")):
-        (rows,) = end_to_end.end_to_end("gpt_neox", [Workload(mode, 1, 3)], torch.float32, rounds=3)
+        (rows,) = generate.measure("gpt_neox", [Workload(mode, 1, 3)], torch.float32, rounds=3)
         assert {row["paired_speedup"] for row in rows if row["impl"] == "fused"} == {paired}
-        assert end_to_end.table(rows).endswith(f" | 1.50x | {cell} |")
+        assert generate.table(rows).endswith(f" | 1.50x | {cell} |")
 
 
 def test_the_twin_shares_everything():
@@ -98,7 +96,7 @@ def test_the_twin_shares_everything():
 
 def test_command(clock, tmp_path):
     file = tmp_path / "run.json"
-    args = ["bench", "--json", str(file), "--batch", "1,2", "--prompt", "3,4", "--rounds", "2", "--end-to-end"]
+    args = ["bench", "generate", "--json", str(file), "--batch", "1,2", "--prompt", "3,4", "--rounds", "2"]
     result = CliRunner().invoke(app, [*args, "llama"])
     assert result.exit_code == 0, result.output
     assert CliRunner().invoke(app, [*args, "gpt_neox", "--mode", "eager", "--dtype", "float16"]).exit_code == 0
@@ -110,22 +108,23 @@ def test_command(clock, tmp_path):
     assert by_workload["llama", "eager", 1, 3] == 6
     assert by_workload["llama", "static-compile", 1, 3] == by_workload["gpt_neox", "eager", 1, 3] == 4  # no norms
     assert run["timed"] == "end-to-end"
-    result = CliRunner().invoke(app, ["bench", "--json", str(file), "--host"])
+    result = CliRunner().invoke(app, ["bench", "host", "--json", str(file)])
     assert result.exit_code == 2
     assert "timed end-to-end, here host" in result.output
-    result = CliRunner().invoke(app, ["bench", "--table", str(file), "--plot", str(tmp_path)])
-    assert end_to_end.table(run["rows"]) in result.output
+    result = CliRunner().invoke(app, ["bench", "generate", "--table", str(file), "--plot", str(tmp_path)])
+    assert generate.table(run["rows"]) in result.output
     assert (tmp_path / "end-to-end.svg").read_text().count("2.00x, GPU 50%") >= 2
     result = CliRunner().invoke(app, [*args, "llama", "--mode", "lazy"])
     assert "unknown mode 'lazy'" in result.output
-    assert "name one" in CliRunner().invoke(app, [*args, "llama", "--host"]).output
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2 and "generate needs a MODEL to measure" in result.output
 
 
 def test_host_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     build = host.build
     monkeypatch.setattr(host, "build", lambda shape, dtype: build(shape, dtype, "cpu"))
-    rows = [row for rows in host.host([1], torch.float32, rounds=1) for row in rows]
+    rows = [row for rows in host.measure([1], torch.float32, rounds=1) for row in rows]
     assert [(row["kind"], row["impl"]) for row in rows] == [
         (kind, impl) for kind in ("gated", "packed", "plain", "norm") for impl in ("original", "fused")
     ]
@@ -135,12 +134,12 @@ def test_host_time(monkeypatch):
 
 @pytest.mark.gpu
 def test_for_real(tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end, "load", lambda name, dtype: tiny_model(name, dtype).cuda())
-    args = ["bench", "--end-to-end", "llama", "--batch", "2", "--prompt", "9"]
+    monkeypatch.setattr(generate, "load", lambda name, dtype: tiny_model(name, dtype).cuda())
+    args = ["bench", "generate", "llama", "--batch", "2", "--prompt", "9"]
     assert CliRunner().invoke(app, [*args, "--json", str(tmp_path / "run.json")]).exit_code == 0
     rows = json.loads((tmp_path / "run.json").read_text())["rows"]
     assert len(rows) == 10  # norms are a form of their own in eager mode
     assert all(row["median_ms"] > 0 and 0 < row["gpu_busy"] <= 1 for row in rows)
-    result = CliRunner().invoke(app, ["bench", "--host", "--m", "1", "--json", str(tmp_path / "host.json")])
+    result = CliRunner().invoke(app, ["bench", "host", "--m", "1", "--json", str(tmp_path / "host.json")])
     assert result.exit_code == 0, result.output
     assert "| plain | 1 |" in result.output

@@ -1,4 +1,4 @@
-"""The MLPs of published models, by name, that commands measure and tune for, and their two forms."""
+"""MLPs of published models, by name, for the `bench` and `tune` commands."""
 
 import copy
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from hf_fused_mlp.fuse import fuse_model
 
 @dataclass(frozen=True)
 class Shape:
-    """One MLP of a published model: its class in Transformers, its sizes and its activation in a config."""
+    """One MLP of a published model.
+
+    `mlp_class` is `model_type.ClassName` in Transformers, `activation` the name that a config uses.
+    """
 
     name: str
     mlp_class: str
@@ -40,7 +43,7 @@ SHAPES = {
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
-    """The Transformers module of `shape`, with random weights."""
+    """Builds the Transformers module of `shape` in eval mode, with random weights over `sqrt(fan_in) / 2`."""
     model_type, class_name = shape.mlp_class.split(".")
     config_class: Any = CONFIG_MAPPING[model_type]
     config = config_class(
@@ -58,6 +61,10 @@ def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
 
 
 def fused_twin(original: nn.Module, strict: bool = True, norms: bool = False) -> Any:
-    """`original` fused, sharing its parameters, which are packed for both, and its buffers."""
+    """Returns a fused copy of `original` that shares its parameters and buffers; packing moves them for both.
+
+    Raises:
+        ValueError: `strict`, and a module cannot be fused.
+    """
     shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
     return fuse_model(copy.deepcopy(original, shared), strict=strict, norms=norms)

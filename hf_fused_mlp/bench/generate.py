@@ -1,9 +1,10 @@
-"""`hf-fused-mlp bench --end-to-end MODEL`: what `generate` takes for a token, original and fused in turn."""
+"""`hf-fused-mlp bench generate MODEL`: time of a token in `generate` of a whole model, original and fused in turn."""
 
+import logging
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,6 @@ from operator import truediv
 from typing import Any
 
 import torch
-from rich.progress import track
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -22,10 +22,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_fused_mlp.cli.console import console, note
-from hf_fused_mlp.cli.loading import load_model
-from hf_fused_mlp.cli.results import Row
-from hf_fused_mlp.cli.shapes import fused_twin
+from hf_fused_mlp.bench.results import Row
+from hf_fused_mlp.bench.shapes import fused_twin
 from hf_fused_mlp.integrations import demo
 from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.norms import FusedRMSNorm
@@ -33,11 +31,13 @@ from hf_fused_mlp.profiling.request import make_request
 from hf_fused_mlp.profiling.trace import record
 from hf_fused_mlp.swap import Fused, original_form
 
-NEW_TOKENS = 8  # after the first, which is the prefill's
-MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
-PROFILED = 8  # tokens
+logger = logging.getLogger(__name__)
 
-# whole models of published sizes, made with random weights
+NEW_TOKENS = 8  # decoded after the first token, which belongs to the prefill
+MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
+PROFILED = 8  # tokens under the profiler
+
+# models of published sizes, built with random weights
 _LLAMA_3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia-6.9b": ("gpt_neox", _PYTHIA_6_9B),
 }
 
-# the fields of a row that say what it is a measurement of
+# the row fields that identify a problem
 WORKLOAD = ("model", "mode", "batch", "prompt")
 PROBLEM = ("model", "mode", "phase", "batch", "prompt")
 PHASES = ("prefill", "decode")
@@ -68,7 +68,7 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of `prompt` tokens each, `batch` of them at once, in a key of `MODES`."""
+    """`batch` requests at once of `prompt` tokens each; `mode` is a key of `MODES`."""
 
     mode: str
     batch: int
@@ -76,49 +76,68 @@ class Workload:
 
 
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The demo, a key of `MODELS`, a directory or hub id, or for random weights the file of a config."""
+    """Loads a model onto the first GPU, in eval mode.
+
+    Args:
+        name: the demo's name, a directory or hub id; for random weights a key of `MODELS` or a config file (`.json`).
+
+    Raises:
+        OSError: no such model.
+    """
+    device = "cuda:0"
+    if name == demo.NAME:
+        return demo.load_demo(dtype=dtype, device_map=device)
     if name in MODELS:
         model_type, sizes = MODELS[name]
         config = CONFIG_MAPPING[model_type](**sizes)
     elif name.endswith(".json"):
         config = AutoConfig.from_pretrained(name)
     else:
-        return load_model(None if name == demo.NAME else name, str(dtype).removeprefix("torch."), "cuda:0")
-    with torch.device("cuda:0"):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)
 class Form:
-    """A model, and which of its fused modules run in their original form meanwhile."""
+    """A model, and those of its fused modules that run in their original form while it is timed."""
 
     model: Any
     originals: tuple[Fused, ...]
 
     def given(self) -> AbstractContextManager[None]:
-        """The model in this form."""
+        """Puts the model into this form until the context exits."""
         return original_form(self.originals)
 
 
-def end_to_end(name: str, workloads: list[Workload], dtype: torch.dtype, rounds: int) -> Iterator[list[Row]]:
-    """For each workload, a row for the prefill and one for a token of the decoding, of each form of the model."""
+def measure(name: str, workloads: Iterable[Workload], dtype: torch.dtype, rounds: int) -> Iterator[list[Row]]:
+    """Times `generate` of one model, original and fused.
+
+    Args:
+        name: see `load`.
+        rounds: rounds in which all forms take turns; at least 2.
+
+    Yields:
+        For each workload the rows of every form: one for the prefill, one for a token of the decoding. A workload that
+        does not fit into GPU memory is logged and left out.
+    """
     original = load(name, dtype)
     models = {"original": original, "fused": fused_twin(original, strict=False, norms=True)}
-    for workload in track(workloads, "measuring", console=console):
-        torch.compiler.reset()  # each size is compiled for itself, and what the last one held is free again
+    for workload in workloads:
+        torch.compiler.reset()  # sizes are compiled separately, and the memory of the last one is freed
         for model in models.values():
             vars(model).pop("_compiled_call", None)
         torch.cuda.empty_cache()
         try:
-            yield measure(name, forms_of(models, workload), workload, rounds)
+            yield measure_workload(name, forms_of(models, workload), workload, rounds)
         except torch.OutOfMemoryError:
-            note(f"skipped, since the GPU has no room for it: {workload}")
+            logger.warning("skipped, since the GPU has no room for it: %s", workload)
 
 
 def forms_of(models: dict[str, PreTrainedModel], workload: Workload) -> dict[str, Form]:
-    """The forms to compare: in eager mode of one model, and where compiled of two, since code is made for one form.
+    """The forms to compare. Eager forms share one model; compiled ones need two, since code is compiled for one form.
 
-    Norms are fused by themselves, in eager mode only: compiled code runs their original forward.
+    `fused-norms` exists in eager mode only: compiled code runs the original forward of norms.
     """
     mlps, norms = (
         tuple(module for module in models["fused"].modules() if isinstance(module, cls))
@@ -131,8 +150,8 @@ def forms_of(models: dict[str, PreTrainedModel], workload: Workload) -> dict[str
     return forms | ({"fused-norms": Form(models["fused"], ())} if norms else {})
 
 
-def measure(name: str, forms: dict[str, Form], workload: Workload, rounds: int) -> list[Row]:
-    """The rows of one workload."""
+def measure_workload(name: str, forms: dict[str, Form], workload: Workload, rounds: int) -> list[Row]:
+    """The rows of one workload: medians in milliseconds, and how long the GPU works."""
     model = forms["fused"].model
     prompt = torch.randint(model.config.vocab_size, (workload.batch, workload.prompt), device=model.device)
     mlps = [name for name, module in model.named_modules() if isinstance(module, FusedMLP)]
@@ -170,10 +189,10 @@ def measure(name: str, forms: dict[str, Form], workload: Workload, rounds: int) 
 def time_forms(
     forms: dict[str, Form], prompt: torch.Tensor, workload: Workload, rounds: int
 ) -> dict[tuple[str, str], list[float]]:
-    """By form and phase, the milliseconds of each token; those of a first round, which compiles, do not count.
+    """Milliseconds of each token, by form and phase. A first round compiles and is not counted.
 
-    Eager forms take turns token by token, since what Python takes changes within a second; compiled ones, whose cache
-    is made for a request, request by request. What is at one place of their lists is from one round.
+    Eager forms take turns token by token, because the host's speed changes within a second. Compiled forms take turns
+    request by request, because their cache belongs to a request. Equal positions in the lists are of one round.
     """
     given = ExitStack()
 
@@ -196,7 +215,7 @@ def time_forms(
 
 
 class Stopwatch(StoppingCriteria):
-    """Times each token of a `generate`, and then gives the model, off the clock, the next of `forms`."""
+    """Times each token of a `generate`, then switches the model to the next form while the clock is stopped."""
 
     def __init__(self, forms: Iterator[str], give: Callable[[str], None]):
         self.forms, self.give = forms, give
@@ -204,7 +223,7 @@ class Stopwatch(StoppingCriteria):
         self.begin()
 
     def begin(self) -> None:
-        """A lap, by the next form."""
+        """Starts a lap in the next form."""
         self.form = next(self.forms)
         self.give(self.form)
         torch.cuda.synchronize()
@@ -222,10 +241,10 @@ class Stopwatch(StoppingCriteria):
 def gpu_work(
     model: PreTrainedModel, names: list[str], prompt: torch.Tensor, workload: Workload
 ) -> list[tuple[float, float]]:
-    """For the prefill and for a token of the decoding, milliseconds in which the GPU works, and works on MLPs.
+    """Milliseconds in which the GPU is busy, and busy with MLPs: of the prefill, and of one decoded token.
 
-    `names` are the MLPs'. In compiled code they are not to be told from the rest: 0. There the decoding is a whole
-    request less its prefill, since one of another length would have another cache, and be compiled anew.
+    `names` are the names of the MLPs. In compiled code their share is unknown and 0. There the decoding is measured as
+    a whole request less its prefill, because a request of another length would be compiled again.
     """
     mlps = {name: model.get_submodule(name) for name in names if workload.mode == "eager"}
     first = record(partial(generate, model, prompt, 1, workload), 1, mlps, on_gpu=True)
@@ -241,7 +260,7 @@ def gpu_work(
 def generate(
     model: Any, prompt: torch.Tensor, new_tokens: int, workload: Workload, *criteria: StoppingCriteria
 ) -> torch.Tensor:
-    """Greedy, and never done before `new_tokens`."""
+    """Greedy decoding of exactly `new_tokens` tokens."""
     return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -255,10 +274,10 @@ def generate(
 
 
 def table(rows: list[Row]) -> str:
-    """A line a workload, phase and form: its milliseconds, the GPU's part, and how many times faster it is.
+    """One line a workload, phase and fused form: times, GPU times and speedups over the original.
 
-    How busy the GPU is, and with MLPs, is the original's. `paired` is the median of the ratios within a round, in
-    eager mode only: how fast Python is meanwhile moves it little.
+    `GPU busy` and `of it MLPs` are the original's. `paired` is the median of the ratios within a round, in eager mode
+    only; the speed of the host cancels out in it.
     """
     columns = ("original, ms", "ms", "tokens/s", "GPU original, ms", "GPU, ms", "GPU busy", "of it MLPs")
     head = (*PROBLEM, "impl", *columns, "over original", "paired")
@@ -274,7 +293,7 @@ def table(rows: list[Row]) -> str:
 
 
 def pairs(rows: list[Row]) -> Iterator[tuple[tuple, Row, Row]]:
-    """For each phase of a workload the fields that say which it is, the original's row and that of a fused form."""
+    """Yields the problem, the original's row and a fused form's row, for each phase and fused form."""
     forms: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         forms.setdefault(tuple(row[name] for name in PROBLEM), {})[row["impl"]] = row

@@ -1,4 +1,4 @@
-"""`hf-fused-mlp bench --host`: what a call of one module costs Python and the driver, whatever the GPU does."""
+"""`hf-fused-mlp bench host`: the host time of a module call (Python and the driver), original and fused."""
 
 import random
 import statistics
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_fused_mlp.cli.results import Row
-from hf_fused_mlp.cli.shapes import Shape, build, fused_twin
+from hf_fused_mlp.bench.results import Row
+from hf_fused_mlp.bench.shapes import Shape, build, fused_twin
 
-CALLS = 100  # few enough that the GPU's queue never is full
+CALLS = 100  # few enough that the queue of the GPU never fills up
 HIDDEN = 576
 SMALL = (
     Shape("gated", "llama.LlamaMLP", HIDDEN, 1536, "silu"),
@@ -21,8 +21,16 @@ SMALL = (
 
 
 @torch.no_grad()
-def host(tokens: list[int], dtype: torch.dtype, rounds: int = 30) -> Iterator[list[Row]]:
-    """Microseconds of the host for a call of the original and of the fused module."""
+def measure(tokens: list[int], dtype: torch.dtype, rounds: int = 30) -> Iterator[list[Row]]:
+    """Times calls of small MLPs and a norm until they return, without waiting for the GPU.
+
+    Args:
+        tokens: values of M; inputs are `[1, M, HIDDEN]`.
+        rounds: rounds in which original and fused take turns; a first one is not counted.
+
+    Yields:
+        For each module kind and M the rows of both forms, medians in microseconds a call.
+    """
     for kind, original in _small(dtype):
         is_norm = kind == "norm"
         forms = {"original": original, "fused": fused_twin(original, strict=not is_norm, norms=is_norm)}
@@ -41,14 +49,14 @@ def host(tokens: list[int], dtype: torch.dtype, rounds: int = 30) -> Iterator[li
 
 
 def _small(dtype: torch.dtype) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules by kind, so small that the GPU keeps up with the host."""
+    """Modules by kind, small enough that the GPU keeps up with the host."""
     mlps = [build(shape, dtype) for shape in SMALL]
     yield from zip((shape.name for shape in SMALL), mlps, strict=True)
     yield "norm", LlamaRMSNorm(HIDDEN).to(next(mlps[0].parameters())).eval()
 
 
 def host_us(module: torch.nn.Module, x: torch.Tensor) -> float:
-    """Microseconds a call, until it returns."""
+    """Microseconds until a call returns, the mean of `CALLS` calls."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(CALLS):
@@ -57,7 +65,7 @@ def host_us(module: torch.nn.Module, x: torch.Tensor) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """A line a kind and token count."""
+    """One line a module kind and token count."""
     lines = ["| kind | M | original, us | fused, us | fused / original |", "|---|---:|---:|---:|---:|"]
     us = {(row["kind"], row["m"], row["impl"]): row["host_us"] for row in rows}
     for kind, m, impl in us:

@@ -1,4 +1,4 @@
-"""The measurements of `bench` as SVG plots, a panel a shape or a phase; the same file gives the same bytes."""
+"""SVG plots of the `bench` results, one panel a shape or phase; the same JSON gives the same bytes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_fused_mlp.cli.end_to_end import PHASES, pairs
-from hf_fused_mlp.cli.results import Header, Row, by_problem
+from hf_fused_mlp.bench.generate import PHASES, pairs
+from hf_fused_mlp.bench.results import Header, Row, by_problem
 
 COLUMNS = 3
-# Okabe and Ito's colours, which the colour-blind tell apart; the markers tell them apart too
+# Okabe and Ito's colour-blind safe palette; markers differ too
 STYLES: dict[str, dict[str, Any]] = {
     "fused": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
     "eager": {"color": "#000000", "marker": "x"},
@@ -29,15 +29,15 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 FORMS = {"fused": "#0072B2", "fused-norms": "#56B4E9"}  # of whole models
 REFERENCE: dict[str, Any] = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
-# by shape and dtype, and there by implementation, the points
+# (shape, dtype) -> implementation -> points
 Panels = dict[tuple[str, str | None], dict[str, list[tuple[int, float]]]]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One file: `value` of each row, given its problem's eager row, for `lowest <= M <= highest`.
+    """One SVG file: `value(row, eager_row)` over M, for `lowest <= M <= highest`.
 
-    `reference` is a horizontal line: its name, and its height by the file's header.
+    `reference` is a horizontal line: its name, and a function from the header to its height.
     """
 
     name: str
@@ -51,17 +51,17 @@ class Plot:
 
 
 def speedup(row: Row, eager: Row | None) -> float | None:
-    """How many times faster than eager; eager itself is the reference line."""
+    """Speedup over eager; None for eager itself, which is the reference line."""
     return eager["median_us"] / row["median_us"] if eager and row is not eager else None
 
 
 def weight_tbps(row: Row, eager: Row | None) -> float:
-    """Terabytes of weights a second, each weight counted once."""
+    """Terabytes of weights read a second, each weight counted once."""
     return _weights(row) * getattr(torch, row["dtype"]).itemsize / row["median_us"] / 1e6
 
 
 def tflops(row: Row, eager: Row | None) -> float:
-    """Teraflops of the MLP's products."""
+    """Teraflops a second of the GEMMs."""
     return 2 * row["m"] * _weights(row) / row["median_us"] / 1e6
 
 
@@ -86,7 +86,11 @@ PLOTS = (
 
 
 def draw(folder: Path, header: Header, rows: list[Row]) -> list[Path]:
-    """Writes each plot that `rows` have measurements for into `folder`, and returns their files."""
+    """Draws every plot that `rows` have data for into `folder` and returns the files.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
     settings: dict[Any, Any] = {"svg.hashsalt": "hf-fused-mlp", "font.family": "DejaVu Sans", "font.size": 9}
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(settings):
@@ -139,7 +143,7 @@ def _figure(plot: Plot, header: Header, panels: Panels) -> Figure:
 
 
 def _models(header: Header, rows: list[Row]) -> Figure:
-    """A panel a phase, and in it a bar for each workload: how many times faster fused is, and how busy the GPU was."""
+    """One panel a phase, one bar a workload: the speedup of fused, and how busy the GPU was."""
     forms = list(pairs(rows))[::-1]  # bars are drawn upwards
     figure = Figure(figsize=(3.3 * COLUMNS, 1.2 + 0.15 * len(forms)), layout="constrained")
     for axis, phase in zip(figure.subplots(1, len(PHASES), sharex=True, sharey=True), PHASES, strict=True):
@@ -160,7 +164,7 @@ def _models(header: Header, rows: list[Row]) -> Figure:
 
 
 def _scale(axis: Axes, plot: Plot, tokens: list[int]) -> None:
-    """Sets on one panel the scales that all share."""
+    """Sets the scales that all panels share."""
     axis.set_xscale("log", base=2)
     every = -(-len(tokens) // 8)
     axis.set_xticks(tokens[::every], [f"{m // 1024}k" if m >= 1024 else str(m) for m in tokens[::every]])

@@ -1,15 +1,13 @@
-"""What `bench` compares: the fused MLP, the one it replaces, and what other people's packages offer instead.
+"""The implementations that `bench` compares: the fused MLP, the eager one, and other packages.
 
-Each implementation is a row of `IMPLEMENTATIONS`. Its `prepare` is given the eager module, its fused form and `x`
-`[M, H]`, and returns the call that is timed. Compiling and laying out weights anew are preparation; tuning comes with
-the first call, which is not timed.
+Each is a row of `IMPLEMENTATIONS`. `prepare(eager, fused, x)`, with `x` `[M, H]`, returns the call to time. It may
+compile and copy weights into another layout; tuning happens in the first call. Neither is timed.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from typing import Any, Literal
 
 import torch
@@ -28,14 +26,15 @@ QUACK_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu"}
 
 
 class Unavailable(Exception):
-    """Why an implementation cannot run here, or does not know this kind of MLP."""
+    """An implementation cannot run here, or does not support this kind of MLP; the message says why."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One row: `ours` must be right, `eager` is what it is judged by, a `peer` is judged too, a `floor` is no MLP.
+    """One row.
 
-    One that `trains` gives gradients to the parameters of the eager module.
+    `ours` must be within tolerance, `eager` is the baseline, a `peer` is checked but timed anyway, a `floor` does not
+    compute an MLP. An implementation that `trains` gives gradients to the parameters of the eager module.
     """
 
     name: str
@@ -54,7 +53,7 @@ def eager_mlp(eager, fused, x):
 
 
 def compiled_mlp(eager, fused, x, mode=None):
-    """The eager module through `torch.compile`; the module is an argument, so its copies share what is compiled."""
+    """The eager module through `torch.compile`; the module is an argument, so copies share the compiled code."""
     return partial(_compiled(_run_module, mode), eager, x)
 
 
@@ -63,7 +62,7 @@ def _run_module(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _compiled(function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
-    """`function` compiled for exactly the shapes it is called with; with `fullgraph`, no part of it stays eager."""
+    """Compiles `function` for static shapes; `fullgraph` makes a graph break an error."""
     compiled = torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
     if compiled is function or torch._dynamo.config.disable:
         raise Unavailable("torch.compile is disabled; unset TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE")
@@ -84,11 +83,11 @@ def liger_mlp(eager, fused, x):
     if (kind, activation) != (MLPKind.GATED, "silu"):
         raise Unavailable(f"has no {kind.value} MLP with {activation}")
     module = _liger_module("LigerMLP", eager)
-    return lambda: module(x[None])[0]  # it takes [batch, M, H] only
+    return lambda: module(x[None])[0]  # accepts [batch, M, H] only
 
 
 def _liger_module(class_name: str, eager: nn.Module) -> nn.Module:
-    """Liger's module of that class with the projections of `eager`."""
+    """Liger's module of that class, with the projections of `eager`."""
     with _requires("liger-kernel"):
         import liger_kernel.transformers as liger
     with torch.device("meta"):
@@ -99,7 +98,7 @@ def _liger_module(class_name: str, eager: nn.Module) -> nn.Module:
 
 
 def quack(eager, fused, x):
-    """QuACK's GEMM with SwiGLU in its epilogue, on interleaved rows, and its plain GEMM; both tuned by itself."""
+    """QuACK's GEMM with the gated activation in its epilogue, on interleaved rows, then its GEMM; it tunes both."""
     gate, up, down, *biases, activation = fused.operands()
     if gate is None or activation not in QUACK_ACTIVATIONS or any(bias is not None for bias in biases):
         raise Unavailable(f"has no {fused.fused_spec.kind.value} MLP with {activation}")
@@ -115,7 +114,7 @@ def quack(eager, fused, x):
 
 
 def packed_gemm(eager, fused, x):
-    """What one would write by hand: one GEMM for gate and up, a compiled kernel for the activation, one for down."""
+    """A hand-written version: one GEMM for gate and up, a compiled activation kernel, one GEMM for down."""
     gate, up, down, gate_bias, up_bias, down_bias, activation = fused.operands()
     weight, bias = _packed(gate, up), _packed(gate_bias, up_bias)
     activate = _compiled(_activate if gate is None else _activate_and_multiply)
@@ -136,7 +135,7 @@ def _activate_and_multiply(h: Tensor, activation: str) -> Tensor:
 
 
 def two_gemms(eager, fused, x):
-    """The two GEMMs that nothing built on the library can do without: no bias, no activation, not an MLP's answer."""
+    """The two bare library GEMMs, a lower bound for anything built on them: no bias, no activation."""
     gate, up, down, *_ = fused.operands()
     weight = _packed(gate, up)
     h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)
@@ -162,7 +161,7 @@ IMPLEMENTATIONS = {
         Implementation("two-gemms", two_gemms, "floor"),
     )
 }
-# the others tune themselves for each problem, which takes far longer than to measure it
+# the others tune themselves for each problem, which takes far longer than the measurement
 DEFAULT = ("fused", "eager", "compile", "liger", "packed-gemm", "two-gemms")
 
 
@@ -174,13 +173,6 @@ def _requires(packages: str) -> Iterator[None]:
         raise Unavailable(f"not installed ({error}); pip install {packages}") from error
 
 
-def package_versions(names: list[str]) -> dict[str, str]:
-    """The versions of the packages that the implementations of these names come from, where installed."""
-    versions = {}
-    packages = {package for name in names if (package := IMPLEMENTATIONS[name].package)}
-    for package in sorted(packages):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+def packages_of(names: list[str]) -> list[str]:
+    """The distributions that these implementations come from."""
+    return [package for name in names if (package := IMPLEMENTATIONS[name].package)]
