@@ -10,12 +10,12 @@ hf_fused_mlp.audit(model)  # where its time goes, and what fusing does about it
 
 from typing import Any
 
-from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations.transformers import install, uninstall, warn_if_untested
 from hf_fused_mlp.numerics import validate
 from hf_fused_mlp.numerics.report import NumericsReport
-from hf_fused_mlp.registry import MLPSpec, register_mlp
-from hf_fused_mlp.types import MLPKind
+from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, register_mlp
+from hf_fused_mlp.report import FusionReport
 from hf_fused_mlp.version import __version__
 
 __all__ = [

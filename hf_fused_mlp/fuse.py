@@ -1,28 +1,17 @@
-"""Fusing a model in place, undoing it, and saying what was done."""
+"""Fusing a model in place, undoing it, and reporting what is fused. Knows no family: each is asked once a module."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_fused_mlp.children import device_of
-from hf_fused_mlp.modules import FusedMLP, fuse_module, mixin_of, no_kernels
-from hf_fused_mlp.norms import FusedRMSNorm, find_norm, fuse_norm, looks_like_norm, norm_reject_reason
-from hf_fused_mlp.originals import is_patched
-from hf_fused_mlp.recognition import is_known, unknown_child
-from hf_fused_mlp.registry import (
-    find_spec,
-    looks_like_mlp,
-    registered_spec,
-    reject_reason,
-    replaced_reason,
-    unknown_activation_reason,
-)
-from hf_fused_mlp.swap import Fused, unfuse_module, was_changed, why_not_swappable
+from hf_fused_mlp.families import FAMILIES, Family
+from hf_fused_mlp.options import FusionOptions
+from hf_fused_mlp.report import FamilyReport, Finding, FusionReport, ModuleStatus
+from hf_fused_mlp.swap import Fused, fuse, unfuse_module, was_changed
 from hf_fused_mlp.threads import LOCK
 
 logger = logging.getLogger("hf_fused_mlp")
@@ -30,76 +19,18 @@ logger = logging.getLogger("hf_fused_mlp")
 M = TypeVar("M", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class ModuleStatus:
-    """One MLP or norm of a model.
-
-    `state` is `"fused"`, `"fusable"` or `"skipped"`; `reason` says why it is skipped or, where it is fused, why its
-    next call will run the original forward, or a part of it, all the same.
-    """
-
-    name: str
-    class_name: str
-    state: str
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class FusionReport:
-    """Every MLP and RMSNorm of a model as it stands now. `print` it for a line a class and reason."""
-
-    mlps: tuple[ModuleStatus, ...]
-    norms: tuple[ModuleStatus, ...] = ()
-
-    def select(self, state: str, norms: bool = False) -> tuple[ModuleStatus, ...]:
-        """The MLPs, or else the norms, that are `"fused"`, `"fusable"` or `"skipped"`."""
-        return _select(self.norms if norms else self.mlps, state)
-
-    def grouped(self) -> dict[tuple[str, str, str | None], int]:
-        """How many MLPs share a class name, state and reason, in the order of the model."""
-        return _grouped(self.mlps)
-
-    def to_dict(self) -> dict:
-        """Plain types, for JSON; `fused` and `total` count MLPs."""
-        return {
-            "fused": len(self.select("fused")),
-            "total": len(self.mlps),
-            "mlps": [asdict(mlp) for mlp in self.mlps],
-            "norms": [asdict(norm) for norm in self.norms],
-        }
-
-    def __str__(self) -> str:
-        """Norms are in it once one is fused."""
-        return _text("MLPs", self.mlps) + (f"\n{_text('norms', self.norms)}" if _select(self.norms, "fused") else "")
-
-
-def _select(modules: tuple[ModuleStatus, ...], state: str) -> tuple[ModuleStatus, ...]:
-    return tuple(module for module in modules if module.state == state)
-
-
-def _grouped(modules: tuple[ModuleStatus, ...]) -> dict[tuple[str, str, str | None], int]:
-    return dict(Counter((module.class_name, module.state, module.reason) for module in modules))
-
-
-def _text(what: str, modules: tuple[ModuleStatus, ...]) -> str:
-    lines = [f"{len(_select(modules, 'fused'))} of {len(modules)} {what} are fused"]
-    for (class_name, state, reason), count in _grouped(modules).items():
-        lines.append(f"  {count} x {class_name}: {state}" + (f" ({reason})" if reason else ""))
-    return "\n".join(lines)
-
-
 def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norms: bool = False) -> M:
-    """Gives every MLP that is known for one a forward of fused kernels, in place, and logs what was skipped and why.
+    """Fuses every recognised MLP in place and logs which were skipped and why.
 
-    Parameter names, `state_dict`, `save_pretrained` and `generate` stay as they were. Fusing again fuses what is not
+    Parameter names, `state_dict`, `save_pretrained` and `generate` behave as before. Fusing again fuses what is not
     fused yet, and packs again what has lost its packing.
 
     Args:
-        model: any module; the MLPs are found inside it. A module that several layers share is fused once.
-        strict: raise if any MLP that is not excluded would stay unfused, or if there is none to fuse.
-        exclude: names of MLPs to leave alone, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
+        model: any module; MLPs are searched inside it. A module that several layers share is fused once.
+        strict: raise if an MLP that is not excluded would stay unfused, or if there is none to fuse.
+        exclude: names of MLPs to skip, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
         norms: fuse RMSNorms too, each into one launch in eager mode without gradients; compiled code runs the
-            original, so leave them out there. `strict` and `exclude` are then about the report's `norms` as well.
+            original, so leave them out there. `strict` and `exclude` then apply to the report's `norms` as well.
 
     Returns:
         `model`.
@@ -107,26 +38,28 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exclude` is a string.
         ValueError: an `exclude` that matches nothing; with `strict`, an MLP that cannot be fused, or none at all. The
-            model is as it was.
+            model is unchanged.
     """
+    return fuse_with(model, FusionOptions(strict=strict, exclude=exclude, norms=norms))
+
+
+def fuse_with(model: M, options: FusionOptions) -> M:
+    """`fuse_model` with its arguments as one value."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_model: {type(model).__name__} is not an nn.Module; pass the model itself")
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude={exclude!r} is a string; pass a list of module names: exclude=[{exclude!r}]")
-
-    exclude = tuple(exclude)
+    wanted = [family for family in FAMILIES if family.option is None or getattr(options, family.option)]
     with LOCK:
-        found = fusion_report(model)
-        report = _wanted(found, exclude, norms)
-        if strict:
-            _require_fusable(found, report, norms)
-        _fuse_all(model, {status.name for status in _select(report.mlps + report.norms, "fusable")})
+        found = examine(model)
+        report = _selected(_report(found), wanted, options)
+        if options.strict:
+            _require_fusable(found, report, wanted)
+        names = {status.name for group in report.families for status in group.select("fusable")}
+        _fuse_all([entry for entry in found if entry.name in names])
         for module in model.modules():
             if isinstance(module, Fused):
                 module.repack()
         report = fusion_report(model)
-
-    _log(_wanted(report, exclude, norms), exclude, norms)
+    _log(_selected(report, wanted, options), options)
     return model
 
 
@@ -134,7 +67,7 @@ def unfuse_model(model: M) -> M:
     """Undoes `fuse_model` in place, bit for bit; moves only weights that fusing moved. Returns `model`.
 
     Raises:
-        ValueError: a fused module was given another class since; the model is as it was.
+        ValueError: a fused module was given another class since; the model is unchanged.
     """
     with LOCK:
         fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
@@ -150,143 +83,126 @@ def unfuse_model(model: M) -> M:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Every MLP and RMSNorm of `model`, fused or not, with reasons, as they stand now; nothing is stored."""
-    mlps: dict[str, ModuleStatus] = {}
-    norms: dict[str, ModuleStatus] = {}
+    """Every MLP and RMSNorm of `model`, fused or not, with reasons, as it stands now; nothing is stored."""
     with LOCK:
-        modules = dict(model.named_modules())
+        return _report(examine(model))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A module of a model, the family that it belongs to, and what that says about it."""
+
+    name: str
+    module: nn.Module
+    family: Family
+    finding: Finding
+
+
+def examine(model: nn.Module) -> list[Examined]:
+    """What the families find in `model`, in its order: their own modules, and unknown ones that resemble them."""
+    modules = dict(model.named_modules())
+    found: dict[str, Examined] = {}
+    for name, module in modules.items():
+        for family in FAMILIES:
+            if (finding := family.examine(module)) is not None:
+                found[name] = Examined(name, module, family, finding)
+                break
+    for family in FAMILIES:
+        known = {id(entry.module) for entry in found.values() if entry.family is family}
         for name, module in modules.items():
-            class_name = type(module).__name__
-            if isinstance(module, FusedMLP):
-                mlps[name] = ModuleStatus(name, class_name, "fused", _why_not_all(module))
-            elif isinstance(module, FusedRMSNorm):
-                reason = module.reason() or no_kernels(device_of(module))
-                norms[name] = ModuleStatus(name, class_name, "fused", reason)
-            elif spec := find_spec(module):
-                reason = why_not_swappable(module, mixin_of(spec), spec) or reject_reason(module, type(module), spec)
-                mlps[name] = ModuleStatus(name, class_name, "skipped" if reason else "fusable", reason)
-            elif norm := find_norm(module):
-                reason = why_not_swappable(module, FusedRMSNorm, norm) or norm_reject_reason(module, norm)
-                norms[name] = ModuleStatus(name, class_name, "skipped" if reason else "fusable", reason)
-            elif looks_like_norm(module):
-                reason = f"{class_name} is not one of the RMSNorms that are known, as far as its forward can be read"
-                norms[name] = ModuleStatus(name, class_name, "skipped", reason)
-        known = {id(modules[name]) for name in mlps}
-        for name, module in modules.items():
-            if name in norms or not looks_like_mlp(name, module):
-                continue
-            # a part of an MLP is none itself; nor is what holds one that is known, such as a wrapper or a sparse block
-            parts = name.split(".")
-            if any(".".join(parts[:end]) in mlps for end in range(len(parts) + 1)):
+            # a part of a listed module is none itself
+            if name in found or any(entry.family is family for entry in _around(name, found)):
                 continue
             holds_known = any(id(inner) in known for inner in module.modules())
-            if not _only_wraps(module) and (not holds_known or _stacks_matrices(module)):
-                mlps[name] = ModuleStatus(name, type(module).__name__, "skipped", _unknown_reason(module))
-    order = {name: place for place, name in enumerate(modules)}
-    return FusionReport(tuple(sorted(mlps.values(), key=lambda mlp: order[mlp.name])), tuple(norms.values()))
+            if (reason := family.resembles(name, module, holds_known)) is not None:
+                found[name] = Examined(name, module, family, Finding("skipped", reason))
+    return [found[name] for name in modules if name in found]
 
 
-def _only_wraps(module: nn.Module) -> bool:
-    """Whether a module has nothing but one other, which will be in the report itself."""
-    children = list(module.children())
-    return len(children) == 1 and not module._parameters and looks_like_mlp("", children[0])
+def _around(name: str, found: dict[str, Examined]) -> list[Examined]:
+    """The listed modules that contain the module `name`."""
+    parts = name.split(".")
+    return [found[path] for end in range(len(parts)) if (path := ".".join(parts[:end])) in found]
 
 
-def _stacks_matrices(module: nn.Module) -> bool:
-    """Whether a module itself holds weights of routed experts."""
-    return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values())
-
-
-def _why_not_all(module: FusedMLP) -> str | None:
-    bypassed, called = module.reasons()
-    if bypassed:
-        return bypassed
-    if called is None:
-        return None if (reason := module.why_not_packed()) is None else f"not packed: {reason}"
-    return f"calls what has to be called, and fuses the rest: {called}"
-
-
-def _unknown_reason(module: nn.Module) -> str:
-    if experts := _routed_experts(module):
-        return f"routed experts, whose weights are one tensor ({experts}), are not covered and run as they are"
-    cls: Any = type(module)
-    if is_patched(cls):
-        return replaced_reason(cls)
-    if name := unknown_child(module):
-        return unknown_activation_reason(name, module.get_submodule(name))
-    bases = [base for base in cls.__mro__[1:] if getattr(base, "forward", cls.forward) is not cls.forward]
-    known = next((base.__name__ for base in bases if registered_spec(base) or is_known(base)), None)
-    what = f", a subclass of {known}," if known else ""
-    return (
-        f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "
-        f"far as it can be read; if it computes one anyway, call register_mlp({cls.__name__}, MLPSpec(...)) first"
+def _report(found: list[Examined]) -> FusionReport:
+    return FusionReport(
+        tuple(
+            FamilyReport(
+                family.name,
+                family.noun,
+                tuple(
+                    ModuleStatus(entry.name, type(entry.module).__name__, entry.finding.state, entry.finding.reason)
+                    for entry in found
+                    if entry.family is family
+                ),
+                optional=family.option is not None,
+            )
+            for family in FAMILIES
+        )
     )
-
-
-def _routed_experts(module: nn.Module) -> str | None:
-    """The first tensor in `module` that is a stack of matrices; a convolution's weight and a vector are none."""
-    for path, owner in module.named_modules():
-        for name, parameter in owner.named_parameters(path, recurse=False):
-            if parameter.dim() == 3 and 1 not in parameter.shape[1:] and not isinstance(owner, nn.Conv1d):
-                return f"{name} {list(parameter.shape)}"
-    return None
 
 
 def _matches(module: ModuleStatus, pattern: str) -> bool:
     return module.name == pattern or fnmatchcase(module.name, pattern)
 
 
-def _wanted(report: FusionReport, excluded: tuple[str, ...], norms: bool) -> FusionReport:
-    """What of a model is to be fused: not what matches a pattern, and norms only if they are wanted."""
-    if not norms:
-        report = replace(report, norms=())
-    for pattern in excluded:
-        if not any(_matches(module, pattern) for module in report.mlps + report.norms):
-            what = "MLP or norm" if norms else "MLP"
-            names = ", ".join(module.name for module in (*report.mlps[:3], *report.norms[:3])) or "none"
+def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions) -> FusionReport:
+    """The part of a report that the options are about: families that are wanted, without excluded modules.
+
+    Raises:
+        ValueError: an excluded name matches nothing.
+    """
+    groups = [report.of(family.name) for family in wanted]
+    for pattern in options.exclude:
+        if not any(_matches(module, pattern) for group in groups for module in group.modules):
+            what = " or ".join(group.noun for group in groups)
+            names = ", ".join(module.name for group in groups for module in group.modules[:3]) or "none"
             raise ValueError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
 
-    def kept(modules: tuple[ModuleStatus, ...]) -> tuple[ModuleStatus, ...]:
-        return tuple(module for module in modules if not any(_matches(module, pattern) for pattern in excluded))
+    def kept(group: FamilyReport) -> FamilyReport:
+        excluded = options.exclude
+        modules = (module for module in group.modules if not any(_matches(module, pattern) for pattern in excluded))
+        return replace(group, modules=tuple(modules))
 
-    return FusionReport(kept(report.mlps), kept(report.norms))
+    return FusionReport(tuple(map(kept, groups)))
 
 
-def _require_fusable(found: FusionReport, report: FusionReport, norms: bool) -> None:
-    """Raises unless there is something to fuse in what was `found`, and all of it that `report` has can be."""
-    if not found.mlps:
-        raise ValueError("strict: found no MLP to fuse; register_mlp teaches a class that is not known")
-    if norms and not found.norms:
-        raise ValueError("strict: found no RMSNorm to fuse; call fuse_model without norms=True")
-    for what, modules in (("MLPs", report.mlps), ("norms", report.norms)):
-        if skipped := _select(modules, "skipped"):
+def _require_fusable(found: list[Examined], report: FusionReport, wanted: list[Family]) -> None:
+    """Raises ValueError if the model has nothing to fuse, or if a selected module cannot be fused."""
+    families = [entry.family for entry in found]
+    default = [family for family in wanted if family.option is None]
+    if not any(family in families for family in default):
+        raise ValueError(default[0].none_found)
+    for family in wanted:
+        if family.option is not None and family not in families:
+            raise ValueError(family.none_found)
+    for group in report.families:
+        if skipped := group.select("skipped"):
             listed = "\n".join(f"  {module.name} ({module.class_name}): {module.reason}" for module in skipped[:5])
             more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+            nouns = f"{group.noun}s"
             raise ValueError(
-                f"strict: {len(skipped)} of {len(modules)} {what} cannot be fused; nothing was changed\n{listed}{more}"
+                f"strict: {len(skipped)} of {len(group.modules)} {nouns} cannot be fused; nothing was changed\n"
+                f"{listed}{more}"
             )
 
 
-def _fuse_all(model: nn.Module, names: set[str]) -> None:
-    """Fuses the named modules, all or none."""
+def _fuse_all(entries: list[Examined]) -> None:
+    """Fuses all modules or, if one fails, none."""
     done: list[Any] = []
     try:
-        for name, module in list(model.named_modules()):
-            if name in names:
-                if spec := find_spec(module):
-                    fuse_module(module, spec)
-                else:
-                    fuse_norm(module, find_norm(module))  # type: ignore[arg-type]  # fusable, so it has a spec
-                done.append(module)
+        for entry in entries:
+            fuse(entry.module, entry.family.mixin_for(entry.finding.spec), entry.finding.spec)
+            done.append(entry.module)
     except BaseException:
         for module in done:
             unfuse_module(module)
         raise
 
 
-def _log(report: FusionReport, excluded: tuple[str, ...], norms: bool) -> None:
-    wanted = (("MLPs", report.mlps), ("norms", report.norms)) if norms else (("MLPs", report.mlps),)
-    # there may be none since all are excluded
-    said = [(what, modules) for what, modules in wanted if modules or not excluded]
-    complete = all(modules and not _select(modules, "skipped") for _, modules in said)
-    logger.log(logging.INFO if complete else logging.WARNING, "\n".join(_text(*part) for part in said))
+def _log(report: FusionReport, options: FusionOptions) -> None:
+    """Logs the report: a warning if something is unfused, unless everything was excluded."""
+    groups = [group for group in report.families if group.modules or not options.exclude]
+    complete = all(group.modules and not group.select("skipped") for group in groups)
+    logger.log(logging.INFO if complete else logging.WARNING, "\n".join(map(str, groups)))

@@ -1,8 +1,8 @@
-"""Giving a module a generated class, and its own again.
+"""Gives a module a generated class, and its own class back.
 
-A module is fused by giving it a class `LlamaMLP(FusedGatedMLP, LlamaMLP)`, which has the name of the original, so that
-whatever looks a class up by name finds it. The module stays the same object, with the same children, hooks and
-attributes and none of ours, and is unfused by giving its class back.
+A fused `LlamaMLP` has the class `LlamaMLP(FusedGatedMLP, LlamaMLP)`. It keeps the original's name, so that lookups by
+class name still find it. The module stays the same object, with the same children, hooks and attributes and none of
+ours. Unfusing gives the original class back.
 """
 
 import copyreg
@@ -12,48 +12,80 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hf_fused_mlp.threads import LOCK, free_when_unread
 
 
+class Runs(NamedTuple):
+    """What will run in place of our kernels, with the reason. Both None: the kernels run alone."""
+
+    original: str | None = None  # why the whole original forward would run
+    called: str | None = None  # why some layers would be called, and the rest fused
+
+
 class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
-    """What all fused modules share; a subclass with the forward is mixed in before the original class."""
+    """What all fused modules share. A subclass with a forward of its own is mixed in before the original class."""
 
     fused_spec: ClassVar[Any]
     original_class: ClassVar[type[nn.Module]]
     original_forward: ClassVar[Callable]
     original_code: ClassVar[CodeType | None]
-    # the name of the forward's first argument, if it may be given by name
+    # the name of the forward's first argument, if it may be passed by name
     input_name: ClassVar[str | None]
     _made_of: ClassVar[tuple]
 
     def __init_subclass__(cls, **kwargs):
-        # not handed on: the original's may register its subclasses by name, or want arguments
+        # not passed on: the original's may register subclasses by name, or require arguments
         pass
+
+    def runs(self, device: torch.device | None = None) -> Runs:
+        """What a call with tokens on `device` (default: that of the weights) would run in place of our kernels.
+
+        A single call may still differ, under autocast for example.
+        """
+        raise NotImplementedError
+
+    def inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
+        """The tensors of an ordinary call, tokens first; None for an unusual call."""
+        raise NotImplementedError
+
+    def by_operator(self, *inputs: Tensor) -> Tensor:
+        """The output of our operator, which runs on any device."""
+        raise NotImplementedError
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        """The output of the original forward."""
+        return self.original_class.forward(self, *inputs)
+
+    @classmethod
+    def recipe(cls) -> tuple[type["Fused"], Any]:
+        """The mixin and the spec that `fuse` takes to make the module what it is."""
+        return cls._made_of[0], cls._made_of[2]
 
     def repack(self) -> None:
         """Restores the packing that copying or moving the parameters undid."""
 
     def why_not_packed(self) -> str | None:
-        """Why weights that the kernels read together do not lie together, or None."""
+        """Why weights that the kernels read together are not packed, or None."""
         return None
 
     def _pack(self) -> list[Tensor]:
-        """Moves weights; gives what lay where they were, as `weights.pack` does."""
+        """Packs weights; returns tensors on their old memory, as `weights.pack` does."""
         return []
 
     def _unpack(self) -> list[Tensor]:
-        """Undoes what `_pack` did."""
+        """Undoes `_pack`."""
         return []
 
     def _get_name(self) -> str:
         return f"Fused{type(self).__name__}"
 
     def __reduce_ex__(self, protocol):
-        # copies and pickles are made as the original's, and then given a generated class
+        # copy and pickle the module as one of the original class, then give it a generated class again
         cls = type(self)  # read once: another thread may unfuse the module meanwhile
         if not issubclass(cls, Fused):
             return cls.__reduce_ex__(self, protocol)
@@ -67,14 +99,14 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
 
 class _FusedType(type):
-    """The type of generated classes: each stands for its original where classes are compared or pickled."""
+    """The type of generated classes: each stands for its original in `isinstance`, assignments and pickles."""
 
     def __instancecheck__(cls, instance: object) -> bool:
-        # who finds a class by its name wants every module of that class, fused or not
+        # code that looks a class up by name expects every module of that class, fused or not
         return isinstance(instance, vars(cls).get("original_class", ())) or super().__instancecheck__(instance)
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        # a patch of a module's class is meant for all modules of that class
+        # patching `type(module)` is meant to patch every module of that class
         setattr(cls.original_class, name, value) if "_made_of" in vars(cls) else super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
@@ -98,10 +130,10 @@ for _metaclass in _METACLASSES.values():
 
 
 def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> type[Fused]:
-    """The class `Name(mixin, Name)` for a class `Name`; the same one for every call, as long as it is in use.
+    """The generated class `Name(mixin, Name)` for a class `Name`; the same one while it is in use.
 
     Raises:
-        TypeError: the original cannot have such a subclass.
+        TypeError: the original does not allow such a subclass.
     """
     made_of = mixin, original, spec
     with LOCK:
@@ -125,17 +157,17 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
             "__doc__": original.__doc__,
         }
         metaclass = _METACLASSES.get(type(original)) or type("_FusedType", (_FusedType, type(original)), {})
-        # not by calling the metaclass, which may keep a register of its classes by name
+        # not by calling the metaclass, which may register its classes by name
         return type.__new__(metaclass, original.__name__, (mixin, original), attributes)
 
 
 def generated_classes(original: type) -> list[type[Fused]]:
-    """Those of `fused_class` for this original that are in use."""
+    """The generated classes of this original that are in use."""
     return [cls for cls in original.__subclasses__() if "_made_of" in vars(cls)]
 
 
 def _like(original: Callable, forward: Any) -> Callable:
-    """A copy of `forward` with the signature, the names and, for who looks for it, the source of `original`."""
+    """A copy of `forward` with the signature, names and (for `inspect`) source of `original`."""
     copied = FunctionType(
         forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )
@@ -158,41 +190,41 @@ def why_not_swappable(module: nn.Module, mixin: type[Fused], spec: Any) -> str |
         return f"its attribute {min(taken)!r} has a name that a fused module uses itself; pass exclude=[...]"
     try:
         fused_class(mixin, cls, spec)
-    except Exception as error:  # of a metaclass, or of no subclass being allowed
+    except Exception as error:  # raised by a metaclass, or because subclasses are not allowed
         return f"its class cannot have subclasses ({type(error).__name__}: {error}); pass exclude=[...]"
     return None
 
 
 @functools.cache
 def _own_names(mixin: type[Fused]) -> set[str]:
-    """What a mixin adds to a class, but for the methods that hand on to those of the original."""
+    """The names that a mixin adds to a class, except methods that call those of the original."""
     annotated = {name for base in mixin.__mro__ for name in inspect.get_annotations(base)}
     names = {name for name in _names_of(mixin) | annotated if not name.startswith("__")}
     return names - {"forward", "_apply", "_get_name"}
 
 
 def _names_of(cls: type) -> set[str]:
-    """What `cls` and its bases define, up to `nn.Module`."""
+    """The names that `cls` and its bases define, without `nn.Module`."""
     return {name for base in cls.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
 
 
 def fuse(module: nn.Module, mixin: type[Fused], spec: Any) -> None:
-    """Turns `module` into its fused form, in place."""
+    """Gives `module` its fused form, in place."""
     _give_class(module, fused_class(mixin, type(module), spec))
     try:
         module.repack()
-    except BaseException:  # interrupted: both weights still hold the right values
+    except BaseException:  # interrupted; both weights still have the right values
         unfuse_module(module)
         raise
 
 
 def was_changed(module: Fused) -> bool:
-    """Whether another class was put on top of the generated one, as FSDP and parametrizations do."""
+    """True if another class was put on top of the generated one, as FSDP and parametrizations do."""
     return "_made_of" not in vars(type(module))
 
 
 def unfuse_module(module: Fused) -> None:
-    """The inverse of `fuse`, bit for bit, unless it `was_changed`."""
+    """Undoes `fuse`, bit for bit. Not for a module that `was_changed`."""
     replaced = module._unpack()
     _give_class(module, module.original_class)
     free_when_unread(replaced, module)
@@ -200,7 +232,7 @@ def unfuse_module(module: Fused) -> None:
 
 @contextmanager
 def original_form(modules: Iterable[Fused]) -> Iterator[None]:
-    """Gives `modules` their original classes meanwhile; weights stay where they are, so nothing is copied."""
+    """Gives `modules` their original classes for a while. Weights stay packed, so nothing is copied."""
     with LOCK:
         classes = {module: type(module) for module in modules}
         try:
@@ -213,10 +245,10 @@ def original_form(modules: Iterable[Fused]) -> Iterator[None]:
 
 
 def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Changes the class, and with it the forward that accelerate keeps on the instance."""
+    """Changes the class of `module`, and the forward that accelerate keeps on the instance."""
     before = type(module).forward
     object.__setattr__(module, "__class__", cls)
-    # compiled code of torch 2.11 looks at a module again only when a dictionary of it has changed
+    # with torch 2.11, compiled code notices a change of a module only through its dictionaries
     module.__dict__["_class_given"] = None
     del module.__dict__["_class_given"]
     for name in ("forward", "_old_forward"):

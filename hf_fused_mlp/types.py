@@ -1,88 +1,11 @@
-"""The values that cross function boundaries: frozen, hashable, and free of torch modules and of Triton."""
+"""Values that cross function boundaries: frozen, hashable, independent of `nn.Module` and Triton."""
 
 from dataclasses import dataclass
-from enum import Enum
-from functools import cache, cached_property
+from functools import cache
+from typing import NamedTuple
 
 import torch
-
-
-class MLPKind(str, Enum):
-    """The ways a Transformers MLP is written; gated and packed compute the same equation."""
-
-    GATED = "gated"  # down(act(gate(x)) * up(x)), gate and up two projections
-    PACKED = "packed"  # the same, gate and up the two halves of one projection
-    PLAIN = "plain"  # down(act(up(x)))
-    HALF = "half"  # act(up(x)), as in BERT, where down is a part of another module
-
-
-@dataclass(frozen=True)
-class MLPSpec:
-    """What an MLP class computes, by the names of its attributes.
-
-    Args:
-        kind: which of the three equations.
-        up, down: names of the `nn.Linear` projections; for a packed MLP `up` holds the rows of gate, then those of up;
-            half an MLP has no `down`.
-        activation: name of the activation module, or None where the forward calls a function.
-        gate: name of the gate projection; for a gated MLP only.
-        function: key of `ACTIVATIONS` for the function that the forward calls, where there is no module.
-        dropouts: names of dropout and identity modules on the way, which do nothing in evaluation mode.
-        up_first: a packed MLP has the rows of up before those of gate.
-        sequence: names of all children of an `nn.Sequential`, in order.
-        other_steps: the forward casts, drops out without a module, or could not be read: only the kernels or the whole
-            forward may stand for it, and not its projections called one by one.
-
-    Raises:
-        ValueError: `gate` missing for a gated MLP, or given for another; `down` given for half an MLP, or missing for
-            another; not one of `activation` and `function`.
-    """
-
-    kind: MLPKind
-    up: str
-    down: str | None = None
-    activation: str | None = None
-    gate: str | None = None
-    function: str | None = None
-    dropouts: tuple[str, ...] = ()
-    up_first: bool = False
-    sequence: tuple[str, ...] = ()
-    other_steps: bool = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "kind", MLPKind(self.kind))
-        if (self.kind is MLPKind.GATED) != (self.gate is not None):
-            expected = "the gate projection's name" if self.kind is MLPKind.GATED else "None"
-            raise ValueError(f"MLPSpec(kind={self.kind.value!r}, gate={self.gate!r}): gate must be {expected}")
-        if (self.kind is MLPKind.HALF) != (self.down is None):
-            expected = "None" if self.kind is MLPKind.HALF else "the down projection's name"
-            raise ValueError(f"MLPSpec(kind={self.kind.value!r}, down={self.down!r}): down must be {expected}")
-        if (self.activation is None) == (self.function is None):
-            given = f"activation={self.activation!r}, function={self.function!r}"
-            raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
-
-    # these are asked for over and over, so they are made once: a cached property keeps its value beside the fields
-    @cached_property
-    def first(self) -> tuple[str, ...]:
-        """The names of the `nn.Linear` children before the activation, gate first where there is one."""
-        return (self.up,) if self.gate is None else (self.gate, self.up)
-
-    @cached_property
-    def projections(self) -> tuple[str, ...]:
-        """The names of all `nn.Linear` children, in the order of the equation."""
-        return self.first if self.down is None else (*self.first, self.down)
-
-    @cached_property
-    def children(self) -> tuple[str, ...]:
-        """The names of all children that the forward calls."""
-        return (*self.projections, *self.dropouts) + (() if self.activation is None else (self.activation,))
-
-    @cached_property
-    def halves(self) -> tuple[int, int] | None:
-        """Of a packed projection's output, which half is gate's and which is up's; None where none is packed."""
-        if self.kind is not MLPKind.PACKED:
-            return None
-        return (1, 0) if self.up_first else (0, 1)
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +43,43 @@ class GPU:
     def can_overlap(self) -> bool:
         """Whether a launch may begin while the one before is finishing: CUDA's programmatic dependent launch."""
         return self.capability >= (9, 0)
+
+
+class Matrix(NamedTuple):
+    """A matrix as kernels read it; `ABSENT` stands for a projection that a module does not have.
+
+    Args:
+        data: `[N, K]`.
+        scale: of a quantized `data`; None for floats.
+        bias: `[N]`, or None.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+ABSENT = Matrix(None, None, None)  # type: ignore[arg-type]
+
+
+class MLPOperands(NamedTuple):
+    """The weights of an MLP: gate and up are `[I, H]`, down is `[O, I]`; gate and down may be `ABSENT`."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    activation: str
+
+    def flat(self) -> tuple:
+        """In the order of the operator `torch.ops.hf_fused_mlp.mlp`: weights, biases, activation."""
+        gate, up, down, activation = self
+        return gate.data, up.data, down.data, gate.bias, up.bias, down.bias, activation
+
+    @staticmethod
+    def of(gate, up, down, gate_bias, up_bias, down_bias, activation) -> "MLPOperands":
+        """The inverse of `flat`."""
+        matrices = Matrix(gate, None, gate_bias), Matrix(up, None, up_bias), Matrix(down, None, down_bias)
+        return MLPOperands(*matrices, activation)
 
 
 @dataclass(frozen=True)

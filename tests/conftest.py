@@ -18,6 +18,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def no_call_is_small(monkeypatch):
+    """Tests are about few tokens, for which one kernel between called layers would not be worth it."""
+    monkeypatch.setattr("hf_fused_mlp.families.mlp.fused.SMALL_INPUT", 0)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """Where kernels run: compiled on a GPU, interpreted on the CPU. New memory holds NaN, so that a gap shows."""
@@ -62,7 +68,7 @@ def interpreter(monkeypatch):
     cache.forget()  # of what is kept of calls, kernels are a part
     changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base, tl.core.condition)
     before = [dict(vars(owner)) for owner in changed]
-    for module in (tl, tl.standard, _common, norm, *kernels.FAMILIES.values()):
+    for module in (tl, tl.standard, _common, norm, *kernels.KERNELS.values()):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))

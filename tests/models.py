@@ -9,8 +9,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_fused_mlp import fuse_model, modules, ops
-from hf_fused_mlp.recognition import recognise
+from hf_fused_mlp import fuse_model, modes
+from hf_fused_mlp.families.mlp.fused import FusedMLP
+from hf_fused_mlp.reading.mlp import recognise
 
 SIZES = {
     "vocab_size": 96,
@@ -75,8 +76,8 @@ def token_ids(*shape):
 
 
 def as_on_gpu(monkeypatch):
-    """Lets fused modules on a CPU call the operators, unless something but the device speaks against it."""
-    monkeypatch.setattr(modules, "no_kernels", lambda device: None)
+    """Lets fused modules on a CPU call the operators, unless more than the device forbids it."""
+    monkeypatch.setattr(modes, "no_kernels", lambda device: None)
 
 
 class Doubling(TorchFunctionMode):
@@ -94,5 +95,5 @@ def assert_fused_computes_the_same(module):
     with torch.no_grad():
         expected = module(x)
         fused = fuse_model(nn.ModuleList([copy.deepcopy(module)]), strict=True)[0]
-        assert isinstance(fused, modules.FusedMLP)
-        torch.testing.assert_close(ops.mlp(x, *fused.operands()), expected, atol=1e-5, rtol=1e-5)
+        assert isinstance(fused, FusedMLP)
+        torch.testing.assert_close(fused.by_operator(x), expected, atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 import torch
 
 from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.types import Matrix, MLPOperands
 from hf_fused_mlp.validation import inaccuracy
 
 
@@ -15,8 +16,46 @@ def run_plan(plan, x, gate, up, down, *biases_and_activation):
     """The MLP as `plan` has it, prepared for this one call."""
     from hf_fused_mlp.kernels import prepare
 
-    *biases, activation = biases_and_activation
-    return prepare(plan, x, gate, up, down, activation)(x, gate, up, down, *biases)
+    operands = MLPOperands.of(gate, up, down, *biases_and_activation)
+    return prepare(plan, x, operands)(x, *operands[:3])
+
+
+def mlp_cuda(x, *operands):
+    """`dispatch.mlp_cuda` with the arguments of the operator."""
+    from hf_fused_mlp.ops import dispatch
+
+    return dispatch.mlp_cuda(x, MLPOperands.of(*operands))
+
+
+def linear(x, weight, bias, gate, gate_bias, activation, config):
+    """`kernels.linear` of single tensors."""
+    from hf_fused_mlp import kernels
+
+    return kernels.linear(x, Matrix(weight, None, bias), Matrix(gate, None, gate_bias), activation, config)
+
+
+def kind_and_tensors(operands):
+    """What the launch cache is asked for, but for the input."""
+    from hf_fused_mlp.launch_cache import mlp_kind
+
+    gate, up, down, _ = operands
+    return mlp_kind(*operands), (*gate, *up, *down)
+
+
+def remember(x, operands, run):
+    """Keeps `run` as the answer to an MLP's call."""
+    from hf_fused_mlp import launch_cache
+
+    kind, tensors = kind_and_tensors(operands)
+    launch_cache.remember(kind, (x, *tensors), run)
+
+
+def look_up(x, operands):
+    """The remembered answer to an MLP's call, or None."""
+    from hf_fused_mlp import launch_cache
+
+    kind, tensors = kind_and_tensors(operands)
+    return launch_cache.answer(kind, (x, *tensors), (x, *operands[:3]))
 
 
 def random_mlp(H, I, gated, bias, dtype, device="cpu", seed=0):

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from models import Doubling, as_on_gpu, tiny_model
+from numerics import look_up, remember
 from test_wrapped import PROJECTIONS, WRAPPERS, attach_hook
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -16,10 +17,12 @@ from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from hf_fused_mlp import dispatch, fuse_model, memory, modules
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp import fuse_model, launch_cache
+from hf_fused_mlp.families.mlp import fused
+from hf_fused_mlp.families.mlp.fused import FusedMLP
+from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.tuning import cache
-from hf_fused_mlp.types import UNFUSED
+from hf_fused_mlp.types import UNFUSED, MLPOperands
 
 ANSWER = torch.zeros(1)
 KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
@@ -36,14 +39,13 @@ def short_way(monkeypatch):
 
 
 def replay(mlp, x):
-    return modules._again(mlp, type(mlp), x)
+    return fused._replay(mlp, type(mlp), x)
 
 
 def answered_mlp(x, model_type="llama"):
     """A fused MLP that has answered a call with `x`."""
     mlp = next(m for m in fuse_model(tiny_model(model_type)).modules() if isinstance(m, FusedMLP))
-    *tensors, _ = operands = mlp.operands()
-    memory.remember(memory.mlp_kind(*operands), (x, *tensors), lambda *tensors: ANSWER)
+    remember(x, mlp.operands(), lambda *operands: ANSWER)
     return mlp
 
 
@@ -75,7 +77,7 @@ def test_the_long_way_has_nothing_against_it(model_type, short_way):
     x = torch.randn(3, 64)
     mlp = answered_mlp(x, model_type)
     assert replay(mlp, x) is ANSWER
-    assert mlp.reasons(torch.device("cuda", 0)) == (None, None)
+    assert mlp.runs(torch.device("cuda", 0)) == (None, None)
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
@@ -209,7 +211,7 @@ def test_a_packed_bias_that_cannot_be_halved(bias, short_way):
     mlp = answered_mlp(x, "phi3")
     mlp.gate_up_proj.bias = nn.Parameter(bias)
     assert replay(mlp, x) is None
-    assert mlp.reasons(torch.device("cuda", 0))[1].startswith("gate_up_proj has a sparse weight, or a bias that")
+    assert mlp.runs(torch.device("cuda", 0))[1].startswith("gate_up_proj has a sparse weight, or a bias that")
     if bias.numel() == 1:
         torch.testing.assert_close(mlp(x), Phi3MLP.forward(mlp, x))
 
@@ -228,8 +230,7 @@ class Dropped(nn.Module):
 def test_dropout_on_the_way(make, short_way):
     x = torch.randn(3, 64)
     (mlp,) = fuse_model(nn.ModuleList([make()]).eval(), strict=True)
-    *tensors, _ = operands = mlp.operands()
-    memory.remember(memory.mlp_kind(*operands), (x, *tensors), lambda *tensors: ANSWER)
+    remember(x, mlp.operands(), lambda *operands: ANSWER)
     dropout = next(name for name, child in mlp.named_children() if isinstance(child, nn.Dropout))
     assert mlp(x) is ANSWER
     mlp.get_submodule(dropout).train()
@@ -280,13 +281,13 @@ def test_backward_hooks_do_nothing_here(short_way):
     mlp.down_proj.register_full_backward_hook(lambda *args: None)
     mlp.down_proj.register_full_backward_pre_hook(lambda *args: None)
     assert replay(mlp, x) is ANSWER
-    assert mlp.reasons(torch.device("cuda", 0)) == (None, None)
+    assert mlp.runs(torch.device("cuda", 0)) == (None, None)
     with torch.enable_grad():
         assert replay(mlp, x) is None
 
 
 def test_pytorch_can_compare_tensors_at_once():
-    assert memory.TensorGuards is not None, "each call would find its way anew"
+    assert launch_cache.TensorGuards is not None, "each call would find its way anew"
 
 
 STATES = {
@@ -333,10 +334,10 @@ def test_autocast_that_was_on_before(short_way, monkeypatch):
     mlp = fuse_model(tiny_model()).model.layers[0].mlp
     for context, again in ((torch.autocast("cpu", torch.bfloat16), False), (nullcontext(), True)):
         with context:
-            out = dispatch.mlp_cuda(x, *mlp.operands())
-            assert torch.equal(out, dispatch.mlp_cuda(x, *mlp.operands()))
+            out = dispatch.mlp_cuda(x, mlp.operands())
+            assert torch.equal(out, dispatch.mlp_cuda(x, mlp.operands()))
             assert (replay(mlp, x) is not None) is again
-    assert len(memory.remembered) == 2
+    assert len(launch_cache.remembered) == 2
 
 
 TRANSFORMS = {
@@ -394,18 +395,18 @@ def test_one_tensor_as_two(short_way):
     weight = torch.randn(64, 64)
     kind, arguments = "kind", (torch.randn(3, 64), weight, weight)
     for _ in range(3):
-        memory.remember(kind, arguments, lambda *tensors: ANSWER)
-        assert memory.answer(kind, arguments) is None
-    assert not memory.remembered
+        launch_cache.remember(kind, arguments, lambda *tensors: ANSWER)
+        assert launch_cache.answer(kind, arguments, arguments) is None
+    assert not launch_cache.remembered
 
 
 def test_memory_is_bounded(short_way):
     for m in range(1, 5000):
-        memory.remember("kind", (torch.empty(m, 1),), None)
-    assert len(memory.remembered) <= 4096
+        launch_cache.remember("kind", (torch.empty(m, 1),), None)
+    assert len(launch_cache.remembered) <= 4096
     for stride in range(4, 400, 4):
-        memory.remember("kind", (torch.empty(2, stride)[:, :1],), None)
-    assert max(map(len, memory.remembered.values())) <= 64
+        launch_cache.remember("kind", (torch.empty(2, stride)[:, :1],), None)
+    assert max(map(len, launch_cache.remembered.values())) <= 64
 
 
 @pytest.mark.gpu
@@ -450,8 +451,8 @@ def test_operands_that_do_not_fit(short_way):
     x, gate, up = torch.randn(3, 64), torch.randn(96, 64), torch.randn(96, 64)
     down, biases = torch.randn(64, 96), [torch.randn(96), torch.randn(96), torch.randn(64)]
     call = [x, gate, up, down, *biases, "silu"]
-    memory.remember(memory.mlp_kind(*call[1:]), call[:-1], lambda *tensors: ANSWER)
-    again = lambda x, *operands: memory.answer(memory.mlp_kind(*operands), (x, *operands[:-1]))  # noqa: E731
+    remember(x, MLPOperands.of(*call[1:]), lambda *operands: ANSWER)
+    again = lambda x, *operands: look_up(x, MLPOperands.of(*operands))  # noqa: E731
     assert again(*call) is ANSWER
     for i, operand in enumerate(call[:-1]):
         others = [operand.double(), operand[:2], operand[..., :32], operand[None]]

@@ -8,7 +8,7 @@ from models import MLP_CLASSES, MODEL_TYPES, real_mlp, tiny_model, token_ids
 from numerics import assert_accurate, run_plan
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.types import Plan, TileConfig
 
 SKINNY = TileConfig("skinny", block_m=16, block_n=64, block_k=64, num_stages=3)
@@ -25,7 +25,7 @@ def test_kernels_compute_what_the_class_computes(path, dtype, m, config, device)
     x = torch.randn(m, 64).to(dtype).to(device)
     eager, oracle = mlp(x), copy.deepcopy(mlp).double()(x.double())
     fuse_model(mlp, strict=True)
-    assert_accurate(run_plan(Plan(config, config), x, *mlp.operands()), eager, oracle)
+    assert_accurate(run_plan(Plan(config, config), x, *mlp.operands().flat()), eager, oracle)
 
 
 @pytest.mark.gpu
@@ -38,7 +38,7 @@ def test_fused_module_on_gpu(path, dtype, shape):
     x = torch.randn(shape, device="cuda").to(dtype)
     eager, oracle = mlp(x), copy.deepcopy(mlp).double()(x.double())
     fuse_model(mlp, strict=True)
-    assert mlp.reasons() == (None, None)
+    assert mlp.runs() == (None, None)
     fused = mlp(x)
     assert fused.shape == eager.shape
     assert fused.stride() == eager.stride()
@@ -92,4 +92,4 @@ def test_published_shapes(row, sizes, m):
     config = {1: TileConfig("gemv", block_k=2048), 16: SKINNY}.get(
         m, TileConfig("gemm", 128, 128, 64, num_warps=8, num_stages=3, group_m=8)
     )
-    assert_accurate(run_plan(Plan(config, config), x, *mlp.operands()), eager, oracle)
+    assert_accurate(run_plan(Plan(config, config), x, *mlp.operands().flat()), eager, oracle)

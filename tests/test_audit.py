@@ -13,12 +13,13 @@ from pages import check_page
 from typer.testing import CliRunner
 
 import hf_fused_mlp
-from hf_fused_mlp import audit, fuse_model, fusion_report, register_mlp, registry, unfuse_model
+from hf_fused_mlp import audit, fuse_model, fusion_report, register_mlp, unfuse_model
 from hf_fused_mlp.cli import app
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.profiling.measure import as_it_came
 from hf_fused_mlp.profiling.page import page
-from hf_fused_mlp.registry import find_spec
+from hf_fused_mlp.reading import mlp as reading_mlp
+from hf_fused_mlp.reading.mlp import find_spec
 
 SIZES = {"prompt_tokens": 24, "new_tokens": 3, "rounds": 2}
 
@@ -91,7 +92,7 @@ def test_modules_are_fused_again_by_the_spec_they_had(monkeypatch):
     model = fuse_model(tiny_model())
     mlp = model.model.layers[0].mlp
     fused = type(mlp)
-    monkeypatch.setattr(registry, "MLP_SPECS", WeakKeyDictionary())
+    monkeypatch.setattr(reading_mlp, "MLP_SPECS", WeakKeyDictionary())
     with as_it_came(model):
         unfuse_model(model)
         register_mlp(fused.original_class, replace(fused.fused_spec, gate="up_proj", up="gate_proj"))

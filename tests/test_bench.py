@@ -18,7 +18,7 @@ from hf_fused_mlp.bench.peers import IMPLEMENTATIONS, Implementation, Unavailabl
 from hf_fused_mlp.bench.shapes import Shape, fused_twin
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.console import note
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.tuning.timing import Timing
 from hf_fused_mlp.validation import inaccuracy
 

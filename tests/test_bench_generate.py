@@ -13,8 +13,8 @@ from hf_fused_mlp.bench import generate, host, measuring, results
 from hf_fused_mlp.bench.generate import Workload
 from hf_fused_mlp.bench.shapes import fused_twin
 from hf_fused_mlp.cli import app
-from hf_fused_mlp.modules import FusedMLP
-from hf_fused_mlp.norms import FusedRMSNorm
+from hf_fused_mlp.families.mlp.fused import FusedMLP
+from hf_fused_mlp.families.norm import FusedRMSNorm
 from hf_fused_mlp.profiling.trace import Breakdown
 
 

@@ -18,8 +18,8 @@ from hf_fused_mlp.cli.list import table as list_table
 from hf_fused_mlp.cli.model_types import Entry, Found
 from hf_fused_mlp.cli.run import first_difference, report_table
 from hf_fused_mlp.cli.validate import layer_table
-from hf_fused_mlp.fuse import FusionReport, ModuleStatus
 from hf_fused_mlp.numerics.report import LayerNumerics
+from hf_fused_mlp.report import FamilyReport, FusionReport, ModuleStatus
 
 
 def invoke(*args):
@@ -92,7 +92,7 @@ def test_brackets_in_messages_are_no_markup(capsys):
         fail("the spec [red] names [/no] style")
     assert "the spec [red] names [/no] style" in capsys.readouterr().err
     reason = "remove [/it], or pass exclude=[...]"
-    report = FusionReport((ModuleStatus("mlp", "SomeMLP", "skipped", reason),))
+    report = FusionReport((FamilyReport("mlps", "MLP", (ModuleStatus("mlp", "SomeMLP", "skipped", reason),)),))
     assert list(report_table(report).columns[3].cells) == [escape(reason)]
 
 
@@ -233,7 +233,7 @@ STRANGE = ["[red]MLP", "[/]MLP", "[/red]", ":smile:MLP", "a.b[0].MLP", "[link=x]
 @pytest.mark.parametrize("name", STRANGE)
 def test_names_are_printed_as_they_are(name, capsys):
     status = ModuleStatus(name, name, "skipped", f"{name} is odd")
-    report = FusionReport((status,))
+    report = FusionReport((FamilyReport("mlps", "MLP", (status,)),))
     output.print(report_table(report))
     entry = Entry(name, name, (Found(name, 1, "skipped", name),))
     output.print(list_table([entry]))

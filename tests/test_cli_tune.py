@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 from hf_fused_mlp import fuse_model
 from hf_fused_mlp.bench.shapes import SHAPES
 from hf_fused_mlp.cli import app
-from hf_fused_mlp.cli.tune import MLP, mlps_of
-from hf_fused_mlp.dispatch import find_plan, problem_key
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.cli.tune import problems_of
+from hf_fused_mlp.families.mlp.fused import FusedMLP
+from hf_fused_mlp.ops.dispatch import find_plan, problem_key
 from hf_fused_mlp.tuning import cache, tuner
 from hf_fused_mlp.tuning.plan_files import TunedPlan
-from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, TileConfig
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 
@@ -60,7 +60,7 @@ def test_a_shape(gpu, plan_cache):
         ["16", "skinny 16x64x128", "torch", "16.0", "24.0", "1.50x"],
         ["32", "skinny 16x64x128", "torch", "32.0", "48.0", "1.50x"],
     ]
-    key = MLP(4096, 16384, 4096, False, "gelu", torch.bfloat16, True).key(17, gpu)
+    key = ProblemKey(32, 4096, 16384, 4096, False, "gelu", torch.bfloat16, True, True, gpu)
     assert key.m == 32
     assert find_plan(key).up.kernel == "skinny"
 
@@ -94,8 +94,9 @@ def test_a_gpu_without_kernels(gpu, monkeypatch):
 
 
 def test_every_shape_is_found():
-    assert len(mlps_of("all", None)) == len(SHAPES)
-    assert mlps_of("phi-3-mini", torch.float16) == [MLP(3072, 8192, 3072, True, "silu", torch.float16, False)]
+    assert len(problems_of("all", None)) == len(SHAPES)
+    sizes = 1, 3072, 8192, 3072, True, "silu", torch.float16, False, True
+    assert problems_of("phi-3-mini", torch.float16) == [ProblemKey(*sizes, GPU.of(torch.device("cpu")))]
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -106,11 +107,8 @@ def test_a_model_gives_the_problems_that_its_fused_mlps_ask_for(model_type, tmp_
     asked = set()
     for module in model.modules():
         if isinstance(module, FusedMLP):
-            gate, up, down, *biases, activation = module.operands()
-            bias = any(tensor is not None for tensor in biases)
-            asked.add(problem_key(3, gate, up, down, activation, bias))
-    gpu = GPU.of(torch.device("cpu"))
-    assert {mlp.key(3, gpu) for mlp in mlps_of(str(tmp_path), None)} == asked
+            asked.add(problem_key(1, module.operands()))
+    assert set(problems_of(str(tmp_path), None)) == asked
 
 
 def test_a_model_without_known_mlps(tmp_path):

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import random_mlp
+from numerics import linear, random_mlp
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.dispatch import act_mul_backward_cuda, act_mul_cuda
-from hf_fused_mlp.kernels import call_of, linear, norm
-from hf_fused_mlp.norms import FORMS
+from hf_fused_mlp.kernels import describe_launch, norm
+from hf_fused_mlp.ops.dispatch import act_mul_backward_cuda, act_mul_cuda
+from hf_fused_mlp.reading.norm import FORMS
 from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.types import GPU, TileConfig
 
@@ -114,6 +114,6 @@ def test_act_mul_compiles(activation, target, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_rms_norm_compiles(form, hidden, target, monkeypatch):
     x, weight = torch.randn(3, hidden, dtype=torch.bfloat16), torch.randn(hidden, dtype=torch.bfloat16)
-    call = call_of(x, weight[None], False, "identity")
+    call = describe_launch(x, weight[None], False, "identity")
     (kernel,) = compiled(lambda: norm.rms_norm(call, 1e-6, form)(x, weight), TARGETS[target], monkeypatch)
     assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it once, at its import
 deepspeed = pytest.importorskip("deepspeed")

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, logging
 
 from hf_fused_mlp import fuse_model, fusion_report
 from hf_fused_mlp.cli.model_types import MODEL_TYPES
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

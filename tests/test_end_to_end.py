@@ -16,8 +16,8 @@ from numerics import assert_accurate, run_plan
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.modules import FusedMLP
 
 BYTE_NEOX = Path(__file__).parent / "data" / "byte_neox"
 PROMPTS = [
@@ -111,7 +111,7 @@ def test_smollm2_layer_through_the_interpreted_kernels(smollm2, device):
     oracle = copy.deepcopy(mlp).double()
     eager = type(mlp).original_class.forward(mlp, x)
     expected = type(mlp).original_class.forward(oracle, x.double())
-    assert_accurate(run_plan(Plan(config, config), x, *mlp.operands()), eager, expected)
+    assert_accurate(run_plan(Plan(config, config), x, *mlp.operands().flat()), eager, expected)
 
 
 @pytest.mark.slow

@@ -12,9 +12,10 @@ from transformers.activations import ACT2FN, AccurateGELUActivation, GELUActivat
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_fused_mlp import MLPSpec, fuse_model, fusion_report, register_mlp, unfuse_model
-from hf_fused_mlp.activations import ACTIVATIONS, find_activation
-from hf_fused_mlp.modules import FusedMLP
-from hf_fused_mlp.registry import MLP_SPECS
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.families.mlp.fused import FusedMLP
+from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.mlp import MLP_SPECS
 
 
 def first_mlp(model):
@@ -219,7 +220,6 @@ def test_twice_is_once():
 
 
 def test_failure_half_way_fuses_nothing(monkeypatch):
-    from hf_fused_mlp import modules
 
     model, calls = tiny_model(), []
 
@@ -230,7 +230,7 @@ def test_failure_half_way_fuses_nothing(monkeypatch):
         return []
 
     as_on_gpu(monkeypatch)
-    monkeypatch.setattr(modules, "pack", pack_once)
+    monkeypatch.setattr("hf_fused_mlp.families.mlp.fused.pack", pack_once)
     with pytest.raises(KeyboardInterrupt):
         fuse_model(model)
     assert fused_count(model) == 0

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 import hf_fused_mlp
-from hf_fused_mlp import fuse
+from hf_fused_mlp import fusion_report
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.integrations import transformers as hook
-from hf_fused_mlp.modules import FusedMLP
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +116,48 @@ def test_save_and_reload_are_vanilla(model_type, max_shard_size, tmp_path):
 
 @pytest.mark.parametrize("flag", ["yes please", "Strict", 1, 0, [], b"yes"], ids=repr)
 def test_bad_flag(flag, directory):
-    with pytest.raises(ValueError, match=r'use_fused_mlp=.*expected True, False or "strict"'):
+    with pytest.raises(ValueError, match=r'use_fused_mlp=.*expected True, False, "strict" or a dict of strict, '):
         AutoModelForCausalLM.from_pretrained(directory, use_fused_mlp=flag)
+    assert not is_fused(AutoModelForCausalLM.from_pretrained(directory))
+
+
+def test_options_in_the_flag(directory):
+    """A dict takes what `fuse_model` takes."""
+    load = AutoModelForCausalLM.from_pretrained
+    report = fusion_report(load(directory, use_fused_mlp={"norms": True, "exclude": ["*.0.mlp", "model.norm"]}))
+    assert [mlp.state for mlp in report.mlps] == ["fusable", "fused"]
+    assert [norm.state for norm in report.norms] == ["fused"] * 4 + ["fusable"]
+    assert is_fused(load(directory, use_fused_mlp={}))
+    with pytest.raises(ValueError, match="strict: 1 of 1 norms cannot be fused"):
+        config = tiny_config("llama")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hf_fused_mlp.families.norm.find_norm", lambda module: None)
+            AutoModelForCausalLM.from_config(
+                config, use_fused_mlp={"strict": True, "norms": True, "exclude": ["*layernorm"]}
+            )
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"norm": True}, ValueError, "use_fused_mlp: unknown option 'norm'; the options are strict, exclude, norms"),
+        ({"norms": "yes"}, TypeError, "norms='yes': expected True or False"),
+        ({"strict": 1}, TypeError, "strict=1: expected True or False"),
+        ({"exclude": "mlp"}, TypeError, "exclude='mlp' is a string; pass a list"),
+        ({"exclude": None}, TypeError, "exclude=None: expected a list of module names"),
+        ({"exclude": [3]}, TypeError, r"exclude=\[3\]: expected a list of module names"),
+        ({"exclude": ["nothing"]}, ValueError, "exclude: 'nothing' matches no MLP"),
+    ],
+)
+def test_bad_options_in_the_flag(options, error, words, directory):
+    with pytest.raises(error, match=words):
+        AutoModelForCausalLM.from_pretrained(directory, use_fused_mlp=options)
     assert not is_fused(AutoModelForCausalLM.from_pretrained(directory))
 
 
 def test_strict_raises_and_the_next_load_is_plain(directory, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(fuse, "find_spec", lambda module: None)
+        patch.setattr("hf_fused_mlp.families.mlp.find_spec", lambda module: None)
         with pytest.raises(ValueError, match=r"strict: 2 of 2 MLPs cannot be fused(.|\n)*model.layers.0.mlp"):
             AutoModelForCausalLM.from_pretrained(directory, use_fused_mlp="strict")
     assert not is_fused(AutoModelForCausalLM.from_pretrained(directory))

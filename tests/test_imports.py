@@ -11,95 +11,31 @@ import hf_fused_mlp
 
 PACKAGE = Path(hf_fused_mlp.__file__).parent
 
-# each part may import itself and the parts listed
-MAY_IMPORT = {
-    "types": {"torch"},
-    "version": set(),
-    "activations": {"torch", "children"},
-    "weights": {"torch"},
-    "validation": {"torch"},
-    "reference": {"torch", "activations", "types"},
-    "memory": {"torch"},
-    "source": set(),
-    "files": set(),
-    "recognition": {"torch", "activations", "originals", "types", "source"},
-    "originals": {"torch"},
-    "threads": {"torch"},
-    "children": {"torch", "originals"},
-    "registry": {"torch", "activations", "children", "originals", "recognition", "types"},
-    "kernels": {"torch", "triton", "types", "reference"},
-    "tuning": {"torch", "triton", "platformdirs", "types", "files", "reference", "validation", "kernels", "memory"},
-    "dispatch": {"torch", "triton", "types", "weights", "reference", "kernels", "tuning", "memory"},
-    "ops": {"torch", "types", "activations", "reference", "dispatch"},
-    "swap": {"torch", "threads"},
-    "modules": {
-        "torch",
-        "types",
-        "activations",
-        "recognition",
-        "children",
-        "originals",
-        "weights",
-        "registry",
-        "swap",
-        "threads",
-        "memory",
-        "ops",
-    },
-    "norms": {"torch", "children", "originals", "source", "recognition", "swap", "memory", "ops"},
-    "fuse": {"torch", "children", "originals", "recognition", "registry", "swap", "threads", "modules", "norms"},
-    "numerics": {"torch", "validation", "ops", "swap", "modules", "fuse"},
-    "integrations": {"torch", "transformers", "fuse"},
-    "profiling": {
-        "torch",
-        "transformers",
-        "jinja2",
-        "markupsafe",
-        "types",
-        "version",
-        "registry",
-        "swap",
-        "modules",
-        "dispatch",
-        "tuning",
-        "fuse",
-    },
-    "bench": {
-        "liger_kernel",
-        "quack",
-        "matplotlib",
-        "torch",
-        "transformers",
-        "types",
-        "files",
-        "activations",
-        "swap",
-        "modules",
-        "norms",
-        "dispatch",
-        "fuse",
-        "tuning",
-        "validation",
-        "integrations",
-        "profiling",
-    },
-    "cli": {
-        "torch",
-        "transformers",
-        "typer",
-        "rich",
-        "types",
-        "activations",
-        "registry",
-        "fuse",
-        "tuning",
-        "numerics",
-        "integrations",
-        "profiling",
-        "bench",
-    },
-    "__init__": {"types", "version", "registry", "fuse", "numerics", "integrations", "profiling"},
-    "__main__": {"cli"},
+# a part may import itself and the parts in the lines above its own
+LAYERS = (
+    ("version", "types", "activations", "originals", "threads", "files", "options", "report", "validation"),
+    ("calls", "modes", "reference", "launch_cache"),
+    ("reading", "weights", "swap"),
+    ("kernels",),
+    ("tuning",),
+    ("ops",),
+    ("families",),
+    ("fuse",),
+    ("numerics", "profiling", "integrations"),
+    ("bench",),
+    ("cli",),
+    ("__init__",),
+    ("__main__",),
+)
+# the packages that a part may import besides torch
+PACKAGES = {
+    "kernels": {"triton"},
+    "tuning": {"triton", "platformdirs"},
+    "ops": {"triton"},
+    "integrations": {"transformers"},
+    "profiling": {"transformers", "jinja2", "markupsafe"},
+    "bench": {"transformers", "liger_kernel", "quack", "matplotlib"},
+    "cli": {"transformers", "typer", "rich"},
 }
 
 
@@ -120,7 +56,15 @@ def test_layers(path):
             assert node.level == 0
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             imported |= {part_of(name if node.module == "hf_fused_mlp" else node.module) for name in names}
-    assert imported - set(sys.stdlib_module_names) - {part} <= MAY_IMPORT[part]
+    below = LAYERS[: next(place for place, layer in enumerate(LAYERS) if part in layer)]
+    allowed = {part, "torch", *PACKAGES.get(part, ()), *(name for layer in below for name in layer)}
+    assert imported - set(sys.stdlib_module_names) <= allowed
+
+
+def test_fuse_knows_no_family():
+    nodes = ast.walk(ast.parse((PACKAGE / "fuse.py").read_text()))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and "families" in str(node.module)]
+    assert {alias.name for node in imports for alias in node.names} == {"FAMILIES", "Family"}
 
 
 def test_no_file_is_long():

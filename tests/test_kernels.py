@@ -8,18 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from numerics import assert_accurate, oracle_of, random_halves, random_mlp, run_plan
+from numerics import assert_accurate, linear, mlp_cuda, oracle_of, random_halves, random_mlp, run_plan
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.dispatch import act_mul_backward_cuda, act_mul_cuda, mlp_cuda
-from hf_fused_mlp.kernels import FAMILIES, LAUNCHERS, _launch, call_of, gemm, linear
+from hf_fused_mlp.kernels import KERNELS, LAUNCHERS, _launch, describe_launch, gemm
 from hf_fused_mlp.kernels._launch import allocator, launcher
+from hf_fused_mlp.ops.dispatch import act_mul_backward_cuda, act_mul_cuda
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.tuner import candidates
-from hf_fused_mlp.types import GPU, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
+from hf_fused_mlp.types import GPU, TORCH, LinearKey, Matrix, Plan, ProblemKey, TileConfig, next_power_of_two
 
 SMALL = {
     "gemv": TileConfig("gemv", block_k=32),
@@ -308,7 +308,7 @@ def test_plans_fit_the_problem():
         key = ProblemKey(m, H, I, H, gated, activation, dtype, False, one_block, gpu)
         plan = heuristic_plan(key)
         for launch, config in ((key.up, plan.up), (key.down, plan.down)):
-            assert config.kernel == "torch" or FAMILIES[config.kernel].supports(launch) is None
+            assert config.kernel == "torch" or KERNELS[config.kernel].supports(launch) is None
 
 
 @KINDS
@@ -324,8 +324,8 @@ def test_a_launch_serves_all_tensors_of_its_kind(family, bias, gated, device):
     for i, x in enumerate(wide[..., :H]):
         gate, up, _, gate_bias, up_bias, _ = random_mlp(H, I, gated, bias, torch.float16, device, seed=i)
         if run is None:
-            call = call_of(x, up, gated, activation)
+            call = describe_launch(x, up, gated, activation)
             assert call.stride_xm == H + 8
             run = LAUNCHERS[family](call, SMALL[family])
-        operands = up, up_bias, gate, gate_bias
-        assert torch.equal(run(x, *operands), linear(x, *operands, activation, SMALL[family]))
+        expected = linear(x, up, up_bias, gate, gate_bias, activation, SMALL[family])
+        assert torch.equal(run(x, Matrix(up, None, up_bias), Matrix(gate, None, gate_bias)), expected)

@@ -17,8 +17,7 @@ from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.coverage import LIGER_MODEL_TYPES, OUTCOMES, coverage_page, outcome_of, summary
 from hf_fused_mlp.cli.list import table
 from hf_fused_mlp.cli.model_types import LACKING, MODEL_TYPES, Entry, Found, examine
-from hf_fused_mlp.recognition import recognise
-from hf_fused_mlp.types import MLPKind
+from hf_fused_mlp.reading.mlp import MLPKind, recognise
 
 H, I = 12, 20
 PAGE = Path(__file__).parent.parent / "docs/coverage.md"

@@ -19,12 +19,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from triton.runtime.errors import OutOfResources
 
-from hf_fused_mlp import dispatch, fuse_model, fusion_report, modules, norms, ops, unfuse_model
-from hf_fused_mlp.norms import FORMS, FusedRMSNorm, NormSpec, find_norm
+from hf_fused_mlp import fuse_model, fusion_report, modes, unfuse_model
+from hf_fused_mlp.families import norm as norm_family
+from hf_fused_mlp.families.norm import FusedRMSNorm
+from hf_fused_mlp.ops import dispatch
+from hf_fused_mlp.reading.norm import FORMS, NormSpec, find_norm
 from hf_fused_mlp.tuning import cache
 
 CLASSES = {"rounded": LlamaRMSNorm, "weighed": Olmo2RMSNorm, "offset": GemmaRMSNorm}
-CPU = modules.no_kernels(torch.device("cpu"))
+CPU = modes.no_kernels(torch.device("cpu"))
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 
@@ -55,7 +58,7 @@ def launched(norm, x):
 
 def kernels_answer(fused, x):
     """What a call of a fused norm gives if the kernel may answer, or None."""
-    return norms._launched(fused, type(fused), x)
+    return norm_family._launched(fused, type(fused), x)
 
 
 def norm_classes():
@@ -155,7 +158,6 @@ class NotTorch:
         (Unused, None),
         (Later, None),
         (EpsilonOfTheClass, None),
-        (OwnRepack, None),
         (ScaledRMSNorm, None),
         (Centred, None),
         (OtherAxis, None),
@@ -165,6 +167,11 @@ class NotTorch:
 )
 def test_what_is_read(cls, expected):
     assert find_norm(cls(8)) == expected
+
+
+def test_a_method_of_our_name_stays_the_modules():
+    (norm,) = fusion_report(nn.ModuleList([OwnRepack(8)])).norms
+    assert (norm.state, "'repack' has a name" in norm.reason) == ("skipped", True)
 
 
 def test_what_torch_means(monkeypatch):
@@ -251,7 +258,7 @@ def kernel_runs(monkeypatch):
         return answers[-1]
 
     monkeypatch.setattr(dispatch, "rms_norm", rms_norm)
-    monkeypatch.setattr(ops, "runs_now", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr(modes, "runs_now", lambda x: not torch.is_grad_enabled())
     return answers
 
 
@@ -369,7 +376,7 @@ def test_a_class_put_on_top():
         unfuse_model(model)
     assert len(fusion_report(model).select("fused")) == 2
     parametrize.remove_parametrizations(model.model.norm, "weight")
-    assert not fusion_report(unfuse_model(model)).select("fused", norms=True)
+    assert not fusion_report(unfuse_model(model)).of("norms").select("fused")
 
 
 @torch.no_grad()
@@ -408,7 +415,7 @@ def test_when_the_original_forward_runs(kernel_runs, monkeypatch):
         fused.variance_epsilon = norm.variance_epsilon = 0.2
         assert takes_kernel()
         with monkeypatch.context() as without:
-            without.setattr(ops, "HAS_TRITON", False)
+            without.setattr(modes, "HAS_TRITON", False)
             assert not takes_kernel()
         assert takes_kernel()
         monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: x)

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import as_on_gpu, tiny_model, token_ids
-from numerics import assert_accurate, oracle_of, random_halves, random_mlp
+from numerics import assert_accurate, linear, oracle_of, random_halves, random_mlp
 
-from hf_fused_mlp import dispatch, fuse_model, ops
+from hf_fused_mlp import fuse_model, ops
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.kernels import linear
+from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.types import MLPOperands
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 KINDS = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -188,7 +189,7 @@ def test_overlapping_launches_give_the_bits_of_single_ones(M, gated):
     operands = gate, up, down, gate_bias, up_bias, down_bias = random_mlp(
         2048, 4096, gated, True, torch.bfloat16, "cuda"
     )
-    plan = dispatch.find_plan(dispatch.problem_key(M, gate, up, down, "silu", True))
+    plan = dispatch.find_plan(dispatch.problem_key(M, MLPOperands.of(*operands, "silu")))
     tokens = torch.randn(100, M, 2048, device="cuda").bfloat16()
     queued = [ops.mlp(x, *operands, "silu") for x in tokens]
     for x, out in zip(tokens, queued, strict=True):
@@ -218,4 +219,4 @@ def test_a_gpu_that_is_not_the_current_one():
     model = fuse_model(tiny_model(dtype=torch.bfloat16).to("cuda:1"), strict=True)
     ids = token_ids(1, 8).to("cuda:1")
     assert torch.allclose(model(ids).logits, tiny_model(dtype=torch.bfloat16).to("cuda:1")(ids).logits, atol=0.1)
-    assert model.to("cuda:0").model.layers[0].mlp.reasons() == (None, None)
+    assert model.to("cuda:0").model.layers[0].mlp.runs() == (None, None)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.weights import is_packed
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import assert_accurate, oracle_of, random_mlp
+from numerics import assert_accurate, look_up, mlp_cuda, oracle_of, random_mlp, remember
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from hf_fused_mlp import dispatch, memory
-from hf_fused_mlp.kernels import FAMILIES
+from hf_fused_mlp import launch_cache
+from hf_fused_mlp.kernels import KERNELS
+from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning import cache, plan_files
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan, kernel_code, kernel_hashes, read, write
-from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, MLPOperands, Plan, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 KEY = ProblemKey(16, 576, 1536, 576, True, "silu", torch.bfloat16, False, True, H100)
@@ -196,8 +197,8 @@ def test_the_kernels_hash_is_of_code_only():
     launcher = "\ndef run(x):\n    launch(f)(x)\n\ndef family(x):\n    return run(x)\n"
     assert kernel_code(source + backward + launcher, "family") == kernel_code(source), "of what plans run"
     assert kernel_code(source + backward + launcher.replace("(f)", "(g)"), "family") == kernel_code(source + backward)
-    assert kernel_hashes().keys() == FAMILIES.keys()
-    assert len(set(kernel_hashes().values())) == len(FAMILIES)
+    assert kernel_hashes().keys() == KERNELS.keys()
+    assert len(set(kernel_hashes().values())) == len(KERNELS)
 
 
 def assert_valid(path):
@@ -274,16 +275,16 @@ def test_dispatch_runs_a_plan_from_the_users_file(device, monkeypatch):
     operands = random_mlp(72, 104, True, False, torch.float16, device)
     x = torch.randn(5, 72).to(torch.float16).to(device)
     gpu = GPU.of(device)
-    key = dispatch.problem_key(5, *operands[:3], "silu")
+    key = dispatch.problem_key(5, MLPOperands.of(*operands, "silu"))
     ran = []
     prepare = dispatch.prepare
     monkeypatch.setattr(dispatch, "prepare", lambda plan, *args: ran.append(plan) or prepare(plan, *args))
     if device.type == "cpu":
         monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     plan = Plan(TileConfig("skinny", 16, 64, 64, num_stages=2), TORCH)
-    dispatch.mlp_cuda(x, *operands, "silu")
+    mlp_cuda(x, *operands, "silu")
     cache.save([TunedPlan(key, plan, 1.0, 2.0)], gpu)
-    out = dispatch.mlp_cuda(x, *operands, "silu")
+    out = mlp_cuda(x, *operands, "silu")
     assert ran == [heuristic_plan(key), plan], "a plan that was added counts from the next call on"
     assert_accurate(out, mlp_ref(x, *operands, "silu"), oracle_of(x, operands, "silu"))
 
@@ -312,7 +313,7 @@ def test_a_plan_that_does_not_fit_gives_way(error, monkeypatch, caplog):
 
     monkeypatch.setattr(dispatch, "prepare", prepare_or_fail)
     for tokens in (x, x, x[:4]):
-        assert torch.equal(dispatch.mlp_cuda(tokens, *operands, "silu"), mlp_ref(tokens, *operands, "silu"))
+        assert torch.equal(mlp_cuda(tokens, *operands, "silu"), mlp_ref(tokens, *operands, "silu"))
     assert ran == [TUNED.plan, UNFUSED, UNFUSED, UNFUSED]
     assert str(error) in the_warning(caplog)
 
@@ -328,7 +329,7 @@ def test_errors_that_are_not_the_plans(plan, error, monkeypatch):
     monkeypatch.setattr(dispatch, "prepare", prepare)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     with pytest.raises(type(error)):
-        dispatch.mlp_cuda(torch.randn(5, 72).half(), *random_mlp(72, 104, True, False, torch.float16), "silu")
+        mlp_cuda(torch.randn(5, 72).half(), *random_mlp(72, 104, True, False, torch.float16), "silu")
     assert not cache.unusable
 
 
@@ -358,13 +359,12 @@ def test_what_is_remembered_tells_calls_apart(monkeypatch):
         (x, gate, up, down[:40], None, None, None, "silu"),
         (x.float(), gate.float(), up.float(), down.float(), None, None, None, "silu"),
     ]
-    answers = [dispatch.mlp_cuda(*call) for call in calls]
-    assert sum(map(len, memory.remembered.values())) == len(calls)
+    answers = [mlp_cuda(*call) for call in calls]
+    assert sum(map(len, launch_cache.remembered.values())) == len(calls)
     for call, answer in zip(calls, answers, strict=True):
-        assert dispatch.mlp_cuda(*call) is answer
-        x, gate, up, down, *biases, activation = call
-        key = dispatch.problem_key(x.numel() // 64, gate, up, down, activation, bias=biases != [None] * 3)
-        assert answer == (dispatch.find_plan(key), x, gate, up, down, activation)
+        assert mlp_cuda(*call) is answer
+        x, operands = call[0], MLPOperands.of(*call[1:])
+        assert answer == (dispatch.find_plan(dispatch.problem_key(x.numel() // 64, operands)), x, operands)
 
 
 def test_what_kernels_do_not_take_is_not_remembered(monkeypatch):
@@ -372,28 +372,28 @@ def test_what_kernels_do_not_take_is_not_remembered(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     seen = []
 
-    def prepare(plan, x, *args):
+    def prepare(plan, x, operands):
         seen.append(x.is_contiguous())
-        return lambda *operands: mlp_ref(*operands, args[-1])
+        return lambda x, *matrices: mlp_ref(x, *MLPOperands(*matrices, operands.activation).flat())
 
     monkeypatch.setattr(dispatch, "prepare", prepare)
     gate, up, down, *biases = random_mlp(64, 96, True, False, torch.float32)
     x = torch.randn(2, 5, 128)
     for tokens in (x[..., ::2], x[..., :64].transpose(0, 1), x[:, :0, :64]):
-        out = dispatch.mlp_cuda(tokens, gate, up, down, *biases, "silu")
+        out = mlp_cuda(tokens, gate, up, down, *biases, "silu")
         torch.testing.assert_close(out, mlp_ref(tokens, gate, up, down, *biases, "silu"))
     assert seen == [True, True]
     gaps = torch.cat((down, down), 1)[:, :96]
     torch.testing.assert_close(
-        dispatch.mlp_cuda(x[..., :64], gate, up, gaps, *biases, "silu"),
-        dispatch.mlp_cuda(x[..., :64], gate, up, down, *biases, "silu"),
+        mlp_cuda(x[..., :64], gate, up, gaps, *biases, "silu"),
+        mlp_cuda(x[..., :64], gate, up, down, *biases, "silu"),
     )
     assert seen == [True, True, False]
-    memory.remembered.clear()
+    launch_cache.remembered.clear()
     shifted = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
     for _ in range(2):
-        dispatch.mlp_cuda(shifted[..., :64], gate, up, down, *biases, "silu")
-    assert not memory.remembered, "what is kept reads 16 bytes at a time"
+        mlp_cuda(shifted[..., :64], gate, up, down, *biases, "silu")
+    assert not launch_cache.remembered, "what is kept reads 16 bytes at a time"
 
 
 def test_a_look_up_takes_no_time(monkeypatch):
@@ -401,7 +401,7 @@ def test_a_look_up_takes_no_time(monkeypatch):
     operands = random_mlp(64, 96, True, False, torch.float16)
     x = torch.randn(17, 64).half()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    memory.remember(memory.mlp_kind(*operands, "silu"), (x, *operands), lambda *tensors: "the answer")
-    look_up = lambda: memory.answer(memory.mlp_kind(*operands, "silu"), (x, *operands))  # noqa: E731
-    assert look_up() == "the answer"
-    assert min(timeit.repeat(look_up, number=1000, repeat=20)) / 1000 < 10e-6
+    operands = MLPOperands.of(*operands, "silu")
+    remember(x, operands, lambda *operands: "the answer")
+    assert look_up(x, operands) == "the answer"
+    assert min(timeit.repeat(lambda: look_up(x, operands), number=1000, repeat=20)) / 1000 < 10e-6

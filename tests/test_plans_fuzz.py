@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from hf_fused_mlp import dispatch
+from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_fused_mlp import fuse_model, fusion_report
-from hf_fused_mlp.norms import FORMS, find_norm
-from hf_fused_mlp.recognition import recognise
+from hf_fused_mlp.reading.mlp import recognise
+from hf_fused_mlp.reading.norm import FORMS, find_norm
 
 NORM = "self.weight * ({x} * torch.rsqrt({x}.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)"
 

@@ -9,8 +9,7 @@ from models import as_on_gpu, assert_fused_computes_the_same
 from torch import nn
 
 from hf_fused_mlp import fuse_model, fusion_report
-from hf_fused_mlp.recognition import recognise
-from hf_fused_mlp.types import MLPSpec
+from hf_fused_mlp.reading.mlp import MLPSpec, recognise
 
 H, I = 12, 20
 
@@ -335,9 +334,9 @@ def test_an_activation_subclass_is_unknown():
 def test_a_dropout_that_changes_afterwards_is_called(monkeypatch):
     module = fuse_model(UpFirst().eval(), strict=True)
     as_on_gpu(monkeypatch)
-    assert module.reasons() == (None, None)
+    assert module.runs() == (None, None)
     module.drop = nn.Tanh()
-    assert "drop is not a plain dropout" in module.reasons()[0]
+    assert "drop is not a plain dropout" in module.runs()[0]
     x = torch.randn(3, H)
     expected = module.back(torch.tanh(module.wide(x) * module.bend(module.narrow(x))))
     torch.testing.assert_close(module(x), expected)
@@ -347,9 +346,9 @@ def test_a_dropout_that_is_left_on_is_called(monkeypatch):
     module = fuse_model(UpFirst(), strict=True)
     assert module.training
     as_on_gpu(monkeypatch)
-    assert module.eval().reasons() == (None, None)
+    assert module.eval().runs() == (None, None)
     module.drop.train()
-    assert module.reasons()[0] == "drop is in training mode; call eval() on it"
+    assert module.runs()[0] == "drop is in training mode; call eval() on it"
     x = torch.ones(1, H)
     assert len({tuple(module(x)[0].tolist()) for _ in range(9)}) > 1
 
@@ -400,7 +399,7 @@ def test_changes_after_fusing_count(change, monkeypatch):
 
 
 def test_no_name_of_a_fused_module_is_a_childs():
-    for name in ("repack", "reasons", "operands", "fused_spec", "original_class", "input_name"):
+    for name in ("repack", "runs", "operands", "fused_spec", "original_class", "input_name"):
         module = Gated()
         setattr(module, name, nn.Identity())
         assert f"{name!r} has a name" in fusion_report(nn.ModuleList([module])).mlps[0].reason
@@ -412,7 +411,7 @@ def test_a_patched_class_is_read_anew(monkeypatch):
     """The forward that is there is what counts, not the one that the class was born with."""
     module = fuse_model(nn.ModuleList([Gated().eval()]), strict=True)[0]
     monkeypatch.setattr(Gated, "forward", Residual.forward)
-    assert "was replaced" in module.reasons()[0]
+    assert "was replaced" in module.runs()[0]
     assert recognise(Gated()) is None
 
 

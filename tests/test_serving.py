@@ -13,7 +13,7 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.activations import GELUTanh, QuickGELUActivation
 
 from hf_fused_mlp import fuse_model, unfuse_model
-from hf_fused_mlp.activations import find_activation
+from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.swap import Fused, original_form
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

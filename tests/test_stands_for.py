@@ -11,7 +11,8 @@ from models import as_on_gpu, tiny_model, token_ids
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_fused_mlp import MLPSpec, fuse_model, fusion_report, register_mlp, registry, unfuse_model
+from hf_fused_mlp import MLPSpec, fuse_model, fusion_report, register_mlp, unfuse_model
+from hf_fused_mlp.reading import mlp as reading_mlp
 from hf_fused_mlp.swap import Fused
 
 
@@ -255,7 +256,7 @@ def test_a_forward_of_any_arguments(monkeypatch):
             self, x = args
             return self.down(self.act(self.gate(x)) * self.up(x))
 
-    monkeypatch.setattr(registry, "MLP_SPECS", type(registry.MLP_SPECS)())
+    monkeypatch.setattr(reading_mlp, "MLP_SPECS", type(reading_mlp.MLP_SPECS)())
     register_mlp(Any, MLPSpec("gated", gate="gate", up="up", down="down", activation="act"))
     as_on_gpu(monkeypatch)
     module, x = Any(), torch.randn(2, 8)

@@ -8,12 +8,12 @@ import torch
 from numerics import random_mlp
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from hf_fused_mlp import dispatch
 from hf_fused_mlp.kernels import LAUNCHERS
+from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import linear_ref
 from hf_fused_mlp.tuning import cache, tuner
 from hf_fused_mlp.tuning.timing import Timing
-from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, MLPOperands, Plan, ProblemKey, TileConfig
 
 CPU = torch.device("cpu")
 GOOD = [TileConfig("good", group_m=i) for i in range(12)]
@@ -27,7 +27,14 @@ def problem(**changes):
 
 def launches(change=lambda answer: answer):
     """What makes a launch that computes as PyTorch does, and then changes the answer."""
-    return lambda call, config: lambda *operands: change(linear_ref(*operands, call.activation))
+
+    def launcher(call, config):
+        def run(x, weight, gate):
+            return change(linear_ref(x, weight.data, weight.bias, gate.data, gate.bias, call.activation))
+
+        return run
+
+    return launcher
 
 
 def failing(error):
@@ -164,5 +171,5 @@ def test_tuned_plan_is_in_effect(m, gated, plan_cache, caplog):
     assert 0 < tuned.plan_us <= tuned.unfused_us
     cache.save([tuned], gpu)
     assert dispatch.find_plan(key) == tuned.plan
-    gate, up, down, *_ = random_mlp(512, 1024, gated, True, torch.bfloat16, "cuda")
-    assert dispatch.find_plan(dispatch.problem_key(m, gate, up, down, "silu", True)) == tuned.plan
+    operands = MLPOperands.of(*random_mlp(512, 1024, gated, True, torch.bfloat16, "cuda"), "silu")
+    assert dispatch.find_plan(dispatch.problem_key(m, operands)) == tuned.plan

@@ -9,13 +9,15 @@ from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hf_fused_mlp import fuse_model, modules, ops, validate
+from hf_fused_mlp import fuse_model, ops, validate
 from hf_fused_mlp.cli import app
-from hf_fused_mlp.fuse import ModuleStatus
+from hf_fused_mlp.families.mlp import fused
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.modules import FusedMLP
 from hf_fused_mlp.numerics import layers
 from hf_fused_mlp.numerics.report import Divergence, LogitsNumerics, NumericsReport
+from hf_fused_mlp.report import ModuleStatus
+from hf_fused_mlp.types import MLPOperands
 
 IDS = token_ids(1, 60)
 LAYER = "model.layers.1.mlp"
@@ -113,9 +115,9 @@ def test_a_wrong_kernel_is_named(few, monkeypatch):
     model, mlp = fused_model(), ops.mlp_if_fits
     wrong = model.model.layers[1].mlp.up_proj.weight
 
-    def operator(x, gate, up, *operands):
-        out = mlp(x, gate, up, *operands)
-        return 1.01 * out if up is wrong and (x.shape[:-1].numel() == 1 or not few) else out
+    def operator(x, operands):
+        out = mlp(x, operands)
+        return 1.01 * out if operands.up.data is wrong and (x.shape[:-1].numel() == 1 or not few) else out
 
     monkeypatch.setattr(ops, "mlp_if_fits", operator)
     report = validate(model, IDS)
@@ -125,14 +127,14 @@ def test_a_wrong_kernel_is_named(few, monkeypatch):
 
 def test_a_wrong_pack_is_named_on_a_cpu(monkeypatch):
     """There the model runs the original forward; what is judged is the operator."""
-    operands = modules.FusedGatedMLP.operands
+    operands = fused.FusedGatedMLP.operands
     model = fused_model()
 
     def swapped(self):
         gate, up, *others = operands(self)
-        return (up, gate, *others) if self is model.model.layers[1].mlp else (gate, up, *others)
+        return MLPOperands(*((up, gate) if self is model.model.layers[1].mlp else (gate, up)), *others)
 
-    monkeypatch.setattr(modules.FusedGatedMLP, "operands", swapped)
+    monkeypatch.setattr(fused.FusedGatedMLP, "operands", swapped)
     assert failing(validate(model, IDS)) == [LAYER]
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.weights import is_packed, pack, unpack
 
 

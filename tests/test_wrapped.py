@@ -20,7 +20,7 @@ from torch.nn.utils.prune import l1_unstructured
 from transformers import Trainer, TrainingArguments
 
 from hf_fused_mlp import fuse_model, fusion_report, ops, unfuse_model
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
@@ -323,9 +323,9 @@ def test_dropout_drops_out_in_training(monkeypatch):
 
     as_on_gpu(monkeypatch)
     mlp = fuse_model(nn.ModuleList([UpFirst()]), strict=True)[0].train()
-    assert mlp.reasons() == ("in training mode, where it drops out", None)
+    assert mlp.runs() == ("in training mode, where it drops out", None)
     mlp.drop.p = 0.0
-    assert mlp.reasons() == (None, "in training mode")
+    assert mlp.runs() == (None, "in training mode")
 
 
 @ORDERS

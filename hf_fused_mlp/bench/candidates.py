@@ -18,12 +18,11 @@ def measure(shape: Shape, m: int, dtype: torch.dtype) -> list[Row]:
     Returns:
         One row for each configuration, fastest first within a launch; `kernel` is `torch` for PyTorch's own GEMM.
     """
-    from hf_fused_mlp.dispatch import problem_key  # these two import Triton
+    from hf_fused_mlp.ops.dispatch import problem_key  # these two import Triton
     from hf_fused_mlp.tuning.tuner import time_candidates
 
     mlp: Any = fuse_model(build(shape, dtype), strict=True)
-    gate, up, down, *biases, activation = mlp.operands()
-    key = problem_key(m, gate, up, down, activation, bias=any(bias is not None for bias in biases))
+    key = problem_key(m, mlp.operands())
     rows = []
     for launch, linear_key in (("up", key.up), ("down", key.down)):
         timings = sorted(time_candidates(linear_key).items(), key=lambda item: item[1].median_us)

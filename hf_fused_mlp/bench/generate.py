@@ -24,9 +24,9 @@ from transformers import (
 
 from hf_fused_mlp.bench.results import Row
 from hf_fused_mlp.bench.shapes import fused_twin
+from hf_fused_mlp.families.mlp.fused import FusedMLP
+from hf_fused_mlp.families.norm import FusedRMSNorm
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.modules import FusedMLP
-from hf_fused_mlp.norms import FusedRMSNorm
 from hf_fused_mlp.profiling.request import make_request
 from hf_fused_mlp.profiling.trace import record
 from hf_fused_mlp.swap import Fused, original_form

@@ -17,8 +17,8 @@ from hf_fused_mlp.bench import results
 from hf_fused_mlp.bench.peers import IMPLEMENTATIONS, Unavailable
 from hf_fused_mlp.bench.results import Header, Row
 from hf_fused_mlp.bench.shapes import Shape
+from hf_fused_mlp.reading.mlp import MLPKind
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin
-from hf_fused_mlp.types import MLPKind
 from hf_fused_mlp.validation import inaccuracy
 
 logger = logging.getLogger(__name__)

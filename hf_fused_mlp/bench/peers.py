@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.types import MLPKind
+from hf_fused_mlp.reading.mlp import MLPKind
 
 LIGER_MODULES = {
     (MLPKind.GATED, "silu"): "LigerSwiGLUMLP",
@@ -71,7 +71,7 @@ def _compiled(function: Callable[..., Tensor], mode: str | None = None) -> Calla
 
 def liger_elementwise(eager, fused, x):
     """Liger's drop-in module for this one: the same GEMMs, one kernel for activation and product."""
-    kind, activation = fused.fused_spec.kind, fused.operands()[-1]
+    kind, activation = fused.fused_spec.kind, fused.operands().activation
     if (kind, activation) not in LIGER_MODULES:
         raise Unavailable(f"has no {kind.value} MLP with {activation}")
     return partial(_liger_module(LIGER_MODULES[kind, activation], eager), x)
@@ -79,7 +79,7 @@ def liger_elementwise(eager, fused, x):
 
 def liger_mlp(eager, fused, x):
     """Liger's module whose gate and up GEMMs, activation and product are one kernel."""
-    kind, activation = fused.fused_spec.kind, fused.operands()[-1]
+    kind, activation = fused.fused_spec.kind, fused.operands().activation
     if (kind, activation) != (MLPKind.GATED, "silu"):
         raise Unavailable(f"has no {kind.value} MLP with {activation}")
     module = _liger_module("LigerMLP", eager)
@@ -99,7 +99,7 @@ def _liger_module(class_name: str, eager: nn.Module) -> nn.Module:
 
 def quack(eager, fused, x):
     """QuACK's GEMM with the gated activation in its epilogue, on interleaved rows, then its GEMM; it tunes both."""
-    gate, up, down, *biases, activation = fused.operands()
+    gate, up, down, *biases, activation = fused.operands().flat()
     if gate is None or activation not in QUACK_ACTIVATIONS or any(bias is not None for bias in biases):
         raise Unavailable(f"has no {fused.fused_spec.kind.value} MLP with {activation}")
     with _requires("quack-kernels==0.4.1 nvidia-cutlass-dsl==4.4.2"):
@@ -115,7 +115,7 @@ def quack(eager, fused, x):
 
 def packed_gemm(eager, fused, x):
     """A hand-written version: one GEMM for gate and up, a compiled activation kernel, one GEMM for down."""
-    gate, up, down, gate_bias, up_bias, down_bias, activation = fused.operands()
+    gate, up, down, gate_bias, up_bias, down_bias, activation = fused.operands().flat()
     weight, bias = _packed(gate, up), _packed(gate_bias, up_bias)
     activate = _compiled(_activate if gate is None else _activate_and_multiply)
     return lambda: F.linear(activate(F.linear(x, weight, bias), activation), down, down_bias)
@@ -136,7 +136,7 @@ def _activate_and_multiply(h: Tensor, activation: str) -> Tensor:
 
 def two_gemms(eager, fused, x):
     """The two bare library GEMMs, a lower bound for anything built on them: no bias, no activation."""
-    gate, up, down, *_ = fused.operands()
+    gate, up, down, *_ = fused.operands().flat()
     weight = _packed(gate, up)
     h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)
 

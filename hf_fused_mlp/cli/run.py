@@ -16,9 +16,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_fused_mlp.cli.console import console, fail, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
-from hf_fused_mlp.fuse import FusionReport, fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations import demo
 from hf_fused_mlp.numerics.logits import first_difference
+from hf_fused_mlp.report import FusionReport
 
 ROUNDS = 3
 

@@ -1,7 +1,7 @@
 """`hf-fused-mlp tune`: measures the fastest plan for a model's MLPs on this GPU, and keeps it for every later run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,34 +13,16 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from hf_fused_mlp.activations import find_activation
 from hf_fused_mlp.bench.shapes import SHAPES, build
 from hf_fused_mlp.cli.console import console, fail, output, require_directory, token_counts
-from hf_fused_mlp.registry import find_spec
-from hf_fused_mlp.types import GPU, MLPKind, ProblemKey, TileConfig, next_power_of_two
+from hf_fused_mlp.fuse import examine
+from hf_fused_mlp.types import GPU, ProblemKey, TileConfig, next_power_of_two
 
 if TYPE_CHECKING:
     from hf_fused_mlp.tuning.plan_files import TunedPlan  # imports Triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POWERS_OF_TWO = ",".join(str(2**i) for i in range(15))
-
-
-@dataclass(frozen=True)
-class MLP:
-    """What a plan depends on of an MLP, before there are tokens and a GPU."""
-
-    hidden: int
-    intermediate: int
-    out: int
-    gated: bool
-    activation: str
-    dtype: torch.dtype
-    bias: bool
-
-    def key(self, m: int, gpu: GPU) -> ProblemKey:
-        """The problem that `m` tokens make; a fused MLP is one block of memory."""
-        return ProblemKey(m=next_power_of_two(m), one_block=True, gpu=gpu, **vars(self))
 
 
 def tune(
@@ -62,7 +44,7 @@ def tune(
     tokens = sorted({next_power_of_two(count) for count in token_counts(m)})
     if dtype != "auto" and dtype not in DTYPES:
         fail(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
-    mlps = mlps_of(model, DTYPES.get(dtype))
+    keys = problems_of(model, DTYPES.get(dtype))
     if not torch.cuda.is_available():
         fail("tune needs a CUDA GPU, and PyTorch finds none; the rules of thumb need no tuning")
     gpu = GPU.of(torch.device("cuda", torch.cuda.current_device()))
@@ -73,7 +55,7 @@ def tune(
 
     path = keep([], gpu, file)  # if it cannot be written, that is better known before than after
     tuned = []
-    problems = [mlp.key(m, gpu) for mlp in mlps for m in tokens]
+    problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
     for key in track(problems, "tuning", console=console):
         try:
             tuned.append(tuner.tune(key))
@@ -96,17 +78,23 @@ def keep(tuned: "list[TunedPlan]", gpu: GPU, file: Path | None) -> Path:
         fail(f"plans cannot be kept ({error}); name a new file, or one of plans, with --output")
 
 
-def mlps_of(name: str, dtype: torch.dtype | None) -> list[MLP]:
-    """The distinct MLPs that would be fused in a model of that name, of a shape, or of all shapes."""
+def problems_of(name: str, dtype: torch.dtype | None) -> list[ProblemKey]:
+    """The distinct problems of one token in a model of that name, in a shape, or in all shapes; their GPU is a CPU."""
     if name == "all" or name in SHAPES:
         shapes = SHAPES.values() if name == "all" else [SHAPES[name]]
         modules = [build(shape, dtype or torch.bfloat16, "meta") for shape in shapes]
     else:
         modules = [skeleton(name, dtype)]
-    mlps = [mlp for module in modules for child in module.modules() if (mlp := mlp_of(child))]
-    if not mlps:
+    gpu = GPU.of(torch.device("cpu"))
+    keys = [
+        entry.family.problem(entry.module, entry.finding.spec, 1, gpu)
+        for module in modules
+        for entry in examine(module)
+        if entry.finding.spec is not None
+    ]
+    if not any(keys):
         fail(f"{name} has no MLP that would be fused, so there is nothing to tune")
-    return list(dict.fromkeys(mlps))
+    return [key for key in dict.fromkeys(keys) if key is not None]
 
 
 def skeleton(name: str, dtype: torch.dtype | None) -> nn.Module:
@@ -115,30 +103,6 @@ def skeleton(name: str, dtype: torch.dtype | None) -> nn.Module:
     config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return AutoModel.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
-
-
-def mlp_of(module: nn.Module) -> MLP | None:
-    """The MLP that a module is, or None if it is not one that could be fused with the right weights."""
-    spec = find_spec(module)
-    if (
-        spec is None
-        or spec.down is None
-        or any(type(getattr(module, name)) is not nn.Linear for name in spec.projections)
-    ):
-        return None
-    activation = spec.function or find_activation(getattr(module, str(spec.activation)))
-    if activation is None:
-        return None
-    up, down = getattr(module, spec.up), getattr(module, spec.down)
-    return MLP(
-        hidden=up.in_features,
-        intermediate=down.in_features,
-        out=down.out_features,
-        gated=spec.kind is not MLPKind.PLAIN,
-        activation=activation,
-        dtype=up.weight.dtype,
-        bias=any(getattr(module, name).bias is not None for name in spec.projections),
-    )
 
 
 def report(tuned: "list[TunedPlan]") -> Iterator[Table]:

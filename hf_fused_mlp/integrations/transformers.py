@@ -16,7 +16,8 @@ from collections.abc import Callable
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.fuse import fuse_with
+from hf_fused_mlp.options import FusionOptions
 
 logger = logging.getLogger("hf_fused_mlp")
 
@@ -68,14 +69,11 @@ def warn_if_untested() -> None:
 def _with_flag(load: Callable) -> Callable:
     @functools.wraps(load)
     def wrapper(cls, *args, **kwargs):
-        flag = kwargs.pop(FLAG, False)
-        # identity, not equality: 1 and 0 are no answer to this question
-        if not any(flag is known for known in (True, False, None)) and flag != "strict":
-            raise ValueError(f'{FLAG}={flag!r}: expected True, False or "strict"')
+        options = FusionOptions.of_flag(FLAG, kwargs.pop(FLAG, False))
         loaded = load(cls, *args, **kwargs)
-        if flag:
-            # with output_loading_info=True, from_pretrained gives a pair
-            fuse_model(loaded[0] if isinstance(loaded, tuple) else loaded, strict=flag == "strict")
+        if options is not None:
+            # with output_loading_info=True, from_pretrained returns a pair
+            fuse_with(loaded[0] if isinstance(loaded, tuple) else loaded, options)
         return loaded
 
     return wrapper

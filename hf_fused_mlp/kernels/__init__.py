@@ -1,8 +1,8 @@
-"""The kernel families, by the name that `TileConfig.kernel` gives.
+"""The kernels that a plan may name, one file each; `KERNELS` is their table.
 
-A family is a module with `supports(key)`, the reason why it cannot run a problem; `candidates(key)`, the
-configurations that a tuner should try for one that it can; and a function of its own name that makes the launch. What
-does not depend on where the tensors are is done there, once, so that a call has little left to do.
+A file has `supports(key)`, the reason why its kernel cannot run a problem; `candidates(key)`, the configurations that
+a tuner should try; and a function of its own name that makes the launch. Whatever does not depend on the addresses of
+tensors is computed there, once, so that little is left to do in a call.
 """
 
 from collections.abc import Callable
@@ -13,82 +13,76 @@ from torch import Tensor
 from hf_fused_mlp.kernels import elementwise, gemm, gemv, skinny
 from hf_fused_mlp.kernels._launch import Linear
 from hf_fused_mlp.reference import linear_ref
-from hf_fused_mlp.types import GPU, TORCH, LinearCall, Plan, TileConfig
+from hf_fused_mlp.types import ABSENT, GPU, TORCH, LinearCall, Matrix, MLPOperands, Plan, TileConfig
 
-FAMILIES: dict[str, ModuleType] = {"gemv": gemv, "skinny": skinny, "gemm": gemm, "elementwise": elementwise}
+KERNELS: dict[str, ModuleType] = {"gemv": gemv, "skinny": skinny, "gemm": gemm, "elementwise": elementwise}
 
-# what `prepare` makes: the function of x, gate, up, down and their biases that gives the MLP's answer
-MLP = Callable[..., Tensor]
+# what `prepare` makes: the function of x, gate, up and down that gives the MLP's output
+MLP = Callable[[Tensor, Matrix, Matrix, Matrix], Tensor]
 
 
 def _torch(call: LinearCall, config: TileConfig) -> Linear:
     """PyTorch's GEMMs and activation."""
-    return lambda x, weight, bias, gate, gate_bias: linear_ref(x, weight, bias, gate, gate_bias, call.activation)
 
-
-LAUNCHERS: dict[str, Callable[[LinearCall, TileConfig], Linear]] = {
-    name: getattr(family, name) for name, family in FAMILIES.items()
-} | {"torch": _torch}
-
-
-def has_rows(x: Tensor) -> bool:
-    """Whether `x` `[..., K]` is a matrix to the kernels: rows contiguous, evenly apart, and for their offsets near."""
-    try:
-        tokens = x.view(-1, x.shape[-1])
-    except RuntimeError:  # their distance varies
-        return False
-    return tokens.stride(1) == 1 and tokens.stride(0) <= 1 << 22
-
-
-def call_of(x: Tensor, weight: Tensor, gated: bool, activation: str) -> LinearCall:
-    """What is known of a launch by an `x` that `has_rows`, with at least one."""
-    tokens = x.reshape(-1, x.shape[-1])
-    m, k = tokens.shape
-    stride = tokens.stride(0) if m > 1 else k  # of one row, the stride may be anything
-    return LinearCall(tuple(x.shape[:-1]), m, weight.shape[0], k, stride, gated, activation, x.dtype, x.device)
-
-
-def prepare(plan: Plan, x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor | None, activation: str) -> MLP:
-    """The function that runs `plan` on tensors like these, and their biases, wherever they are.
-
-    `x` is `[..., H]` with at least one token and `has_rows`, and the weights are contiguous. Without `down`, the
-    function gives what down would be given.
-    """
-    call = call_of(x, up, gate is not None, activation)
-    run_up = LAUNCHERS[plan.up.kernel](call, plan.up)
-    if down is None:
-        return lambda x, gate, up, down, gate_bias, up_bias, down_bias: run_up(x, up, up_bias, gate, gate_bias)
-
-    # down may read its weights before h is done, since whatever wrote them was over when up began
-    overlap = plan.up != TORCH and GPU.of(x.device).can_overlap
-    call = LinearCall(call.lead, call.m, down.shape[0], call.n, call.n, False, "identity", x.dtype, x.device, overlap)
-    run_down = LAUNCHERS[plan.down.kernel](call, plan.down)
-
-    def run(x, gate, up, down, gate_bias, up_bias, down_bias):
-        return run_down(run_up(x, up, up_bias, gate, gate_bias), down, down_bias, None, None)
+    def run(x, weight, gate):
+        (weight, _, bias), (gate, _, gate_bias) = weight, gate
+        return linear_ref(x, weight, bias, gate, gate_bias, call.activation)
 
     return run
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    activation: str,
-    config: TileConfig,
-) -> Tensor:
-    """``act(x @ gate.T + gate_bias) * (x @ weight.T + bias)``, or ``act(x @ weight.T + bias)``, as `config` says.
+LAUNCHERS: dict[str, Callable[[LinearCall, TileConfig], Linear]] = {
+    name: getattr(kernel, name) for name, kernel in KERNELS.items()
+} | {"torch": _torch}
+
+
+def has_rows(x: Tensor) -> bool:
+    """True if `x` `[..., K]` is a matrix to the kernels: contiguous rows, evenly spaced, with offsets below 2^22."""
+    try:
+        tokens = x.view(-1, x.shape[-1])
+    except RuntimeError:  # uneven spacing
+        return False
+    return tokens.stride(1) == 1 and tokens.stride(0) <= 1 << 22
+
+
+def describe_launch(x: Tensor, weight: Tensor, gated: bool, activation: str) -> LinearCall:
+    """Everything about a launch except tensor addresses. `x` must pass `has_rows` and hold at least one token."""
+    tokens = x.reshape(-1, x.shape[-1])
+    m, k = tokens.shape
+    stride = tokens.stride(0) if m > 1 else k  # the stride of a single row may be anything
+    return LinearCall(tuple(x.shape[:-1]), m, weight.shape[0], k, stride, gated, activation, x.dtype, x.device)
+
+
+def prepare(plan: Plan, x: Tensor, operands: MLPOperands) -> MLP:
+    """The function that runs `plan` on tensors like these, at any address.
+
+    `x` is `[..., H]`, passes `has_rows` and has at least one token; the weights are contiguous. Without down, the
+    function returns the hidden activation `[..., I]`.
+    """
+    gate, up, down, activation = operands
+    call = describe_launch(x, up.data, gate.data is not None, activation)
+    run_up = LAUNCHERS[plan.up.kernel](call, plan.up)
+    if down.data is None:
+        return lambda x, gate, up, down: run_up(x, up, gate)
+
+    # down may load its weights before h is ready: whatever wrote them had finished when up began
+    overlap = plan.up != TORCH and GPU.of(x.device).can_overlap
+    n = down.data.shape[0]
+    call = LinearCall(call.lead, call.m, n, call.n, call.n, False, "identity", x.dtype, x.device, overlap)
+    run_down = LAUNCHERS[plan.down.kernel](call, plan.down)
+    return lambda x, gate, up, down: run_down(run_up(x, up, gate), down, ABSENT)
+
+
+def linear(x: Tensor, weight: Matrix, gate: Matrix, activation: str, config: TileConfig) -> Tensor:
+    """``act(x @ gate.T + gate_bias) * (x @ weight.T + bias)``, or without gate ``act(x @ weight.T + bias)``.
 
     Args:
-        x: `[..., K]`, which `has_rows`.
-        weight, gate: `[N, K]`, contiguous.
-        bias, gate_bias: `[N]`.
+        x: `[..., K]`, passes `has_rows`.
+        weight, gate: `[N, K]`, contiguous; gate may be `ABSENT`.
         activation: a key of `ACTIVATIONS`.
 
     Returns:
         `[..., N]`, dtype of `x`.
     """
-    call = call_of(x, weight, gate is not None, activation)
-    return LAUNCHERS[config.kernel](call, config)(x, weight, bias, gate, gate_bias)
+    call = describe_launch(x, weight.data, gate.data is not None, activation)
+    return LAUNCHERS[config.kernel](call, config)(x, weight, gate)

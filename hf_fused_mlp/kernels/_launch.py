@@ -13,8 +13,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# what a family makes of a `LinearCall`: the function of x, weight, bias, gate and gate_bias that gives `[*lead, n]`
-Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+from hf_fused_mlp.types import Matrix
+
+# What a kernel makes of a `LinearCall`: the function of x, weight and gate (or `ABSENT`) that gives `[*lead, n]`. The
+# matrices may be bare tuples.
+Linear = Callable[[Tensor, Matrix, Matrix], Tensor]
 # the shape and strides of a matrix or stack of them, in elements, and the shape of the tiles that are read or written
 Tiling = tuple[list[int], list[int], list[int]]
 

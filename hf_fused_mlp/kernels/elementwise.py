@@ -174,7 +174,8 @@ def elementwise(call: LinearCall, config: TileConfig) -> Linear:
     rows = Rows(call.m, call.n, (call.n, call.n), call.dtype, call.device)
     multiply = act_mul(rows, call.activation)
 
-    def run(x, weight, bias, gate, gate_bias):
+    def run(x, weight, gate):
+        (weight, _, bias), (gate, _, gate_bias) = weight, gate
         gate = F.linear(x, gate, gate_bias)
         return multiply(gate, F.linear(x, weight, bias), gate)
 

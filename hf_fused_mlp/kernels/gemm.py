@@ -169,7 +169,8 @@ def gemm(call: LinearCall, config: TileConfig) -> Linear:
         num_stages=config.num_stages,
     )
 
-    def run(x, weight, bias, gate, gate_bias):
+    def run(x, weight, gate):
+        (weight, _, bias), (gate, _, gate_bias) = weight, gate
         out = empty()
         if are_apart or x.data_ptr() % 16:
             x = torch.empty_strided((M, K), (stride, 1), dtype=x.dtype, device=x.device).copy_(x.reshape(M, K))

@@ -99,7 +99,8 @@ def gemv(call: LinearCall, config: TileConfig) -> Linear:
         num_warps=config.num_warps,
     )
 
-    def run(x, weight, bias, gate, gate_bias):
+    def run(x, weight, gate):
+        (weight, _, bias), (gate, _, gate_bias) = weight, gate
         out = empty()
         launch((x, weight, bias, gate, gate_bias, out))
         return out

@@ -1,6 +1,6 @@
 """``rms_norm(x) * weight``: one kernel for the eight that PyTorch launches for an RMSNorm of Transformers.
 
-It is no family of GEMM launches and no plan names it: `hf_fused_mlp.norms` runs it in eager mode. Launches: 1. Bytes:
+No plan names it: `hf_fused_mlp.families.norm` runs it in eager mode. Launches: 1. Bytes:
 `x` read, the result written, and the weight once, which stays in the L2.
 """
 
@@ -39,7 +39,7 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`ROWS` whole rows, in fp32; `FORM` says where it rounds, as `hf_fused_mlp.norms.FORMS` has it."""
+    """`ROWS` whole rows, in fp32; `FORM` says where it rounds, as `hf_fused_mlp.reading.norm.FORMS` has it."""
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     mask = (rows < M) & (cols < H)
     x = tl.load(x_ptr + rows.to(tl.int64) * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)

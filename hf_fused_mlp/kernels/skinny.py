@@ -145,7 +145,8 @@ def skinny(call: LinearCall, config: TileConfig) -> Linear:
         num_stages=config.num_stages,
     )
 
-    def run(x, weight, bias, gate, gate_bias):
+    def run(x, weight, gate):
+        (weight, _, bias), (gate, _, gate_bias) = weight, gate
         out = empty()
         launch((x, weight, bias, gate, gate_bias, out))
         return out
@@ -162,7 +163,8 @@ def skinny(call: LinearCall, config: TileConfig) -> Linear:
         num_warps=4,
     )
 
-    def run_split(x, weight, bias, gate, gate_bias):
+    def run_split(x, weight, gate):
+        weight, _, bias = weight
         parts = empty_parts()
         launch((x, weight, None, None, None, parts))
         out = empty()

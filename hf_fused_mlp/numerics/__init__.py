@@ -6,11 +6,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from hf_fused_mlp.families import FAMILIES
 from hf_fused_mlp.fuse import fusion_report
-from hf_fused_mlp.modules import FusedMLP, evaluating
+from hf_fused_mlp.modes import evaluating
 from hf_fused_mlp.numerics.layers import judge_calls
 from hf_fused_mlp.numerics.logits import Forward, compare_greedy, compare_logits, predicts_next
 from hf_fused_mlp.numerics.report import Divergence, LayerNumerics, NumericsReport
+from hf_fused_mlp.swap import Fused
 
 
 @torch.no_grad()
@@ -59,7 +61,8 @@ def validate(
         raise ValueError("validate: called under autocast, where projections are called; call it outside")
     forward = _forward(inputs, device)
 
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedMLP)}
+    judged = tuple(family.mixin for family in FAMILIES if family.option is None)
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, judged)}
     twins = fused if reference is None else {name: _twin(reference, name, module) for name, module in fused.items()}
     layers: dict[str, LayerNumerics] = {}
     # what was compiled would not see the hooks
@@ -73,13 +76,13 @@ def validate(
         greedy: tuple[Divergence, ...] = ()
         if logits is not None and predicts_next(model) and forward.is_text:
             greedy = compare_greedy(model, source, forward.text(), new_tokens)
-        mlps = fusion_report(model).mlps
+        statuses = fusion_report(model).default
     return NumericsReport(
         reference="its original form" if reference is None else "the reference model",
         device=str(device),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         layers=tuple(layers[name] for name in fused if name in layers),
-        unfused=tuple(mlp for mlp in mlps if mlp.state != "fused"),
+        unfused=tuple(status for status in statuses if status.state != "fused"),
         unreached=tuple(name for name in fused if name not in layers),
         logits=logits,
         greedy=greedy,
@@ -100,7 +103,7 @@ def _forward(inputs, device: torch.device) -> Forward:
     return forward
 
 
-def _twin(reference: nn.Module, name: str, module: FusedMLP) -> nn.Module:
+def _twin(reference: nn.Module, name: str, module: Fused) -> nn.Module:
     """The module of `reference` that `module` is compared with."""
     try:
         twin = reference.get_submodule(name)

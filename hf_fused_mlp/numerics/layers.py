@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fused_mlp import ops
-from hf_fused_mlp.modules import FusedMLP, no_kernels
+from hf_fused_mlp import modes
 from hf_fused_mlp.numerics.report import LayerNumerics, severity
-from hf_fused_mlp.swap import original_form
+from hf_fused_mlp.swap import Fused, original_form
 from hf_fused_mlp.validation import Errors, excess, mismatch, rms
 
 SMALL_CALLS = (1, 16)  # tokens; other kernels serve them than a whole text
 
 
-def judge_calls(name: str, module: FusedMLP, twin: nn.Module, layers: dict[str, LayerNumerics]) -> Callable:
+def judge_calls(name: str, module: Fused, twin: nn.Module, layers: dict[str, LayerNumerics]) -> Callable:
     """A forward hook that judges each call of the module `name` into `layers`, where the worst call stays.
 
     `twin` is the module whose original forward and whose weights count: the module itself, or another model's, whose
@@ -28,7 +27,9 @@ def judge_calls(name: str, module: FusedMLP, twin: nn.Module, layers: dict[str, 
     changed = _changed_weights(twin, module)
 
     def hook(module, args, kwargs, output):
-        x = args[0] if args else kwargs[module.input_name]
+        if (inputs := module.inputs(args, kwargs)) is None:
+            return
+        (x,) = inputs
         if x.dim() == 1:
             x, output = x[None], output[None]
         if x.numel():
@@ -40,10 +41,10 @@ def judge_calls(name: str, module: FusedMLP, twin: nn.Module, layers: dict[str, 
     return hook
 
 
-def _judge(name: str, module: FusedMLP, twin: nn.Module, x: Tensor, output: Tensor) -> LayerNumerics:
+def _judge(name: str, module: Fused, twin: nn.Module, x: Tensor, output: Tensor) -> LayerNumerics:
     """`output`, the answer of `module` to `x` `[..., H]`, and its answers to a few of the tokens."""
     path, remark = _path(module, x.device)
-    answer = _operator(module) if path == "operator" else module.forward
+    answer = module.by_operator if path == "operator" else module.forward
     tokens = x.shape[:-1].numel()
     calls = [(tokens, x, output)]
     if path == "operator":
@@ -64,7 +65,7 @@ def _judge(name: str, module: FusedMLP, twin: nn.Module, x: Tensor, output: Tens
     return max(judged, key=severity)
 
 
-def _changed_weights(twin: nn.Module, module: FusedMLP) -> str | None:
+def _changed_weights(twin: nn.Module, module: Fused) -> str | None:
     """The first parameter of `module` that is not what it is in `twin`; what only one of them has is not compared."""
     theirs = {} if twin is module else dict(twin.named_parameters())
     for name, parameter in module.named_parameters():
@@ -76,25 +77,20 @@ def _changed_weights(twin: nn.Module, module: FusedMLP) -> str | None:
     return None
 
 
-def _path(module: FusedMLP, device: torch.device) -> tuple[str, str | None]:
+def _path(module: Fused, device: torch.device) -> tuple[str, str | None]:
     """`LayerNumerics.path` and `remark` of a call on `device`."""
-    bypassed, called = module.reasons(device)
-    if bypassed is None:
+    original, called = module.runs(device)
+    if original is None:
         return ("fused", None) if called is None else ("partly fused", called)
-    only_the_device = called is None and bypassed == no_kernels(device)
-    return ("operator" if only_the_device else "original forward"), bypassed
-
-
-def _operator(module: FusedMLP) -> Callable[[Tensor], Tensor]:
-    operands = module.operands()
-    return lambda x: ops.mlp(x, *operands)
+    only_the_device = called is None and original == modes.no_kernels(device)
+    return ("operator" if only_the_device else "original forward"), original
 
 
 def _original(twin: nn.Module, x: Tensor) -> Tensor:
     """What the original forward of `twin`, fused or not, makes of `x`."""
     place = next((p.device for p in twin.parameters() if not p.is_meta), x.device)
-    if isinstance(twin, FusedMLP):
-        return twin.original_class.forward(twin, x.to(place))
+    if isinstance(twin, Fused):
+        return twin.reference(x.to(place))
     return twin.forward(x.to(place))
 
 
@@ -105,7 +101,7 @@ def _oracle(twin: nn.Module, x: Tensor) -> tuple[Tensor, str]:
     # MPS has no float64
     place = "cpu" if x.device.type == "mps" else x.device
     doubled = {id(p): nn.Parameter(p.to(place).double(), requires_grad=False) for p in twin.parameters()}
-    with original_form([twin] if isinstance(twin, FusedMLP) else []):
+    with original_form([twin] if isinstance(twin, Fused) else []):
         exact = copy.deepcopy(twin, doubled).to(place).double()
     return type(exact).forward(exact, x.to(place).double()).flatten(0, -2), "float64"
 

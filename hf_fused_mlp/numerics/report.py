@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from hf_fused_mlp.fuse import FusionReport, ModuleStatus
+from hf_fused_mlp.report import ModuleStatus, grouped
 from hf_fused_mlp.validation import Errors
 
 _PATHS = {
@@ -147,7 +147,7 @@ class NumericsReport:
             if worst.fused is not None:
                 error = f"relative RMS error against {worst.oracle} {worst.fused.relative_rms:.1e}"
                 lines.append(f"the worst of them, {worst.name}: {error}, original {worst.original.relative_rms:.1e}")
-        for (class_name, state, reason), count in FusionReport(self.unfused).grouped().items():
+        for (class_name, state, reason), count in grouped(self.unfused).items():
             lines.append(f"not fused: {count} x {class_name} ({reason or state})")
         if (logits := self.logits) is not None:
             lines.append(

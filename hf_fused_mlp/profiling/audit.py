@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_fused_mlp.fuse import fusion_report
+from hf_fused_mlp.fuse import examine, fusion_report
 from hf_fused_mlp.profiling.advice import advise
 from hf_fused_mlp.profiling.estimates import amdahl, bound_of, dollars_per_1m_tokens, roofline
 from hf_fused_mlp.profiling.measure import Forms, as_it_came, profile_forms, set_fused, time_forms
@@ -19,7 +19,6 @@ from hf_fused_mlp.profiling.prediction import predict
 from hf_fused_mlp.profiling.report import AuditReport, Form, MLPGroup, Phase
 from hf_fused_mlp.profiling.request import Request, make_request
 from hf_fused_mlp.profiling.trace import Breakdown
-from hf_fused_mlp.registry import find_spec
 from hf_fused_mlp.version import __version__
 
 
@@ -71,11 +70,14 @@ def audit(
 def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, folder: Path | None) -> AuditReport:
     """The report without its advice; leaves the model fused."""
     device, on_gpu, threads = request.ids.device, request.ids.is_cuda, torch.get_num_threads()
-    mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in fusion_report(model).mlps}
+    mlps = {entry.name: entry.module for entry in examine(model) if entry.family.option is None}
     set_fused(mlps, {})
-    fusable = fusion_report(model).select("fusable")
-    specs = {mlp.name: spec for mlp in fusable if (spec := find_spec(mlps[mlp.name]))}
-    forms: Forms = {"original": partial(set_fused, mlps, {}), "fused": partial(set_fused, mlps, specs)}
+    recipes = {
+        entry.name: (entry.family.mixin_for(entry.finding.spec), entry.finding.spec)
+        for entry in examine(model)
+        if entry.name in mlps and entry.finding.state == "fusable"
+    }
+    forms: Forms = {"original": partial(set_fused, mlps, {}), "fused": partial(set_fused, mlps, recipes)}
     walls = time_forms(request, forms)
     steps = profile_forms(request, forms, mlps, folder)
     best = roofline(device, model.dtype)

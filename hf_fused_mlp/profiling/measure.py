@@ -1,28 +1,29 @@
 """Both forms of a model at work: timed in turn by the wall clock, then each once under the profiler."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from hf_fused_mlp.modules import FusedMLP, evaluating, fuse_module
+from hf_fused_mlp.modes import evaluating
 from hf_fused_mlp.profiling.request import Request
 from hf_fused_mlp.profiling.trace import Breakdown, record
-from hf_fused_mlp.swap import unfuse_module
-from hf_fused_mlp.types import MLPSpec
+from hf_fused_mlp.swap import Fused, fuse, unfuse_module
 
 PROFILED_STEPS = {"prefill": 1, "decode": 8}  # at most
 Forms = dict[str, Callable[[], None]]
+# what fuses a module: the class to mix in, and the spec
+Recipe = tuple[type[Fused], Hashable]
 
 
 @contextmanager
 def as_it_came(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards the same modules are fused, and the same in training mode, as before."""
     modules = dict(model.named_modules())
-    fused = {name: module.fused_spec for name, module in modules.items() if isinstance(module, FusedMLP)}
+    fused = {name: module.recipe() for name, module in modules.items() if isinstance(module, Fused)}
     with evaluating(model):
         try:
             yield
@@ -30,12 +31,12 @@ def as_it_came(model: nn.Module) -> Iterator[None]:
             set_fused(modules, fused)
 
 
-def set_fused(modules: dict[str, nn.Module], specs: Mapping[str, MLPSpec]) -> None:
-    """Fuses those that have a spec and unfuses the others; unlike `fuse_model`, says nothing about it."""
+def set_fused(modules: dict[str, nn.Module], recipes: Mapping[str, Recipe]) -> None:
+    """Fuses the modules that have a recipe and unfuses the others; unlike `fuse_model`, logs nothing."""
     for name, module in modules.items():
-        if name in specs and not isinstance(module, FusedMLP):
-            fuse_module(module, specs[name])
-        elif name not in specs and isinstance(module, FusedMLP):
+        if name in recipes and not isinstance(module, Fused):
+            fuse(module, *recipes[name])
+        elif name not in recipes and isinstance(module, Fused):
             unfuse_module(module)
 
 

@@ -2,10 +2,13 @@
 
 from torch import nn
 
-from hf_fused_mlp.modules import FusedMLP
+from hf_fused_mlp.calls import device_of
+from hf_fused_mlp.families import FAMILIES
 from hf_fused_mlp.profiling.estimates import amdahl
 from hf_fused_mlp.profiling.report import Prediction
 from hf_fused_mlp.profiling.trace import Breakdown
+from hf_fused_mlp.swap import Fused
+from hf_fused_mlp.types import GPU
 
 
 def predict(mlps: dict[str, nn.Module], m: int, bound: str, original: Breakdown, wall_us: float) -> Prediction:
@@ -16,21 +19,21 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: str, original: Breakdown,
         m: tokens that an MLP is given.
         bound: of the original's step.
     """
-    fused = {name: module for name, module in mlps.items() if isinstance(module, FusedMLP)}
+    fused = {name: module for name, module in mlps.items() if isinstance(module, Fused)}
     if not fused:
         return Prediction(1.0, "no MLP of this model can be fused")
-    reasons = {name: module.reasons() for name, module in fused.items()}
-    original_runs = [bypassed for bypassed, _ in reasons.values() if bypassed]
+    runs = {name: module.runs() for name, module in fused.items()}
+    original_runs = [original for original, _ in runs.values() if original]
     if len(original_runs) == len(fused):
         return Prediction(1.0, original_runs[0])
     if bound == "host-bound":
         return Prediction(1.0, "the GPU waits for the host, so what kernels save does not show; fewer launches may")
     before = after = 0.0
     for name, module in fused.items():
-        bypassed, called = reasons[name]
-        if called and not bypassed:
+        instead, called = runs[name]
+        if called and not instead:
             return Prediction(None, f"plans are measured for kernels alone, and {name} calls projections: {called}")
-        gain = 1.0 if bypassed else _gain_alone(module, m)
+        gain = 1.0 if instead else _gain_alone(module, m)
         if gain is None:
             return Prediction(
                 None,
@@ -45,12 +48,11 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: str, original: Breakdown,
     return Prediction(amdahl(share, before / after), "the MLPs' share of the time, and what their plans gained alone")
 
 
-def _gain_alone(module: FusedMLP, m: int) -> float | None:
-    """How many times faster than PyTorch's own kernels its plan for `m` tokens was when it was measured."""
-    from hf_fused_mlp.dispatch import problem_key  # these two import Triton
-    from hf_fused_mlp.tuning.cache import tuned_plan
+def _gain_alone(module: Fused, m: int) -> float | None:
+    """How many times faster than PyTorch's own kernels its plan for `m` tokens was measured to be; None: never."""
+    from hf_fused_mlp.tuning.cache import tuned_plan  # imports Triton
 
-    gate, up, down, *biases, activation = module.operands()
-    bias = any(tensor is not None for tensor in biases)
-    tuned = tuned_plan(problem_key(m, gate, up, down, activation, bias))
+    family = next(family for family in FAMILIES if isinstance(module, family.mixin))
+    key = family.problem(module, module.fused_spec, m, GPU.of(device_of(module)))
+    tuned = None if key is None else tuned_plan(key)
     return None if tuned is None else tuned.unfused_us / tuned.plan_us

@@ -15,7 +15,7 @@ import torch
 import triton
 from platformdirs import user_cache_dir
 
-from hf_fused_mlp.memory import remembered
+from hf_fused_mlp.launch_cache import remembered
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
 from hf_fused_mlp.types import GPU, Plan, ProblemKey
 

@@ -122,9 +122,9 @@ def unsupported(key: ProblemKey, plan: Plan) -> str | None:
     for name, launch, config in (("up", key.up, plan.up), ("down", key.down, plan.down)):
         if config.kernel == "torch":
             continue
-        if config.kernel not in kernels.FAMILIES:
-            return f"{name}: unknown kernel {config.kernel!r}; known are torch, {', '.join(kernels.FAMILIES)}"
-        if reason := kernels.FAMILIES[config.kernel].supports(launch):
+        if config.kernel not in kernels.KERNELS:
+            return f"{name}: unknown kernel {config.kernel!r}; known are torch, {', '.join(kernels.KERNELS)}"
+        if reason := kernels.KERNELS[config.kernel].supports(launch):
             return f"{name}: {config.kernel} does not run this problem: {reason}"
     return None
 
@@ -138,7 +138,7 @@ def kernel_hashes() -> dict[str, str]:
 
     folder = Path(kernels.__file__).parent
     shared = kernel_code(folder.joinpath("_common.py").read_text())
-    codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text(), name) for name in kernels.FAMILIES}
+    codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text(), name) for name in kernels.KERNELS}
     return {name: hashlib.sha256(code.encode()).hexdigest()[:16] for name, code in codes.items()}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from os import cpu_count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -19,12 +19,12 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from hf_fused_mlp.kernels import FAMILIES, LAUNCHERS, call_of, linear, prepare
+from hf_fused_mlp.kernels import KERNELS, LAUNCHERS, describe_launch, linear, prepare
 from hf_fused_mlp.reference import linear_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
-from hf_fused_mlp.types import TORCH, UNFUSED, LinearKey, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.types import ABSENT, TORCH, UNFUSED, LinearKey, Matrix, MLPOperands, Plan, ProblemKey, TileConfig
 from hf_fused_mlp.validation import inaccuracy
 
 # of each launch: rounds, how many go on to the next stage, and how much slower than the fastest they may be
@@ -41,7 +41,7 @@ logger = logging.getLogger("hf_fused_mlp")
 
 def candidates(key: LinearKey) -> list[TileConfig]:
     """Every configuration that may run `key`, the library's among them."""
-    own = [config for family in FAMILIES.values() if family.supports(key) is None for config in family.candidates(key)]
+    own = [config for kernel in KERNELS.values() if kernel.supports(key) is None for config in kernel.candidates(key)]
     return [TORCH, *own]
 
 
@@ -89,12 +89,12 @@ def _fastest(timings: dict[Plan, Timing]) -> Plan:
 class Launch:
     """One launch on random data: its input, and copies of its weights that together exceed the L2.
 
-    Each copy is `(weight, bias, gate, gate_bias)`.
+    Each copy is `(weight, gate)`.
     """
 
     key: LinearKey
     x: Tensor
-    copies: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]
+    copies: list[tuple[Matrix, Matrix]]
 
     @staticmethod
     def random(key: LinearKey, bias: bool, device: torch.device | str) -> "Launch":
@@ -109,29 +109,31 @@ class Launch:
         if key.m <= GRAPHS_UP_TO:
             blocks += [blocks[0].clone() for _ in range(weight_copies(blocks[0].nbytes) - 1)]
         biases = normal(planes, key.n).mul_(0.5) if bias else [None, None]
-        gate_bias = biases[0] if key.gated else None
-        copies = [(block[-1], biases[-1], block[0] if key.gated else None, gate_bias) for block in blocks]
+        copies = [
+            (Matrix(block[-1], None, biases[-1]), Matrix(block[0], None, biases[0]) if key.gated else ABSENT)
+            for block in blocks
+        ]
         return Launch(key, normal(key.m, key.k), copies)
 
     def run(self, x: Tensor, copy: int, config: TileConfig) -> Tensor:
         return linear(x, *self.copies[copy % len(self.copies)], self.key.activation, config)
 
     def calls(self, config: TileConfig) -> Calls:
-        weight, _, gate, _ = self.copies[0]
-        run = LAUNCHERS[config.kernel](call_of(self.x, weight, gate is not None, self.key.activation), config)
+        weight, _ = self.copies[0]
+        call = describe_launch(self.x, weight.data, self.key.gated, self.key.activation)
+        run = LAUNCHERS[config.kernel](call, config)
         return [partial(run, self.x, *copy) for copy in self.copies]
 
 
 def mlp_calls(up: Launch, down: Launch, plan: Plan) -> Calls:
     """Whole MLPs, one for each copy of the weights of the launch that has more of them."""
-
-    weight, _, gate, _ = up.copies[0]
-    run = prepare(plan, up.x, gate, weight, down.copies[0][0], up.key.activation)
+    (weight, gate), (down_weight, _) = up.copies[0], down.copies[0]
+    run = prepare(plan, up.x, MLPOperands(gate, weight, down_weight, up.key.activation))
 
     def call(copy: int) -> Tensor:
-        weight, bias, gate, gate_bias = up.copies[copy % len(up.copies)]
-        down_weight, down_bias, *_ = down.copies[copy % len(down.copies)]
-        return run(up.x, gate, weight, down_weight, gate_bias, bias, down_bias)
+        weight, gate = up.copies[copy % len(up.copies)]
+        down_weight, _ = down.copies[copy % len(down.copies)]
+        return run(up.x, gate, weight, down_weight)
 
     return [partial(call, copy) for copy in range(max(len(up.copies), len(down.copies)))]
 
@@ -164,11 +166,15 @@ def runnable(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
 def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
     """Those of `configs` that run and are as near to a float64 computation as PyTorch is; others are warned of."""
     configs = runnable(launch, configs)
-    m, (weight, bias, gate, gate_bias) = launch.key.m, launch.copies[0]
+    m, (up, gate) = launch.key.m, launch.copies[0]
     rows = torch.linspace(0, m - 1, min(m, CHECKED_ROWS), device=launch.x.device).long()
-    bias, gate, gate_bias = (None if tensor is None else tensor.double() for tensor in (bias, gate, gate_bias))
-    oracle = linear_ref(launch.x[rows].double(), weight.double(), bias, gate, gate_bias, launch.key.activation)
-    del bias, gate, gate_bias
+
+    def exact(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.double()
+
+    weights = exact(up.data), exact(up.bias), exact(gate.data), exact(gate.bias)
+    oracle = linear_ref(exact(launch.x[rows]), *weights, launch.key.activation)
+    del weights
     eager = launch.run(launch.x, 0, TORCH)[rows]
 
     passed = []

@@ -1,6 +1,6 @@
-"""From tensors to launches on a GPU: the plan is looked up, never measured, and its two launches run.
+"""From tensors to launches on a GPU: looks up a plan, never measures one, and runs its launches.
 
-Imports Triton, so nothing imports this before the first call on a GPU.
+Imports Triton, so it is imported at the first call on a GPU.
 """
 
 import logging
@@ -10,93 +10,93 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from hf_fused_mlp.kernels import call_of, has_rows, norm, prepare
+from hf_fused_mlp.kernels import describe_launch, has_rows, norm, prepare
 from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
-from hf_fused_mlp.memory import answer, mlp_kind, remember
+from hf_fused_mlp.launch_cache import answer, mlp_kind, remember
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, UNFUSED, Plan, ProblemKey, next_power_of_two
+from hf_fused_mlp.types import GPU, UNFUSED, MLPOperands, Plan, ProblemKey, next_power_of_two
 from hf_fused_mlp.weights import is_packed
 
 logger = logging.getLogger("hf_fused_mlp")
 
-# asked in turn; the first that knows the problem answers, and the last knows every problem
+# asked in turn; the last knows every problem
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]
 
 
 def find_plan(key: ProblemKey) -> Plan:
-    """The plan of the first source that knows `key`; PyTorch's own operations if it turned out not to run here."""
+    """The plan of the first source that knows `key`; `UNFUSED` if that plan turned out not to run here."""
     plan = next(filter(None, (source(key) for source in SOURCES)))
     return UNFUSED if plan in unusable else plan
 
 
-def problem_key(
-    m: int, gate: Tensor | None, up: Tensor, down: Tensor | None, activation: str, bias: bool = False
-) -> ProblemKey:
-    """The key of the MLP that `m` tokens and these operands make; `bias` says whether any projection has one."""
-    first = up if gate is None else gate
-    aligned = first.data_ptr() % 16 == 0 and (down is None or down.data_ptr() % 16 == 0)
+def problem_key(m: int, operands: MLPOperands) -> ProblemKey:
+    """The problem of `m` tokens and an MLP's weights."""
+    gate, up, down, activation = operands
+    first: Tensor = up.data if gate.data is None else gate.data
+    aligned = first.data_ptr() % 16 == 0 and (down.data is None or down.data.data_ptr() % 16 == 0)
     return ProblemKey(
         m=next_power_of_two(m),
-        hidden=up.shape[1],
-        intermediate=up.shape[0],
-        out=0 if down is None else down.shape[0],
-        gated=gate is not None,
+        hidden=up.data.shape[1],
+        intermediate=up.data.shape[0],
+        out=0 if down.data is None else down.data.shape[0],
+        gated=gate.data is not None,
         activation=activation,
-        dtype=up.dtype,
-        bias=bias,
-        one_block=aligned and (gate is None or is_packed(gate, up)),
-        gpu=GPU.of(up.device),
+        dtype=up.data.dtype,
+        bias=any(matrix.bias is not None for matrix in (gate, up, down)),
+        one_block=aligned and (gate.data is None or is_packed(gate.data, up.data)),
+        gpu=GPU.of(up.data.device),
     )
 
 
-def mlp_cuda(x, *operands):
-    """`hf_fused_mlp.ops.mlp` on a GPU, for operands that fit together."""
-    out = answer(_kind(*operands), (x, *operands[:-1]))
+def mlp_cuda(x: Tensor, operands: MLPOperands) -> Tensor:
+    """`hf_fused_mlp.ops.mlp` on a GPU, for tensors that fit together."""
+    gate, up, down, _ = operands
+    out = answer(_kind(operands), (x, *gate, *up, *down), (x, gate, up, down))
     if out is None:
         with torch.cuda.device_of(x):  # kernels launch on the current device
-            out = _first_call(x, *operands)
+            out = _first_call(x, operands)
     return out
 
 
-def _kind(*operands):
-    """Under autocast another than `mlp_kind`, which modules ask for: they cast then, and the operator does not."""
+def _kind(operands: MLPOperands):
+    """Differs from `mlp_kind`, which modules look up, under autocast: modules cast then, and the operator does not."""
     kind = mlp_kind(*operands)
     return ("under autocast", kind) if torch._C._is_any_autocast_enabled() else kind
 
 
-def _first_call(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
-    """Finds the way for calls like this one, which is remembered once it has led to an answer."""
-    operands = gate, up, down, gate_bias, up_bias, down_bias
-    if x.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in operands):
-        return mlp_ref(x, *operands, activation)
+def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
+    """Plans calls like this one, runs it, and remembers the launches if they succeeded."""
+    gate, up, down, _ = operands
+    tensors = *gate, *up, *down
+    if x.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        return mlp_ref(x, *operands.flat())
     if not has_rows(x):
-        rows = x.clone(memory_format=torch.contiguous_format)  # a tensor may be contiguous and have no rows
-        return mlp_cuda(rows, *operands, activation) if has_rows(rows) else mlp_ref(x, *operands, activation)
+        rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows
+        return mlp_cuda(rows, operands) if has_rows(rows) else mlp_ref(x, *operands.flat())
 
-    bias = not (gate_bias is None and up_bias is None and down_bias is None)
-    plan = find_plan(problem_key(x.numel() // x.shape[-1], gate, up, down, activation, bias))
+    plan = find_plan(problem_key(x.numel() // x.shape[-1], operands))
     try:
-        run = prepare(plan, x, gate, up, down, activation)
-        out = run(x, *operands)
-    except torch.OutOfMemoryError:  # which is no fault of the plan's
+        run = prepare(plan, x, operands)
+        out = run(x, gate, up, down)
+    except torch.OutOfMemoryError:  # not the plan's fault
         raise
     except Exception as error:
         if plan == UNFUSED:
             raise
-        # a plan that ships may have been measured with a Triton that needed less, or compiled more; and a file of
-        # plans may have been written by anyone
+        # a shipped plan may have been measured with a Triton that needed less or compiled more; and a file of plans
+        # may have been written by anyone
         logger.warning("%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
         unusable.add(plan)
-        run = prepare(UNFUSED, x, gate, up, down, activation)
-        out = run(x, *operands)
-    remember(_kind(*operands, activation), (x, *operands), run)
+        run = prepare(UNFUSED, x, operands)
+        out = run(x, gate, up, down)
+    remember(_kind(operands), (x, *tensors), run)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
-    """``weight * normed`` as `form`, a key of `hf_fused_mlp.norms.FORMS`, has it; None for what has no kernel.
+    """``weight * normed`` as a key `form` of `hf_fused_mlp.reading.norm.FORMS` says; None if no kernel can.
 
     Args:
         x: `[..., H]`, fp16, bf16 or fp32.
@@ -105,7 +105,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
     Returns:
         `[..., H]`, contiguous.
     """
-    out = answer((form, eps), (x, weight))
+    out = answer((form, eps), (x, weight), (x, weight))
     if out is None:
         with torch.cuda.device_of(x):
             out = _first_norm(x, weight, eps, form)
@@ -113,11 +113,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
 
 
 def _first_norm(x, weight, eps, form):
-    """Finds the way for norms like this one, which is remembered, also if there is none."""
+    """Finds the launch for norms like this one and remembers it, or that there is none."""
     run, out = _no_norm, NotImplemented
     if norm.supports(x, weight):
         rows = x if has_rows(x) else x.contiguous()
-        launch = norm.rms_norm(call_of(rows, weight[None], False, "identity"), eps, form)
+        launch = norm.rms_norm(describe_launch(rows, weight[None], False, "identity"), eps, form)
         run = launch if rows is x else lambda x, weight: launch(x.contiguous(), weight)
         try:
             out = run(x, weight)
@@ -129,7 +129,7 @@ def _first_norm(x, weight, eps, form):
 
 
 def _no_norm(x, weight):
-    """The answer where there is no kernel."""
+    """The remembered answer if there is no kernel."""
     return NotImplemented
 
 
@@ -145,7 +145,7 @@ def act_mul_backward_cuda(grad, gate, up, activation):
 
 def _elementwise(make, activation, *tensors):
     rows = tuple(_rows(tensor) for tensor in tensors)
-    out = answer((make, activation), rows)
+    out = answer((make, activation), rows, rows)
     if out is None:
         first, strides = rows[0], tuple(tensor.stride(0) for tensor in rows)
         run = make(Rows(*first.shape, strides, first.dtype, first.device), activation)

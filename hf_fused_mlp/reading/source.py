@@ -1,7 +1,7 @@
-"""What a function was compiled from, where that is short, plain and certainly the source of that function.
+"""The source of a function, if it is short, plain and certainly the text that the function was compiled from.
 
-Both readers of forwards start here, so that what they refuse is the same, and so that reading ends soon: the text is
-bounded, and what is made of it is bounded by the readers.
+All readers of forwards start here, so that they refuse the same. The text is bounded, and the readers bound what they
+make of it.
 """
 
 import ast
@@ -12,17 +12,17 @@ import textwrap
 from functools import reduce
 from types import CodeType, FunctionType
 
-# several times what the forwards of Transformers that are known have
+# several times what the known forwards of Transformers have
 MOST_BYTES = 4096  # of bytecode
 MOST_CHARACTERS = 20_000  # of text, docstring and comments included
 
 
 class Unreadable(Exception):
-    """What a forward has that is not one of the things known."""
+    """A forward contains something that its reader does not know."""
 
 
 def source_of(function: FunctionType) -> ast.FunctionDef:
-    """What `function` was compiled from.
+    """The definition that `function` was compiled from.
 
     Raises:
         OSError: there is no source.
@@ -41,11 +41,11 @@ def source_of(function: FunctionType) -> ast.FunctionDef:
 
 
 def meaning_of(function: FunctionType, name: str) -> object:
-    """The object that a dotted name means in the module of `function`; None where it means nothing."""
+    """The object that a dotted name refers to in the module of `function`, or None."""
     first, *attributes = name.split(".")
     try:
         return reduce(getattr, attributes, function.__globals__.get(first, getattr(builtins, first, None)))
-    except Exception:  # modules that load others when they are asked may raise anything
+    except Exception:  # lazily loading modules may raise anything
         return None
 
 
@@ -59,7 +59,7 @@ def _is_plain(source: ast.FunctionDef) -> bool:
 
 
 def _is_source_of(function: FunctionType, source: ast.FunctionDef) -> bool:
-    """Whether `function` does what `source` says: the file may have changed since, or a wrapper point to another."""
+    """True if `function` was compiled from `source`; the file may have changed since, or a wrapper point elsewhere."""
     compiled = compile(ast.Module([source], []), "", "exec").co_consts
     code = next(code for code in compiled if isinstance(code, CodeType) and code.co_name == source.name)
     signature = ("co_varnames", "co_argcount", "co_kwonlyargcount", "co_posonlyargcount")
@@ -68,7 +68,7 @@ def _is_source_of(function: FunctionType, source: ast.FunctionDef) -> bool:
 
 
 def _steps(code: CodeType) -> list[tuple[str, object]]:
-    """The instructions of `code`, but for how a name is called, which depends on the module around it."""
+    """The instructions of `code`, without those that depend on the module around it."""
     steps = []
     for step in dis.get_instructions(code):
         if step.opname != "PUSH_NULL":

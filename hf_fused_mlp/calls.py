@@ -1,0 +1,98 @@
+"""Does calling a module run exactly the forward of its class? Hooks, patches and accelerate may say otherwise.
+
+The class alone does not tell: adapters, hooks and parallelism wrap a layer and keep its class.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_fused_mlp.originals import own_forwards, runs_own_forward
+
+# why a module with a forward of its own is skipped
+OWN_FORWARD = (
+    "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass exclude=[...]"
+)
+
+
+@torch.compiler.assume_constant_result
+def _hf_fused_mlp_class_path(cls: type) -> str:
+    """Module path and qualified name, such as `torch.nn.modules.linear.Linear`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# As a constant, the path costs compiled code no guard. torch.compile stores the constant under the function's name
+# among the globals of the compiled module, so the name must be unique.
+class_path = _hf_fused_mlp_class_path
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """True if calling the module does anything but run the forward that its class was defined with."""
+    own, cls = module.__dict__, type(module)
+    # cheap checks first
+    if ("forward" in own or "_hf_hook" in own) and (
+        has_own_forward(module) or ("_hf_hook" in own and not _only_aligns(module))
+    ):
+        return True
+    if torch.compiler.is_compiling():
+        _ = module.forward  # guards against a forward that is put on the instance later
+    return not runs_own_forward(cls) or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if a call runs hooks of PyTorch; backward hooks count only while gradients are enabled."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    # read only if needed: compiled code guards whatever is read
+    return torch.is_grad_enabled() and bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """True if the instance shadows the forward of its class with a different one.
+
+    accelerate's hooks wrap the class's own forward, keep it in `_old_forward`, and leave it behind when removed.
+    """
+    attributes = module.__dict__
+    own = attributes.get("forward")
+    if own is None:
+        return False
+    if "_hf_hook" in attributes:
+        own = attributes.get("_old_forward")
+    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
+
+
+def _only_aligns(linear: nn.Module) -> bool:
+    """True if accelerate's hook only moves inputs to the weight's device, as `device_map` does for every module."""
+    hook, weight = linear.__dict__["_hf_hook"], linear._parameters.get("weight")
+    return (
+        class_path(type(hook)) == "accelerate.hooks.AlignDevicesHook"
+        and not hook.offload
+        and not hook.no_grad
+        and hook.execution_device is not None
+        and weight is not None
+        and torch.device(hook.execution_device) == weight.device
+    )
+
+
+def is_bare(module: nn.Module | None) -> bool:
+    """True if there is a module and it is not `is_hooked`."""
+    return module is not None and not is_hooked(module)
+
+
+def runs_class_forward(module: nn.Module | None) -> bool:
+    """Fast form of `is_bare` for eager calls without gradients; False may also mean "look closer"."""
+    cls: Any = type(module)
+    if (code := own_forwards.get(cls)) is None or getattr(cls.forward, "__code__", None) is not code:
+        return False
+    own = module.__dict__  # weights.glance repeats this line: a call would cost as much as the line
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device on which the next call of `module` will run, as far as its hooks and parameters tell."""
+    hook = module.__dict__.get("_hf_hook")  # accelerate's; offloaded weights are elsewhere until the call
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = next((parameter.device for parameter in module.parameters()), "cpu")
+    return torch.device(device)

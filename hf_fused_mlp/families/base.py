@@ -1,0 +1,39 @@
+"""What every family answers."""
+
+from collections.abc import Hashable
+from typing import Protocol
+
+from torch import nn
+
+from hf_fused_mlp.report import Finding
+from hf_fused_mlp.swap import Fused
+from hf_fused_mlp.types import GPU, ProblemKey
+
+
+class Family(Protocol):
+    """A kind of module that can be fused.
+
+    `name` is the family's in a report, `noun` what messages call one of its modules, `option` the field of
+    `FusionOptions` that turns it on (None: always on), `none_found` what `strict` says if a model has none.
+    """
+
+    name: str
+    noun: str
+    option: str | None
+    none_found: str
+    mixin: type[Fused]
+
+    def examine(self, module: nn.Module) -> Finding | None:
+        """What the family says about `module`; None if it is not one of its own. Asked once, of every module."""
+
+    def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
+        """Why an unknown module belongs in a report, or None. Never decides what is fused.
+
+        `holds_known` says that a module inside is one of the family's.
+        """
+
+    def mixin_for(self, spec: Hashable) -> type[Fused]:
+        """The class that makes the fused form of a module that computes `spec`."""
+
+    def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
+        """The problem that `m` tokens make, weights on meta included; None if it has no plan."""

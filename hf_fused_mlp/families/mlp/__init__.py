@@ -1,0 +1,126 @@
+"""Dense MLPs: gated, packed and plain, whole or up to the activation."""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+from torch import nn
+
+from hf_fused_mlp.families.base import Family
+from hf_fused_mlp.families.mlp.checks import reject_reason, unknown_activation_reason
+from hf_fused_mlp.families.mlp.fused import FusedGatedMLP, FusedMLP, FusedPackedMLP, FusedPlainMLP
+from hf_fused_mlp.originals import is_patched
+from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, is_known, patched_reason, unknown_child
+from hf_fused_mlp.report import Finding
+from hf_fused_mlp.swap import Fused, why_not_swappable
+from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two
+from hf_fused_mlp.weights.formats import is_linear
+
+_MIXINS: dict[MLPKind, type[Fused]] = {
+    MLPKind.GATED: FusedGatedMLP,
+    MLPKind.PACKED: FusedPackedMLP,
+    MLPKind.PLAIN: FusedPlainMLP,
+    MLPKind.HALF: FusedPlainMLP,
+}
+_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|GLU|Experts")
+_NAME = re.compile(r"(^|\.)(mlp|ffn|feed_forward|experts)$")
+
+
+class MLPFamily(Family):
+    """Dense MLPs, always on."""
+
+    name, noun, option = "mlps", "MLP", None
+    none_found = "strict: found no MLP to fuse; register_mlp teaches a class that is not known"
+    mixin = FusedMLP
+
+    def examine(self, module: nn.Module) -> Finding | None:
+        if isinstance(module, FusedMLP):
+            return Finding("fused", _why_not_all(module))
+        if (spec := find_spec(module)) is None:
+            return None
+        return Finding.of(why_not_swappable(module, _MIXINS[spec.kind], spec) or reject_reason(module, spec), spec)
+
+    def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
+        if not _looks_like_mlp(name, module) or _only_wraps(module) or (holds_known and not _stacks_matrices(module)):
+            return None
+        return _unknown_reason(module)
+
+    def mixin_for(self, spec: Hashable) -> type[Fused]:
+        assert isinstance(spec, MLPSpec)
+        return _MIXINS[spec.kind]
+
+    def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
+        assert isinstance(spec, MLPSpec)
+        children: dict[str, Any] = module._modules
+        layers = [children[name] for name in spec.projections]
+        activation = spec.function or find_activation(children[str(spec.activation)])
+        if spec.down is None or activation is None or not all(is_linear(type(layer)) for layer in layers):
+            return None
+        up, down = children[spec.up], children[spec.down]
+        return ProblemKey(
+            m=next_power_of_two(m),
+            hidden=up.in_features,
+            intermediate=down.in_features,
+            out=down.out_features,
+            gated=spec.kind is not MLPKind.PLAIN,
+            activation=activation,
+            dtype=up.weight.dtype,
+            bias=any(layer.bias is not None for layer in layers),
+            one_block=not isinstance(module, FusedMLP) or module.why_not_packed() is None,
+            gpu=gpu,
+        )
+
+
+def _why_not_all(module: FusedMLP) -> str | None:
+    """Why the next call of a fused module will not run the fastest kernels alone."""
+    original, called = module.runs()
+    if original:
+        return original
+    if called is None:
+        return None if (reason := module.why_not_packed()) is None else f"not packed: {reason}"
+    return f"calls what has to be called, and fuses the rest: {called}"
+
+
+def _looks_like_mlp(name: str, module: nn.Module) -> bool:
+    if not any(True for _ in module.parameters()):
+        return False
+    return bool(_CLASS.search(type(module).__name__) or _NAME.search(name))
+
+
+def _only_wraps(module: nn.Module) -> bool:
+    """True if a module holds nothing but one other, which a report lists by itself."""
+    children = list(module.children())
+    return len(children) == 1 and not module._parameters and _looks_like_mlp("", children[0])
+
+
+def _stacks_matrices(module: nn.Module) -> bool:
+    """True if a module itself holds the weights of routed experts."""
+    return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values())
+
+
+def _unknown_reason(module: nn.Module) -> str:
+    """Why a module that looks like an MLP is skipped."""
+    if experts := _routed_experts(module):
+        return f"routed experts, whose weights are one tensor ({experts}), are not covered and run as they are"
+    cls: Any = type(module)
+    if is_patched(cls):
+        return patched_reason(cls)
+    if name := unknown_child(module):
+        return unknown_activation_reason(name, module.get_submodule(name))
+    bases = [base for base in cls.__mro__[1:] if getattr(base, "forward", cls.forward) is not cls.forward]
+    known = next((base.__name__ for base in bases if is_known(base)), None)
+    what = f", a subclass of {known}," if known else ""
+    return (
+        f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "
+        f"far as it can be read; if it computes one anyway, call register_mlp({cls.__name__}, MLPSpec(...)) first"
+    )
+
+
+def _routed_experts(module: nn.Module) -> str | None:
+    """The first tensor in `module` that stacks matrices; a convolution's weight and a vector do not."""
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(path, recurse=False):
+            if parameter.dim() == 3 and 1 not in parameter.shape[1:] and not isinstance(owner, nn.Conv1d):
+                return f"{name} {list(parameter.shape)}"
+    return None

@@ -1,0 +1,145 @@
+"""The checks that an instance of a known MLP class must pass, and what may be read of it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.calls import OWN_FORWARD, has_own_forward, is_hooked
+from hf_fused_mlp.originals import IDENTITIES, why_functions_are_not_own
+from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason, was_patched_since
+from hf_fused_mlp.types import ABSENT, Matrix
+from hf_fused_mlp.weights.formats import is_loaded, is_partial, read, why_called
+
+
+class Projections(NamedTuple):
+    """The matrices of an MLP: None for a layer that must be called, `ABSENT` for one that does not exist.
+
+    `partial` says that gate and up are this process's rows of a tensor-parallel weight.
+    """
+
+    gate: Matrix | None
+    up: Matrix | None
+    down: Matrix | None
+    partial: bool
+
+    @property
+    def first_are_read(self) -> bool:
+        """True if everything before the activation may be read, where no gradient is needed at least."""
+        return self.gate is not None and self.up is not None
+
+    @property
+    def all_are_read(self) -> bool:
+        """True if no layer must be called."""
+        return self.first_are_read and self.down is not None and not self.partial
+
+
+def read_projections(module: nn.Module, spec: MLPSpec) -> Projections:
+    """Reads what may be read of the projections of `module`; makes no words, so that calls can afford it."""
+    children = module._modules
+    gate, up = (ABSENT if name is None else read(children.get(name)) for name in (spec.gate, spec.up))
+    if gate is None or up is None:
+        return Projections(None, None, None, False)
+    partial = [is_partial(children[name]) for name in spec.first]
+    if any(partial):
+        # a whole weight does not go with a shard, and nothing after the activation may be read
+        return Projections(gate, up, None, True) if all(partial) else Projections(None, None, None, False)
+    return Projections(gate, up, ABSENT if spec.down is None else _read_whole(children.get(spec.down)), False)
+
+
+def _read_whole(linear: nn.Module | None) -> Matrix | None:
+    """The matrix of a projection, unless the layer must be called or this process has a shard of it."""
+    matrix = read(linear)
+    return None if matrix is None or is_partial(linear) else matrix
+
+
+def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
+    """Why the kernels may not stand in for a call of `module`, apart from its projections; None if they may."""
+    if has_own_forward(module):
+        return OWN_FORWARD
+    children = module._modules
+    for name in spec.children:
+        if name not in children:
+            return f"it has no submodule {name!r}, which its spec names; correct the spec given to register_mlp"
+    if spec.sequence and tuple(children) != spec.sequence:
+        return f"its children are {', '.join(children)}, no longer {', '.join(spec.sequence)}; undo the change"
+    for name in spec.dropouts:
+        if type(children[name]) not in IDENTITIES or is_hooked(children[name]):
+            return f"{name} is not a plain dropout or identity, which alone may be left out; pass exclude=[...]"
+        if children[name].training and not module.training:
+            return f"{name} is in training mode; call eval() on it"
+    if spec.activation is None:
+        return None
+    activation = children[spec.activation]
+    if find_activation(activation) is None:
+        return unknown_activation_reason(spec.activation, activation)
+    if is_hooked(activation):
+        return f"{spec.activation} has hooks or a forward of its own; remove them first, or pass exclude=[...]"
+    return None
+
+
+def unknown_activation_reason(name: str, activation: nn.Module) -> str:
+    """Why an MLP is skipped whose activation is not in the table."""
+    return (
+        f"{name} is {type(activation).__name__}, expected an activation that computes one of "
+        f"{', '.join(ACTIVATIONS)}; pass exclude=[...] to leave this module as it is"
+    )
+
+
+def called_reason(module: nn.Module, spec: MLPSpec) -> str | None:
+    """Which projection must be called and why, with the remedy; None if all may be read."""
+    for name in spec.projections:
+        if _read_whole(module._modules[name]) is None:
+            return f"{name} {why_called(module._modules[name])}"
+    return None
+
+
+def can_call(module: nn.Module, spec: MLPSpec, found: Projections) -> bool:
+    """True if something is left to fuse when projections are called: the product, or everything before down."""
+    if spec.other_steps or spec.down is None:
+        return False
+    return spec.kind is not MLPKind.PLAIN or (not module.training and found.first_are_read)
+
+
+def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
+    """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
+    cls = type(module)
+    if was_patched_since(cls):
+        return patched_reason(cls)
+    if reason := why_functions_are_not_own() or altered_reason(module, spec):
+        return reason
+    projections: dict[str, Any] = {name: module._modules[name] for name in spec.projections}
+    if reason := called_reason(module, spec):
+        loaded = all(is_loaded(projection) for projection in projections.values())
+        return None if loaded and can_call(module, spec, read_projections(module, spec)) else reason
+    return _mismatch(projections, spec)
+
+
+def _mismatch(linears: dict[str, Any], spec: MLPSpec) -> str | None:
+    """In which dtype, device or shape the projections do not fit together, or None if they do."""
+    tensors = {
+        f"{name}.{kind}": tensor
+        for name, linear in linears.items()
+        for kind, tensor in linear._parameters.items()
+        if tensor is not None
+    }
+    for attribute, remedy in (("dtype", "load with one dtype=..."), ("device", "keep each layer on one device")):
+        values = {name: getattr(tensor, attribute) for name, tensor in tensors.items()}
+        if len(set(values.values())) > 1:
+            found = ", ".join(f"{name} {value}" for name, value in values.items())
+            return f"its weights differ in {attribute} ({found}); {remedy}, or pass exclude=[...]"
+    if _fits(spec, *(linear.weight.shape for linear in linears.values())):
+        return None
+    shapes = ", ".join(f"{name} {list(linear.weight.shape)}" for name, linear in linears.items())
+    return f"the shapes do not fit a {spec.kind.value} MLP ({shapes}); correct the spec given to register_mlp"
+
+
+def _fits(spec: MLPSpec, *shapes: torch.Size) -> bool:
+    """True if the weights of the projections have the shapes of one equation."""
+    if any(len(shape) != 2 for shape in shapes):
+        return False
+    (*_, up) = first = shapes[: len(spec.first)]
+    halves = 2 if spec.kind is MLPKind.PACKED else 1
+    return first[0] == up and all(up[0] == halves * down[1] for down in shapes[len(first) :])

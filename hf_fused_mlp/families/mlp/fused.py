@@ -1,0 +1,315 @@
+"""The fused forms of an MLP.
+
+A call takes the first of four paths that can answer it: repeat a remembered launch; run the whole MLP by kernels; run
+the part that kernels can and call the other layers; run the original forward.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from hf_fused_mlp import modes, ops
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.calls import device_of, has_own_forward, is_bare, runs_class_forward
+from hf_fused_mlp.families.mlp.checks import (
+    Projections,
+    altered_reason,
+    called_reason,
+    can_call,
+    read_projections,
+)
+from hf_fused_mlp.launch_cache import answer, mlp_kind, remembered
+from hf_fused_mlp.originals import IDENTITIES, are_own_at_a_glance, functions_are_own, why_functions_are_not_own
+from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.expression import reading_of
+from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason
+from hf_fused_mlp.swap import Fused, Runs, generated_classes
+from hf_fused_mlp.threads import LOCK, free_when_unread
+from hf_fused_mlp.types import ABSENT, MLPOperands
+from hf_fused_mlp.weights import pack, unpack, why_not_packed
+from hf_fused_mlp.weights.formats import glance, halves, is_linear, read
+
+# Elements of `x` up to which one kernel between called layers gains nothing: the original forward runs at once.
+# Measured on an H100 with `hf-fused-mlp bench wrapped`: 512 tokens of Llama-3-8B gain nothing, 4096 do.
+SMALL_INPUT = 1 << 21
+
+
+class FusedMLP(Fused):
+    """What all fused MLPs share."""
+
+    fused_spec: ClassVar[MLPSpec]
+    # the names that an ordinary call reads: to `torch.compile` a tuple of names is a constant, an object is not
+    _fused_names: ClassVar[tuple]
+    # the reading of its forward, if that rests on the meaning of global names
+    _reading: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs):
+        if spec := vars(cls).get("fused_spec"):
+            projections = spec.gate, spec.up, spec.down
+            names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
+            type.__setattr__(cls, "_fused_names", names)
+            reading = reading_of(cls.original_forward)
+            type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
+
+    def forward(self, *args, **kwargs):
+        # read once: another thread may unfuse the module meanwhile. Compiled code is spared guards of the class.
+        traced = torch.compiler.is_compiling()
+        cls: Any = self if traced else type(self)
+        # a wrapper of this forward may call it after the module was unfused
+        if not (isinstance(self, FusedMLP) if traced else issubclass(cls, FusedMLP)):
+            return type(self).forward(self, *args, **kwargs)
+        x = args[0] if args else kwargs.get(cls.input_name)
+        if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
+            out = _compiled(self, x) if traced else _replay(self, cls, x)
+            if out is None and modes.is_ordinary(x):
+                out = _slow_path(self, cls, x)
+            if out is not None:
+                return out
+        return cls.original_class.forward(self, *args, **kwargs)  # not `super()`, which adds guards
+
+    def runs(self, device: torch.device | None = None) -> Runs:
+        cls = type(self)
+        spec = cls.fused_spec
+        if not _keeps_forward(cls):
+            return Runs(patched_reason(cls.original_class))
+        if reason := why_functions_are_not_own() or altered_reason(self, spec):
+            return Runs(reason)
+        found = read_projections(self, spec)
+        called = "in training mode" if self.training else called_reason(self, spec)
+        if called is None and found.up is not None and found.up.data.dtype == torch.float64:
+            called = "no kernels for float64; load as bfloat16 or float16"
+        if called is not None:
+            if not can_call(self, spec, found):
+                return Runs(called)
+            if self.training and _drops_out(self, spec):
+                return Runs("in training mode, where it drops out")
+        return Runs(modes.no_kernels(device or device_of(self._modules[spec.first[0]])), called)
+
+    def inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
+        x = args[0] if args else kwargs.get(self.input_name)
+        return (x,) if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) else None
+
+    def by_operator(self, *inputs: Tensor) -> Tensor:
+        return ops.mlp(*inputs, *self.operands().flat())
+
+    def operands(self) -> MLPOperands:
+        """The operands of `ops.mlp`, for a module all of whose projections may be read."""
+        return _operands(self, self.fused_spec, read_projections(self, self.fused_spec))
+
+    @staticmethod
+    def _call_first(module: nn.Module, spec: MLPSpec, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Calls the projections before the activation; returns gate and up."""
+        raise NotImplementedError
+
+    def repack(self) -> None:
+        with LOCK:
+            if isinstance(self, FusedMLP):  # another thread may have unfused it
+                free_when_unread(self._pack(), self)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        FusedMLP.repack(self)
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.repack()
+
+
+class FusedGatedMLP(FusedMLP):
+    """``down(act(gate(x)) * up(x))`` with gate and up packed."""
+
+    @staticmethod
+    def _call_first(module: nn.Module, spec: MLPSpec, x: Tensor) -> tuple[Tensor, Tensor]:
+        return module._modules[spec.gate](x), module._modules[spec.up](x)
+
+    def why_not_packed(self) -> str | None:
+        weights = self._weights_to_pack()
+        return None if weights is None else why_not_packed(*weights)
+
+    def _pack(self) -> list[Tensor]:
+        weights = self._weights_to_pack()
+        # packing gains nothing where the original forward runs
+        return pack(*weights) if weights is not None and modes.no_kernels(weights[0].device) is None else []
+
+    def _unpack(self) -> list[Tensor]:
+        # whatever wraps the layers by now keeps their parameters
+        layers = [layer for name in self.fused_spec.first if (layer := self._modules.get(name)) is not None]
+        return unpack(getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters())
+
+    def _weights_to_pack(self) -> tuple[Any, Any] | None:
+        """Gate and up; None if one was wrapped or quantized after fusing, since then nothing reads both."""
+        found = read_projections(self, self.fused_spec)
+        return (found.gate.data, found.up.data) if found.gate is not None and found.up is not None else None
+
+
+class FusedPackedMLP(FusedMLP):
+    """``down(act(gate) * up)`` with gate and up the halves of one projection's output, as in the checkpoint."""
+
+    @staticmethod
+    def _call_first(module: nn.Module, spec: MLPSpec, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = module._modules[spec.up](x).chunk(2, dim=-1)
+        return (up, gate) if spec.up_first else (gate, up)
+
+
+class FusedPlainMLP(FusedMLP):
+    """``down(act(up(x)))``, or half of it; there is nothing to pack."""
+
+
+# Functions rather than methods: `torch.compile` guards each name that it looks up in a module, and the host checks
+# all guards before each replay of a graph. `cls` is the class of `module`, or in compiled code the module itself.
+
+
+def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
+    """Eager fast path: repeats the launch remembered for this kind of call. None if anything is unusual.
+
+    The GPU often waits for Python here, so each attribute is read once. If this returns an output, `runs` has no
+    reason, the operands fit, and the caller needs only the output.
+    """
+    forward: Any = cls.original_class.forward
+    if (
+        not remembered
+        or not modes.needs_only_output(x)
+        or _has_any_global_hook()
+        or forward is not cls.original_forward
+        or (cls.original_code is not None and forward.__code__ is not cls.original_code)
+        or (cls._reading is not None and not cls._reading.holds_for(forward))
+        or (operands := _usual_operands(module, cls, glance, runs_class_forward)) is None
+        or not are_own_at_a_glance(operands[3])
+    ):
+        return None
+    gate, up, down, _ = operands
+    return answer(mlp_kind(*operands), (x, *gate, *up, *down), (x, gate, up, down))
+
+
+def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
+    """Compiled fast path: the operator. None if anything is unusual.
+
+    `torch.compile` guards whatever is read here. Names, tensors and module attributes that are read under one name
+    cost least: for them a dictionary's version tells whether anything changed.
+    """
+    if not modes.is_ordinary(x) or modes.autocasts() or modes.no_kernels(x.device) is not None:
+        return None
+    if x.dtype == torch.float64 or not hf_fused_mlp_keeps_forward(module.original_class) or not functions_are_own():
+        return None
+    operands = _usual_operands(module, module, read, is_bare)
+    return None if operands is None else ops.mlp_if_fits(x, MLPOperands(*operands))
+
+
+def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
+    """Runs the whole MLP, or as much of it as the kernels can; None if the original forward must run."""
+    spec = cls.fused_spec
+    if modes.no_kernels(x.device) is not None:  # on a CPU, all that is checked
+        return None
+    compiling, autocasts, training = torch.compiler.is_compiling(), modes.autocasts(), module.training
+    reads_weights = not autocasts and not (training and torch.is_grad_enabled())
+    if not compiling and x.numel() <= SMALL_INPUT and not (reads_weights and _may_read_first(module, spec)):
+        return None
+    if not (hf_fused_mlp_keeps_forward(cls.original_class) if compiling else _keeps_forward(cls)):
+        return None
+    if not functions_are_own() and (compiling or why_functions_are_not_own() is not None):
+        return None
+    if altered_reason(module, spec) is not None or (training and _drops_out(module, spec)):
+        return None
+    found = read_projections(module, spec)
+    if found.all_are_read and not autocasts and not training and found.up.data.dtype != torch.float64:
+        out = ops.mlp_if_fits(x, _operands(module, spec, found))
+        if out is not None:
+            return out
+    # what the kernels do not take goes on: PyTorch answers, errors included
+    if can_call(module, spec, found) and (h := _first_half(module, cls, x, found)) is not None:
+        return module._modules[spec.down](h)
+    return None
+
+
+def _may_read_first(module: FusedMLP, spec: MLPSpec) -> bool:
+    """Fast pre-check of `Projections.first_are_read`."""
+    return all(is_linear(type(module._modules.get(name))) for name in spec.first)
+
+
+def _first_half(module: FusedMLP, cls: type[FusedMLP], x: Tensor, found: Projections) -> Tensor | None:
+    """The input of down, with projections called where they must be; None if nothing can be fused."""
+    spec = cls.fused_spec
+    activation = _activation(module, spec)
+    if found.first_are_read and not torch.is_grad_enabled() and not modes.autocasts():
+        gate, up, _, activation = _operands(module, spec, found)
+        h = ops.mlp_if_fits(x, MLPOperands(gate, up, ABSENT, activation))
+        if h is not None:
+            return h
+    if spec.kind is MLPKind.PLAIN:
+        return None
+    gate, up = cls._call_first(module, spec, x)
+    if gate.shape == up.shape and gate.dtype == up.dtype and type(gate) is type(up) is Tensor:
+        return ops.act_mul(gate, up, activation)
+    return ACTIVATIONS[activation].function(gate) * up
+
+
+def _drops_out(module: nn.Module, spec: MLPSpec) -> bool:
+    return any(getattr(module._modules[name], "p", 0) > 0 for name in spec.dropouts)
+
+
+def _activation(module: FusedMLP, spec: MLPSpec) -> str:
+    return spec.function or find_activation(module._modules[spec.activation])
+
+
+def _operands(module: FusedMLP, spec: MLPSpec, found: Projections) -> MLPOperands:
+    """The operands, as far as `found` has them."""
+    gate, up, down, _ = found
+    if spec.halves is not None:
+        gate, up = halves(up, *spec.halves)
+    return MLPOperands(gate, up, down, _activation(module, spec))
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler misreads functions of classes
+def hf_fused_mlp_keeps_forward(original: type[nn.Module]) -> bool:
+    """True if a fused class still has the forward it had when it was fused, and global names mean the same."""
+    return all(map(_keeps_forward, generated_classes(original)))
+
+
+def _keeps_forward(cls: type[FusedMLP]) -> bool:
+    forward = cls.original_class.forward
+    return (
+        forward is cls.original_forward
+        and getattr(forward, "__code__", None) is cls.original_code
+        and (cls._reading is None or cls._reading.holds_for(forward))
+    )
+
+
+def _usual_operands(
+    module: FusedMLP, cls: type[FusedMLP], read: Callable, runs_own_forward: Callable
+) -> tuple[tuple, tuple, tuple, str] | None:
+    """Gate, up, down and activation of a module in which everything is as usual, or None.
+
+    Args:
+        read: gives the matrix of a projection, or None: `formats.read` in compiled code, which runs it once, and
+            `formats.glance` in eager calls.
+        runs_own_forward: whether calling another child runs the forward of its class.
+    """
+    if module.training or ("forward" in module.__dict__ and has_own_forward(module)):
+        return None
+    projections, order, activation, function, dropouts, sequence = cls._fused_names
+    children, found = module._modules, []
+    for name in projections:
+        matrix = ABSENT if name is None else read(children.get(name))
+        if matrix is None:
+            return None
+        found.append(matrix)
+    for name in dropouts:
+        child = children.get(name)
+        if type(child) not in IDENTITIES or not runs_own_forward(child) or child.training:
+            return None
+    if function is None:
+        child = children.get(activation)
+        if child is None or (function := find_activation(child)) is None or not runs_own_forward(child):
+            return None
+    if sequence and tuple(children) != sequence:
+        return None
+    gate, up, down = found
+    if order is not None:
+        if up[2] is not None and up[2].shape != up[0].shape[:1]:
+            return None  # a bias that cannot be halved
+        gate, up = halves(up, *order)
+    return gate, up, down, function

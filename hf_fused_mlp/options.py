@@ -1,0 +1,52 @@
+"""The options that `fuse_model` and the `use_fused_mlp` argument share."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """What to fuse; the arguments of `fuse_model`, which documents them.
+
+    Raises:
+        TypeError: `exclude` is not a list of names, or another option neither True nor False.
+    """
+
+    strict: bool = False
+    exclude: Iterable[str] = ()
+    norms: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.exclude, str):
+            raise TypeError(
+                f"exclude={self.exclude!r} is a string; pass a list of module names: exclude=[{self.exclude!r}]"
+            )
+        if not isinstance(self.exclude, Iterable) or not all(isinstance(name, str) for name in self.exclude):
+            raise TypeError(f"exclude={self.exclude!r}: expected a list of module names")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        for option in ("strict", "norms"):
+            if not isinstance(getattr(self, option), bool):
+                raise TypeError(f"{option}={getattr(self, option)!r}: expected True or False")
+
+    @staticmethod
+    def of_flag(name: str, flag: Any) -> "FusionOptions | None":
+        """The options that a flag such as `use_fused_mlp=...` stands for; None: fuse nothing.
+
+        Raises:
+            ValueError: the flag is none of True, False, None, `"strict"` and a dict, or the dict has an unknown key.
+            TypeError: an option has a value of a wrong type.
+        """
+        # identity, not equality: 1 and 0 are not valid values
+        if flag is False or flag is None:
+            return None
+        if flag is True:
+            return FusionOptions()
+        if isinstance(flag, str) and flag == "strict":
+            return FusionOptions(strict=True)
+        known = [field.name for field in fields(FusionOptions)]
+        if not isinstance(flag, dict):
+            raise ValueError(f'{name}={flag!r}: expected True, False, "strict" or a dict of {", ".join(known)}')
+        if unknown := [key for key in flag if key not in known]:
+            raise ValueError(f"{name}: unknown option {unknown[0]!r}; the options are {', '.join(known)}")
+        return FusionOptions(**flag)

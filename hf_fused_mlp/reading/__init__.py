@@ -1,0 +1,1 @@
+"""What does a module compute? Answered by reading the forward of its class."""

@@ -1,0 +1,50 @@
+"""Finding the activation that a module computes, by its exact class and by what its forward reads of the instance.
+
+Never by a name in a config: a subclass or a look-alike is unknown.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from hf_fused_mlp.activations import ACTIVATIONS, HF, NN
+from hf_fused_mlp.calls import class_path
+
+_NAME_BY_CLASS = {path: row.name for row in ACTIVATIONS.values() for path in row.classes}
+
+
+def _is_tanh_gelu(act: Any) -> bool:
+    return isinstance(act, partial) and act.func is F.gelu and not act.args and act.keywords == {"approximate": "tanh"}
+
+
+# classes whose forward calls or reads an attribute of the instance, and whether its value computes what the table says
+_HELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    HF + "GELUActivation": ("act", lambda act: act is F.gelu),
+    HF + "GELUTanh": ("act", _is_tanh_gelu),
+    HF + "AccurateGELUActivation": ("precomputed_constant", lambda constant: constant == math.sqrt(2 / math.pi)),
+}
+
+
+def find_activation(module: nn.Module) -> str | None:
+    """The key in `ACTIVATIONS` of what `module` computes, or None if that is not certain."""
+    cls = type(module)
+    path = class_path(cls)
+    if path == NN + "GELU":
+        path += f"({module.approximate})"
+    name = _NAME_BY_CLASS.get(path)
+    if path in _HELD:
+        attribute, is_as_made = _HELD[path]
+        held = getattr(module, attribute, None)
+        if not is_as_made(held) and not _is_method_of(held, module):
+            return None
+    return name
+
+
+def _is_method_of(function: Any, module: nn.Module) -> bool:
+    """True if `function` is a method of the module's own class, which `use_gelu_python` puts there."""
+    own = getattr(function, "__func__", None)
+    return own is not None and function.__self__ is module and own is getattr(type(module), own.__name__, None)
