@@ -32,7 +32,7 @@ def is_hooked(module: nn.Module) -> bool:
     own, cls = module.__dict__, type(module)
     # cheap checks first
     if ("forward" in own or "_hf_hook" in own) and (
-        has_own_forward(module) or ("_hf_hook" in own and not _only_aligns(module))
+        has_own_forward(module) or ("_hf_hook" in own and not only_aligns(module))
     ):
         return True
     if torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
 
 
-def _only_aligns(linear: nn.Module) -> bool:
+def only_aligns(linear: nn.Module) -> bool:
     """True if accelerate's hook only moves inputs to the weight's device, as `device_map` does for every module."""
     hook, weight = linear.__dict__["_hf_hook"], linear._parameters.get("weight")
     return (

@@ -63,7 +63,10 @@ ABSENT = Matrix(None, None, None)  # type: ignore[arg-type]
 
 
 class MLPOperands(NamedTuple):
-    """The weights of an MLP: gate and up are `[I, H]`, down is `[O, I]`; gate and down may be `ABSENT`."""
+    """The weights of an MLP: gate and up are `[I, H]`, down is `[O, I]`; gate and down may be `ABSENT`.
+
+    `flat` also takes bare tuples in place of matrices.
+    """
 
     gate: Matrix
     up: Matrix
@@ -72,8 +75,8 @@ class MLPOperands(NamedTuple):
 
     def flat(self) -> tuple:
         """In the order of the operator `torch.ops.hf_fused_mlp.mlp`: weights, biases, activation."""
-        gate, up, down, activation = self
-        return gate.data, up.data, down.data, gate.bias, up.bias, down.bias, activation
+        (gate, _, gate_bias), (up, _, up_bias), (down, _, down_bias), activation = self
+        return gate, up, down, gate_bias, up_bias, down_bias, activation
 
     @staticmethod
     def of(gate, up, down, gate_bias, up_bias, down_bias, activation) -> "MLPOperands":

@@ -4,9 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from models import Doubling, as_on_gpu, tiny_model
 from numerics import look_up, remember
-from test_wrapped import PROJECTIONS, WRAPPERS, attach_hook
+from test_wrapped import PROJECTIONS, WRAPPERS, attach_hook, replace_linear
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -17,12 +18,12 @@ from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from hf_fused_mlp import fuse_model, launch_cache
+from hf_fused_mlp import fuse_model, launch_cache, modes, ops
 from hf_fused_mlp.families.mlp import fused
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.tuning import cache
-from hf_fused_mlp.types import UNFUSED, MLPOperands
+from hf_fused_mlp.types import ABSENT, UNFUSED, MLPOperands
 
 ANSWER = torch.zeros(1)
 KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
@@ -459,3 +460,69 @@ def test_operands_that_do_not_fit(short_way):
         for other in others if i == 0 or operand is up else [*others, None]:
             assert again(*call[:i], other, *call[i + 1 :]) is None
     assert again(*call[:-1], "relu") is None
+
+
+H = torch.randn(3, 176, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_down_is_called_after_a_kept_launch(short_way):
+    """Of an MLP whose down must be called, the launch before it is kept."""
+    x, mlp = torch.randn(3, 64), fuse_model(tiny_model()).model.layers[0].mlp
+    operands = mlp.operands()
+    half = operands._replace(down=ABSENT)
+    attach_hook(mlp, "down_proj")
+    assert replay(mlp, x) is None
+    remember(x, half, lambda *operands: H)
+    torch.testing.assert_close(replay(mlp, x), H @ operands.down.data.T + 1)
+    attach_hook(mlp, "up_proj")
+    assert replay(mlp, x) is None
+
+
+@torch.no_grad()
+def test_down_that_is_gone(short_way):
+    x, mlp = torch.randn(3, 64), fuse_model(tiny_model()).model.layers[0].mlp
+    remember(x, mlp.operands()._replace(down=ABSENT), lambda *operands: H)
+    del mlp.down_proj
+    assert replay(mlp, x) is None
+    with pytest.raises(AttributeError, match="down_proj"):
+        mlp(x)
+
+
+@torch.no_grad()
+def test_a_hook_that_only_moves_inputs(short_way):
+    """accelerate's: such projections are read at a glance, as long as moving inputs is all that the hook does."""
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    for name in PROJECTIONS:
+        add_hook_to_module(mlp.get_submodule(name), AlignDevicesHook(execution_device=torch.device("cpu")))
+    assert replay(mlp, x) is ANSWER
+    hook = mlp.up_proj._hf_hook
+    for attribute, value in (("offload", True), ("no_grad", True), ("execution_device", None)):
+        before = getattr(hook, attribute)
+        setattr(hook, attribute, value)
+        assert replay(mlp, x) is None
+        setattr(hook, attribute, before)
+    assert replay(mlp, x) is ANSWER
+    mlp.up_proj._old_forward = lambda x: 2 * x
+    assert replay(mlp, x) is None
+    remove_hook_from_module(mlp.up_proj)
+    add_hook_to_module(mlp.up_proj, ModelHook())
+    assert replay(mlp, x) is None
+
+
+@pytest.mark.parametrize("case", ["called", "autocast", "training", "plain"])
+def test_few_tokens_run_the_original_if_only_the_product_could_be_fused(case, short_way, monkeypatch):
+    monkeypatch.setattr("hf_fused_mlp.families.mlp.fused.SMALL_INPUT", 3 * 64)
+    products, mlp = [], fuse_model(tiny_model()).model.layers[0].mlp
+    monkeypatch.setattr(ops, "act_mul", lambda *args, act_mul=ops.act_mul: products.append(args) or act_mul(*args))
+    if case == "called":
+        replace_linear(mlp, "gate_proj")
+    mlp.train(case == "training")
+    monkeypatch.setattr(modes, "autocasts", lambda: case == "autocast")
+    for m, calls in ((3, 0), (4, case != "plain")):
+        x = torch.randn(m, 64)
+        products.clear()
+        with torch.set_grad_enabled(case == "training"):
+            torch.testing.assert_close(mlp(x), LlamaMLP.forward(mlp, x))
+        assert len(products) == calls

@@ -7,12 +7,13 @@ inside; adapters, hooks and parallelism wrap the layer.
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from hf_fused_mlp.calls import class_path, has_hooks, is_hooked
+from hf_fused_mlp.calls import class_path, has_hooks, has_own_forward, is_hooked, only_aligns
 from hf_fused_mlp.originals import LINEAR, runs_own_forward
 from hf_fused_mlp.types import Matrix
 
@@ -20,6 +21,7 @@ FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # while torch.export traces, fake tensors stand for the parameters
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
 _LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
+_OTHER_NAMES = {path.rpartition(".")[2] for path in _LINEARS} - {"Linear"}
 
 
 def read(linear: nn.Module | None) -> Matrix | None:
@@ -40,8 +42,13 @@ def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Mat
     if type(linear) is not LINEAR:
         return None
     own = linear.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
-        return read_plain(linear) if "_hf_hook" in own else None
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return None
+    if "forward" in own or "_hf_hook" in own:
+        if "_hf_hook" not in own:
+            return _glance_at_shard(linear, own["forward"])
+        if has_own_forward(linear) or not only_aligns(linear):
+            return None
     parameters = own["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias", False)
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or len(parameters) != 2:
@@ -52,6 +59,12 @@ def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Mat
 def is_linear(cls: type[nn.Module]) -> bool:
     """True if a class multiplies with its weight and adds its bias, and so may be read if nothing is changed in it."""
     return cls is LINEAR or class_path(cls) in _LINEARS
+
+
+def may_be_read(linear: nn.Module | None) -> bool:
+    """Fast pre-check of `read`: False if the layer certainly must be called."""
+    cls: Any = type(linear)
+    return cls is LINEAR or (cls.__name__ in _OTHER_NAMES and is_linear(cls))
 
 
 def read_plain(linear: nn.Module) -> Matrix | None:
@@ -117,6 +130,27 @@ def _is_float_shard(parameter: nn.Parameter) -> bool:
     return placed == ["S(0)"] and type(local) is Tensor and local.dtype in FLOATS and not local.is_meta
 
 
+# shards that were read, by the forward on the instance: the weight, and the layouts that its style had
+_shards: WeakKeyDictionary[FunctionType, tuple[ReferenceType, Any, Any, Any]] = WeakKeyDictionary()
+
+
+def _glance_at_shard(linear: nn.Module, forward: Any) -> tuple[Tensor, None, Tensor | None] | None:
+    """Fast form of `read_column_shard`: repeats it only if the weight or a layout was replaced since."""
+    weight: Any = linear._parameters.get("weight")
+    bias: Any = linear._parameters.get("bias", False)
+    if not hasattr(weight, "_local_tensor") or type(forward) is not FunctionType:
+        return None
+    known, style, *layouts = _shards.get(forward, (None, None))
+    if known is None or known() is not weight or [style.input_layouts, style.output_layouts] != layouts:
+        if read_column_shard(linear) is None:
+            return None
+        style = next(
+            cell.cell_contents for cell in forward.__closure__ if hasattr(cell.cell_contents, "input_layouts")
+        )
+        _shards[forward] = ref(weight), style, style.input_layouts, style.output_layouts
+    return weight._local_tensor, None, None if bias is None else bias._local_tensor
+
+
 READERS: tuple[Callable[[nn.Module], Matrix | None], ...] = (read_plain, read_column_shard)
 
 
@@ -125,10 +159,14 @@ def is_partial(linear: nn.Module) -> bool:
     return hasattr(linear._parameters.get("weight"), "_local_tensor")
 
 
-def halves(matrix: tuple, first: int, second: int) -> tuple[Matrix, Matrix]:
-    """The two matrices that a packed projection holds one after the other, in the order of the given indices."""
-    data, bias = matrix[0].chunk(2), (None, None) if matrix[2] is None else matrix[2].chunk(2)
-    return Matrix(data[first], None, bias[first]), Matrix(data[second], None, bias[second])
+def halves(matrix: tuple, first: int, second: int) -> tuple[tuple, tuple]:
+    """The two matrices, as bare tuples, that a packed projection holds, in the order of the given indices."""
+    data, _, bias = matrix
+    both = data.chunk(2)
+    if bias is None:
+        return (both[first], None, None), (both[second], None, None)
+    biases = bias.chunk(2)
+    return (both[first], None, biases[first]), (both[second], None, biases[second])
 
 
 def is_loaded(projection: nn.Module) -> bool:

@@ -28,9 +28,9 @@ from hf_fused_mlp.reading.expression import reading_of
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason
 from hf_fused_mlp.swap import Fused, Runs, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
-from hf_fused_mlp.types import ABSENT, MLPOperands
+from hf_fused_mlp.types import ABSENT, Matrix, MLPOperands
 from hf_fused_mlp.weights import pack, unpack, why_not_packed
-from hf_fused_mlp.weights.formats import glance, halves, is_linear, read
+from hf_fused_mlp.weights.formats import glance, halves, may_be_read, read
 
 # Elements of `x` up to which one kernel between called layers gains nothing: the original forward runs at once.
 # Measured on an H100 with `hf-fused-mlp bench wrapped`: 512 tokens of Llama-3-8B gain nothing, 4096 do.
@@ -48,9 +48,9 @@ class FusedMLP(Fused):
 
     def __init_subclass__(cls, **kwargs):
         if spec := vars(cls).get("fused_spec"):
-            projections = spec.gate, spec.up, spec.down
-            names = projections, spec.halves, spec.activation, spec.function, spec.dropouts, spec.sequence
-            type.__setattr__(cls, "_fused_names", names)
+            calls_down = spec.down is not None and not spec.other_steps
+            names = spec.gate, spec.up, spec.down, spec.halves, spec.activation, spec.function, spec.dropouts
+            type.__setattr__(cls, "_fused_names", (*names, spec.sequence, calls_down))
             reading = reading_of(cls.original_forward)
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
 
@@ -64,7 +64,7 @@ class FusedMLP(Fused):
         x = args[0] if args else kwargs.get(cls.input_name)
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
             out = _compiled(self, x) if traced else _replay(self, cls, x)
-            if out is None and modes.is_ordinary(x):
+            if out is None and (traced or _may_gain(self, cls, x)) and modes.is_ordinary(x):
                 out = _slow_path(self, cls, x)
             if out is not None:
                 return out
@@ -166,23 +166,35 @@ class FusedPlainMLP(FusedMLP):
 def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     """Eager fast path: repeats the launch remembered for this kind of call. None if anything is unusual.
 
-    The GPU often waits for Python here, so each attribute is read once. If this returns an output, `runs` has no
-    reason, the operands fit, and the caller needs only the output.
+    The GPU often waits for Python here, so each attribute is read once, what tells most first. If this returns an
+    output, the kernels would have run, or the part of them before a down that must be called; the operands fit, and
+    the caller needs only the output.
     """
-    forward: Any = cls.original_class.forward
     if (
         not remembered
-        or not modes.needs_only_output(x)
-        or _has_any_global_hook()
-        or forward is not cls.original_forward
-        or (cls.original_code is not None and forward.__code__ is not cls.original_code)
-        or (cls._reading is not None and not cls._reading.holds_for(forward))
         or (operands := _usual_operands(module, cls, glance, runs_class_forward)) is None
+        or not modes.needs_only_output(x)
+        or torch._C._is_any_autocast_enabled()
+        or _has_any_global_hook()
         or not are_own_at_a_glance(operands[3])
+        or not _keeps_forward(cls)
     ):
         return None
-    gate, up, down, _ = operands
-    return answer(mlp_kind(*operands), (x, *gate, *up, *down), (x, gate, up, down))
+    gate, up, down, activation = operands
+    if down is not None:
+        return answer(mlp_kind(gate, up, down, activation), (x, *gate, *up, *down), (x, gate, up, down))
+    h = answer(mlp_kind(gate, up, ABSENT, activation), (x, *gate, *up, *ABSENT), (x, gate, up, ABSENT))
+    return None if h is None else module._modules[cls.fused_spec.down](h)
+
+
+def _may_gain(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> bool:
+    """False for few tokens if kernels could take over no more than the product: then the original is as fast."""
+    if x.numel() > SMALL_INPUT:
+        return True
+    if modes.autocasts() or (module.training and torch.is_grad_enabled()):
+        return False
+    children, spec = module._modules, cls.fused_spec
+    return may_be_read(children.get(spec.up)) and (spec.gate is None or may_be_read(children.get(spec.gate)))
 
 
 def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
@@ -196,7 +208,9 @@ def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
     if x.dtype == torch.float64 or not hf_fused_mlp_keeps_forward(module.original_class) or not functions_are_own():
         return None
     operands = _usual_operands(module, module, read, is_bare)
-    return None if operands is None else ops.mlp_if_fits(x, MLPOperands(*operands))
+    if operands is None or operands[2] is None:
+        return None
+    return ops.mlp_if_fits(x, MLPOperands(*operands))
 
 
 def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
@@ -205,9 +219,6 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
     if modes.no_kernels(x.device) is not None:  # on a CPU, all that is checked
         return None
     compiling, autocasts, training = torch.compiler.is_compiling(), modes.autocasts(), module.training
-    reads_weights = not autocasts and not (training and torch.is_grad_enabled())
-    if not compiling and x.numel() <= SMALL_INPUT and not (reads_weights and _may_read_first(module, spec)):
-        return None
     if not (hf_fused_mlp_keeps_forward(cls.original_class) if compiling else _keeps_forward(cls)):
         return None
     if not functions_are_own() and (compiling or why_functions_are_not_own() is not None):
@@ -223,11 +234,6 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
     if can_call(module, spec, found) and (h := _first_half(module, cls, x, found)) is not None:
         return module._modules[spec.down](h)
     return None
-
-
-def _may_read_first(module: FusedMLP, spec: MLPSpec) -> bool:
-    """Fast pre-check of `Projections.first_are_read`."""
-    return all(is_linear(type(module._modules.get(name))) for name in spec.first)
 
 
 def _first_half(module: FusedMLP, cls: type[FusedMLP], x: Tensor, found: Projections) -> Tensor | None:
@@ -259,7 +265,7 @@ def _operands(module: FusedMLP, spec: MLPSpec, found: Projections) -> MLPOperand
     """The operands, as far as `found` has them."""
     gate, up, down, _ = found
     if spec.halves is not None:
-        gate, up = halves(up, *spec.halves)
+        gate, up = (Matrix(*half) for half in halves(up, *spec.halves))
     return MLPOperands(gate, up, down, _activation(module, spec))
 
 
@@ -283,6 +289,8 @@ def _usual_operands(
 ) -> tuple[tuple, tuple, tuple, str] | None:
     """Gate, up, down and activation of a module in which everything is as usual, or None.
 
+    In eager calls down is None if it must be called and may be.
+
     Args:
         read: gives the matrix of a projection, or None: `formats.read` in compiled code, which runs it once, and
             `formats.glance` in eager calls.
@@ -290,13 +298,14 @@ def _usual_operands(
     """
     if module.training or ("forward" in module.__dict__ and has_own_forward(module)):
         return None
-    projections, order, activation, function, dropouts, sequence = cls._fused_names
-    children, found = module._modules, []
-    for name in projections:
-        matrix = ABSENT if name is None else read(children.get(name))
-        if matrix is None:
-            return None
-        found.append(matrix)
+    gate_name, up_name, down_name, order, activation, function, dropouts, sequence, calls_down = cls._fused_names
+    children = module._modules
+    gate = ABSENT if gate_name is None else read(children.get(gate_name))
+    if gate is None or (up := read(children.get(up_name))) is None:
+        return None
+    down = ABSENT if down_name is None else read(children.get(down_name))
+    if down is None and not (calls_down and down_name in children):
+        return None
     for name in dropouts:
         child = children.get(name)
         if type(child) not in IDENTITIES or not runs_own_forward(child) or child.training:
@@ -307,7 +316,6 @@ def _usual_operands(
             return None
     if sequence and tuple(children) != sequence:
         return None
-    gate, up, down = found
     if order is not None:
         if up[2] is not None and up[2].shape != up[0].shape[:1]:
             return None  # a bias that cannot be halved
