@@ -8,11 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hf_fused_mlp.activations import ACTIVATIONS, HF, NN
 from hf_fused_mlp.calls import class_path
+from hf_fused_mlp.originals import own_forwards
 
 _NAME_BY_CLASS = {path: row.name for row in ACTIVATIONS.values() for path in row.classes}
 
@@ -34,14 +36,24 @@ def find_activation(module: nn.Module) -> str | None:
     cls = type(module)
     path = class_path(cls)
     if path == NN + "GELU":
-        path += f"({module.approximate})"
+        return _NAME_BY_CLASS.get(f"{path}({module.approximate})")
     name = _NAME_BY_CLASS.get(path)
     if path in _HELD:
         attribute, is_as_made = _HELD[path]
         held = getattr(module, attribute, None)
-        if not is_as_made(held) and not _is_method_of(held, module):
-            return None
+        return name if is_as_made(held) or _is_method_of(held, module) else None
+    if name is not None and not torch.compiler.is_compiling() and cls in own_forwards:
+        _names[cls] = name
     return name
+
+
+# of classes that were met and that alone tell; their modules hold them anyway
+_names: dict[type, str] = {}
+
+
+def activation_at_a_glance(module: nn.Module | None) -> str | None:
+    """Fast form of `find_activation` for eager calls."""
+    return _names.get(type(module)) or (None if module is None else find_activation(module))
 
 
 def _is_method_of(function: Any, module: nn.Module) -> bool:

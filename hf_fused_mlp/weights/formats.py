@@ -21,7 +21,8 @@ FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # while torch.export traces, fake tensors stand for the parameters
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
 _LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
-_OTHER_NAMES = {path.rpartition(".")[2] for path in _LINEARS} - {"Linear"}
+# the classes of `_LINEARS` that were met; every other class must be called
+READABLE: set[Any] = {LINEAR}
 
 
 def read(linear: nn.Module | None) -> Matrix | None:
@@ -58,13 +59,13 @@ def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Mat
 
 def is_linear(cls: type[nn.Module]) -> bool:
     """True if a class multiplies with its weight and adds its bias, and so may be read if nothing is changed in it."""
-    return cls is LINEAR or class_path(cls) in _LINEARS
-
-
-def may_be_read(linear: nn.Module | None) -> bool:
-    """Fast pre-check of `read`: False if the layer certainly must be called."""
-    cls: Any = type(linear)
-    return cls is LINEAR or (cls.__name__ in _OTHER_NAMES and is_linear(cls))
+    if cls is LINEAR:
+        return True
+    if class_path(cls) not in _LINEARS:
+        return False
+    if not torch.compiler.is_compiling():
+        READABLE.add(cls)
+    return True
 
 
 def read_plain(linear: nn.Module) -> Matrix | None:

@@ -23,17 +23,17 @@ from hf_fused_mlp.families.mlp.checks import (
 )
 from hf_fused_mlp.launch_cache import answer, mlp_kind, remembered
 from hf_fused_mlp.originals import IDENTITIES, are_own_at_a_glance, functions_are_own, why_functions_are_not_own
-from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.activations import activation_at_a_glance, find_activation
 from hf_fused_mlp.reading.expression import reading_of
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason
 from hf_fused_mlp.swap import Fused, Runs, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
 from hf_fused_mlp.types import ABSENT, Matrix, MLPOperands
 from hf_fused_mlp.weights import pack, unpack, why_not_packed
-from hf_fused_mlp.weights.formats import glance, halves, may_be_read, read
+from hf_fused_mlp.weights.formats import READABLE, glance, halves, read
 
-# Elements of `x` up to which one kernel between called layers gains nothing: the original forward runs at once.
-# Measured on an H100 with `hf-fused-mlp bench wrapped`: 512 tokens of Llama-3-8B gain nothing, 4096 do.
+# Elements of `x` up to which the original forward runs at once if kernels could only compute the product, between
+# layers that are called. On an H100 (`hf-fused-mlp bench wrapped`) 512 tokens of Llama-3-8B gain nothing, 4096 do.
 SMALL_INPUT = 1 << 21
 
 
@@ -43,6 +43,7 @@ class FusedMLP(Fused):
     fused_spec: ClassVar[MLPSpec]
     # the names that an ordinary call reads: to `torch.compile` a tuple of names is a constant, an object is not
     _fused_names: ClassVar[tuple]
+    _first_name: ClassVar[str]
     # the reading of its forward, if that rests on the meaning of global names
     _reading: ClassVar[Any]
 
@@ -51,6 +52,7 @@ class FusedMLP(Fused):
             calls_down = spec.down is not None and not spec.other_steps
             names = spec.gate, spec.up, spec.down, spec.halves, spec.activation, spec.function, spec.dropouts
             type.__setattr__(cls, "_fused_names", (*names, spec.sequence, calls_down))
+            type.__setattr__(cls, "_first_name", spec.first[0])
             reading = reading_of(cls.original_forward)
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
 
@@ -63,8 +65,17 @@ class FusedMLP(Fused):
             return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(cls.input_name)
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
-            out = _compiled(self, x) if traced else _replay(self, cls, x)
-            if out is None and (traced or _may_gain(self, cls, x)) and modes.is_ordinary(x):
+            if traced:
+                out = _compiled(self, x)
+            elif x.numel() <= SMALL_INPUT and (
+                type(self._modules.get(cls._first_name)) not in READABLE  # most adapters and quantizers
+                or torch._C._is_any_autocast_enabled()
+                or (self.training and torch.is_grad_enabled())
+            ):
+                return cls.original_class.forward(self, *args, **kwargs)
+            else:
+                out = _replay(self, cls, x)
+            if out is None and modes.is_ordinary(x):
                 out = _slow_path(self, cls, x)
             if out is not None:
                 return out
@@ -172,12 +183,13 @@ def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     """
     if (
         not remembered
-        or (operands := _usual_operands(module, cls, glance, runs_class_forward)) is None
+        or (operands := _usual_operands(module, cls, glance, activation_at_a_glance, runs_class_forward)) is None
         or not modes.needs_only_output(x)
-        or torch._C._is_any_autocast_enabled()
         or _has_any_global_hook()
         or not are_own_at_a_glance(operands[3])
-        or not _keeps_forward(cls)
+        or (forward := cls.original_class.forward) is not cls.original_forward
+        or (cls.original_code is not None and forward.__code__ is not cls.original_code)
+        or (cls._reading is not None and not cls._reading.holds_for(forward))
     ):
         return None
     gate, up, down, activation = operands
@@ -185,16 +197,6 @@ def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
         return answer(mlp_kind(gate, up, down, activation), (x, *gate, *up, *down), (x, gate, up, down))
     h = answer(mlp_kind(gate, up, ABSENT, activation), (x, *gate, *up, *ABSENT), (x, gate, up, ABSENT))
     return None if h is None else module._modules[cls.fused_spec.down](h)
-
-
-def _may_gain(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> bool:
-    """False for few tokens if kernels could take over no more than the product: then the original is as fast."""
-    if x.numel() > SMALL_INPUT:
-        return True
-    if modes.autocasts() or (module.training and torch.is_grad_enabled()):
-        return False
-    children, spec = module._modules, cls.fused_spec
-    return may_be_read(children.get(spec.up)) and (spec.gate is None or may_be_read(children.get(spec.gate)))
 
 
 def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
@@ -207,7 +209,7 @@ def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
         return None
     if x.dtype == torch.float64 or not hf_fused_mlp_keeps_forward(module.original_class) or not functions_are_own():
         return None
-    operands = _usual_operands(module, module, read, is_bare)
+    operands = _usual_operands(module, module, read, find_activation, is_bare)
     if operands is None or operands[2] is None:
         return None
     return ops.mlp_if_fits(x, MLPOperands(*operands))
@@ -230,6 +232,8 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
         out = ops.mlp_if_fits(x, _operands(module, spec, found))
         if out is not None:
             return out
+    if not compiling and x.numel() <= SMALL_INPUT and (torch.is_grad_enabled() or not found.first_are_read):
+        return None
     # what the kernels do not take goes on: PyTorch answers, errors included
     if can_call(module, spec, found) and (h := _first_half(module, cls, x, found)) is not None:
         return module._modules[spec.down](h)
@@ -285,7 +289,7 @@ def _keeps_forward(cls: type[FusedMLP]) -> bool:
 
 
 def _usual_operands(
-    module: FusedMLP, cls: type[FusedMLP], read: Callable, runs_own_forward: Callable
+    module: FusedMLP, cls: type[FusedMLP], read: Callable, find: Callable, runs_own_forward: Callable
 ) -> tuple[tuple, tuple, tuple, str] | None:
     """Gate, up, down and activation of a module in which everything is as usual, or None.
 
@@ -294,6 +298,7 @@ def _usual_operands(
     Args:
         read: gives the matrix of a projection, or None: `formats.read` in compiled code, which runs it once, and
             `formats.glance` in eager calls.
+        find: names the activation that a child computes, or None.
         runs_own_forward: whether calling another child runs the forward of its class.
     """
     if module.training or ("forward" in module.__dict__ and has_own_forward(module)):
@@ -312,7 +317,7 @@ def _usual_operands(
             return None
     if function is None:
         child = children.get(activation)
-        if child is None or (function := find_activation(child)) is None or not runs_own_forward(child):
+        if child is None or (function := find(child)) is None or not runs_own_forward(child):
             return None
     if sequence and tuple(children) != sequence:
         return None
