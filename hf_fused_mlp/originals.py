@@ -1,9 +1,9 @@
-"""Are the functions and forwards that the kernels stand in for still the ones that their packages came with?
+"""Are the functions and forwards that the kernels replace still those that their packages define?
 
 Profilers, debuggers and emulators of number formats replace `torch.nn.functional.linear` or the forward of a class,
-perhaps before this package is imported, so nothing is trusted because it was seen first. A function is its package's
-own if its code belongs to the namespace of the module that should define it: `functools.wraps` copies names, but no
-namespace.
+perhaps before this package is imported, so nothing is trusted because it was seen first. A function counts as its
+package's own if its code belongs to the namespace of the module that should define it: `functools.wraps` copies names
+but not the namespace.
 """
 
 import sys
@@ -17,7 +17,7 @@ from torch import nn
 
 
 def is_own(function: Any, module: str, qualname: str) -> bool:
-    """Whether `function` is what `module` defines as `qualname`: its Python code, or a builtin of that name."""
+    """True if `function` is what `module` defines as `qualname`: its Python code, or a builtin of that name."""
     if type(function) is BuiltinFunctionType:
         return function.__name__ == qualname
     if type(function) is not FunctionType or function.__globals__ is not vars(sys.modules.get(module, sys)):
@@ -26,7 +26,7 @@ def is_own(function: Any, module: str, qualname: str) -> bool:
     return getattr(code, "co_qualname", qualname) == qualname and code.co_name == qualname.rpartition(".")[2]
 
 
-# what the kernels compute in place of a call, by the variable below that holds PyTorch's own
+# the functions that the kernels replace, by the variable below that holds PyTorch's own
 _FUNCTIONS: dict[str, tuple[Any, str]] = {
     "_linear": (F, "linear"),
     "_silu": (F, "silu"),
@@ -48,7 +48,7 @@ _torch_relu = _sigmoid = _tanh = _square = _pow = _erf = _rsqrt = object()
 
 
 def functions_are_own() -> bool:
-    """Whether every function that the kernels stand in for is PyTorch's. Compiled code traces it."""
+    """True if every function that the kernels replace is PyTorch's own. Traced by compiled code."""
     return (
         F.linear is _linear
         and F.silu is _silu
@@ -66,7 +66,7 @@ def functions_are_own() -> bool:
     )
 
 
-# by activation, whether the functions that its modules and PyTorch's own forwards call are PyTorch's
+# by activation, whether the functions that its modules call are PyTorch's own
 _ACTIVATION_IS_OWN: dict[str, Callable[[], bool]] = {
     "gelu": lambda: F.gelu is _gelu and torch.erf is _erf,
     "gelu_tanh": lambda: F.gelu is _gelu and torch.tanh is _tanh and torch.pow is _pow,
@@ -78,7 +78,7 @@ _ACTIVATION_IS_OWN: dict[str, Callable[[], bool]] = {
 
 
 def are_own_at_a_glance(activation: str) -> bool:
-    """The same of what one MLP calls, and of `nn.Linear`, at every call in eager mode."""
+    """Fast form of `functions_are_own` for one MLP's activation, and of `runs_own_forward(nn.Linear)`."""
     return (
         F.linear is _linear
         and F.dropout is _dropout
@@ -91,12 +91,12 @@ def are_own_at_a_glance(activation: str) -> bool:
 
 
 def rsqrt_is_own() -> bool:
-    """The same of the one function that RMSNorms call."""
+    """The same for `torch.rsqrt`, the one function that RMSNorms call."""
     return torch.rsqrt is _rsqrt
 
 
 def why_functions_are_not_own() -> str | None:
-    """Which function was replaced, or None. From then on `functions_are_own` knows those that are PyTorch's."""
+    """Which function was replaced, or None. Also updates the variables that `functions_are_own` compares with."""
     reason = None
     for variable, (owner, name) in _FUNCTIONS.items():
         function = getattr(owner, name)
@@ -112,7 +112,7 @@ def why_functions_are_not_own() -> str | None:
 
 
 def path_of(function: Any) -> str:
-    """Where the code of `function` stands; `functools.wraps` copies its names, so they say nothing."""
+    """Module and name of the code of `function`; not its own names, which `functools.wraps` copies."""
     code = getattr(function, "__code__", None)
     if code is None:
         return repr(function)
@@ -121,7 +121,7 @@ def path_of(function: Any) -> str:
 
 
 def is_patched(cls: type[nn.Module]) -> bool:
-    """Whether the forward of `cls` is code of another package, and not the one that its own module defines."""
+    """True if the forward of `cls` is code of another package than the one that its module defines."""
     forward: Any = cls.forward
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     if is_own(forward, owner.__module__, f"{owner.__qualname__}.forward"):
@@ -131,15 +131,15 @@ def is_patched(cls: type[nn.Module]) -> bool:
     return package != owner.__module__.partition(".")[0]
 
 
-# the code of forwards that `runs_own_forward` has passed, of classes that a module holds by name and that so stay
+# the code of forwards that `runs_own_forward` accepted; their modules keep these classes alive anyway
 own_forwards: dict[type[nn.Module], CodeType] = {}
 
 
-# compiled code takes the answer of the moment it is traced, and keeps it among the globals of whatever module was
-# compiled, under the function's name, which therefore is unlike any other
+# Compiled code keeps the answer of the moment it is traced among the globals of the compiled module, under the
+# function's name, so the name must be unique.
 @torch.compiler.assume_constant_result
 def hf_fused_mlp_runs_own_forward(cls: type[nn.Module]) -> bool:
-    """Whether `cls` is what its module holds under its name, and has the forward that was written for it there."""
+    """True if `cls` is what its module holds under its name, and has the forward that was written for it there."""
     forward: Any = cls.forward
     if cls.__call__ is not nn.Module.__call__:
         return False
@@ -158,15 +158,15 @@ runs_own_forward = hf_fused_mlp_runs_own_forward
 
 
 def _own_class(module: str, name: str) -> type[nn.Module] | None:
-    """PyTorch's class of that name, or None if another has its place."""
+    """PyTorch's class of that name, or None if another class is in its place."""
     cls = getattr(sys.modules[module], name)
     return cls if cls.__module__ == module and runs_own_forward(cls) else None
 
 
 why_functions_are_not_own()
-# not by way of `torch.nn`, where emulators of number formats put classes of their own
+# not through `torch.nn`, where emulators of number formats put their own classes
 LINEAR = _own_class("torch.nn.modules.linear", "Linear")
-# looked up in dictionaries, which is quicker than in classes
+# dictionary lookups are faster than attribute lookups in classes
 _OF_MODULE, _OF_LINEAR = vars(nn.Module), vars(LINEAR or nn.Linear)
 _linear_forward: Any = LINEAR.forward if LINEAR else object()
 _linear_code = getattr(_linear_forward, "__code__", None)

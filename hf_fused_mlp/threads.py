@@ -1,4 +1,4 @@
-"""What keeps threads apart that fuse, unfuse, report on and call one model."""
+"""Keeps threads apart that fuse, unfuse, report on and call one model."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
-# held by whoever looks at the classes of a model's modules or changes them; models share modules, so all share it
+# held while the classes of modules are read or changed; one lock for all models, since models may share modules
 LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child process must not inherit it locked
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
@@ -19,15 +19,15 @@ if hasattr(os, "register_at_fork"):  # a child process must not inherit it locke
 _CALL = nn.Module._wrapped_call_impl.__code__
 _BACKWARD = _engine_run_backward.__code__
 
-# calls that were waited for in vain, and the memory that each may still read
+# calls that did not end in time, and the memory that each may still read
 _waiting: list[tuple[list[FrameType], list[Tensor]]] = []
 
 
 def free_when_unread(replaced: list[Tensor], module: nn.Module, seconds: float = 2.0) -> None:
     """Drops tensors that were the weights of `module` once no other thread can be reading them.
 
-    A thread that began a call before the weights were replaced may be in the middle of a GEMM: it is waited for, once,
-    and so is the GPU. What a call that takes longer than `seconds` may read is dropped at a later time.
+    A thread that began a call before the weights were replaced may be in the middle of a GEMM: this waits for it once,
+    and for the GPU. Memory that a call of more than `seconds` may read is dropped later.
     """
     if not replaced:
         return
@@ -45,7 +45,7 @@ def free_when_unread(replaced: list[Tensor], module: nn.Module, seconds: float =
 
 
 def _still(calls: list[FrameType], module: nn.Module | None = None, but: Sequence[FrameType] = ()) -> list[FrameType]:
-    """Those of `calls` that go on, other than some."""
+    """Those of `calls` that are still running, without those in `but`."""
     if not calls:
         return []
     running = list(_calls_of(module))
@@ -53,7 +53,7 @@ def _still(calls: list[FrameType], module: nn.Module | None = None, but: Sequenc
 
 
 def _calls_of(module: nn.Module | None) -> Iterator[FrameType]:
-    """The calls in other threads in which `module`, or any, may run: those of what contains it, and each backward."""
+    """The calls in other threads that may run `module` (None: any): those of modules around it, and each backward."""
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = None if thread == threading.get_ident() else top
         while frame is not None:

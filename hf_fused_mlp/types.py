@@ -158,7 +158,7 @@ class ProblemKey:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Which kernel family runs a launch, and how; a family reads only the fields it has a use for."""
+    """Which kernel runs a launch, and how; a kernel reads only the fields that it needs."""
 
     kernel: str
     block_m: int = 1

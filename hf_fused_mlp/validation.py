@@ -1,4 +1,4 @@
-"""The rule by which a fused output counts as right."""
+"""The rule that decides whether a fused output is accurate enough."""
 
 from dataclasses import dataclass
 
@@ -40,14 +40,14 @@ def inaccuracy(fused: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
 
 
 def mismatch(fused: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
-    """What `fused` has of another shape or dtype than it should, or None."""
+    """In which shape or dtype `fused` differs from what it should be, or None."""
     if fused.shape == oracle.shape and fused.dtype == eager.dtype:
         return None
     return f"shape and dtype are {list(fused.shape)} {fused.dtype}, expected {list(oracle.shape)} {eager.dtype}"
 
 
 def excess(fused: Errors, eager: Errors, dtype: torch.dtype) -> str | None:
-    """The rule itself, for outputs in `dtype` that are of the order of one; the words for a limit that is exceeded."""
+    """Which limit of the rule is exceeded, or None, for outputs in `dtype` that are of the order of one."""
     allowed, limit = 2 * eager.largest + 1e-6, RELATIVE_RMS[dtype]
     if not fused.largest <= allowed:
         return f"largest error {fused.largest:.3g}, allowed {allowed:.3g}"

@@ -125,6 +125,6 @@ def describe_problem(key: ProblemKey) -> str:
 
 
 def describe_config(config: TileConfig) -> str:
-    """The family, and of its tile what it reads."""
+    """The kernel, and the sizes of its tile that it reads."""
     tile = "x".join(str(size) for size in (config.block_m, config.block_n, config.block_k) if size > 1)
     return f"{config.kernel} {tile}".rstrip()

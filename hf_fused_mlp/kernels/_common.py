@@ -1,4 +1,4 @@
-"""Triton helpers that the kernel families share."""
+"""Triton helpers that the kernels share."""
 
 import triton
 import triton.language as tl

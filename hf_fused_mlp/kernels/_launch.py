@@ -1,4 +1,4 @@
-"""The host's side of a launch: what can be found before is, once, since in eager mode the GPU waits for Python."""
+"""The host's side of a launch, most of it computed once: in eager mode the GPU waits for Python."""
 
 import inspect
 import math
@@ -35,15 +35,16 @@ def launcher(
 ) -> Callable[..., None]:
     """Gives ``launch(tensors, tiled=())``: ``kernel[grid](*descriptors of tiled, *tensors, *values, **options)``.
 
-    Triton looks at every argument of every launch to find the binary, which takes the host longer than to launch it.
-    Here the first launch finds it for all. Triton's launch hooks, which some profilers set, see that one only.
+    Triton inspects every argument of every launch to find the binary, which takes the host longer than the launch.
+    Here the first launch finds the binary for all later ones. Triton's launch hooks, which some profilers set, see
+    the first launch only.
 
     Args:
-        device: where the tensors are, which must be the current one.
+        device: of the tensors; it must be the current device.
         values: the arguments after the tensors, constants included.
-        tilings: of each tensor that the kernel reaches through a tensor descriptor; None for those that it can do
-            without and that are not given, which come last.
-        overlap: begin while the launch before is finishing; the kernel must wait before it reads what that one wrote.
+        tilings: one for each tensor that the kernel reads through a tensor descriptor; None, at the end, for those
+            that it does without.
+        overlap: begin while the previous launch is finishing; the kernel must wait before it reads its output.
 
     The tensors of all launches must be of one dtype and None in the same places, and if there is more than one launch,
     their addresses multiples of 16, which lets the binary read 16 bytes at a time; on AMD also on one side of 2 GB.
@@ -70,15 +71,15 @@ def launcher(
 
 
 class _Descriptors:
-    """Makes the arguments that stand for a launch's tensor descriptors, and keeps what the driver made of an address.
+    """Makes a launch's arguments for tensor descriptors, and caches the driver's tensor maps by address.
 
-    A tensor map says where a tensor is and how its tiles lie, so at one address it serves for all launches: weights
-    stay where they are, and PyTorch's allocator gives out the same memory over and over.
+    A tensor map holds an address and a tiling, so all launches on one address share it: weights stay where they are,
+    and PyTorch's allocator reuses addresses.
     """
 
     def __init__(self, device: torch.device, tilings: tuple[Tiling | None, ...]):
         self.device, self.tilings = device, tilings
-        # what the driver's launch takes of each descriptor; without, descriptors go to Triton whole
+        # what the driver's launch takes for each descriptor; None if it takes whole descriptors
         self.forms: list[Callable[[TensorDescriptor], list]] | None = None
         self.kept: dict[tuple[int, int], list] = {}
 
@@ -101,7 +102,7 @@ class _Descriptors:
         return arguments
 
     def _descriptor(self, place: int, tensor: Tensor) -> TensorDescriptor:
-        """Without the checks of the constructor; what they check, a family's `supports` has checked."""
+        """A descriptor made without the constructor's checks; a kernel's `supports` has checked the same."""
         _bind_context(self.device)
         made = object.__new__(TensorDescriptor)
         made.base, made.padding = tensor, "zero"
@@ -110,25 +111,25 @@ class _Descriptors:
 
 
 def _bind_context(device: torch.device) -> None:
-    """Gives the thread the GPU's context, as any work of PyTorch's on it does; the driver's tensor maps need one."""
+    """Binds the GPU's context to the thread, which tensor maps need; any work of PyTorch's on the GPU does that."""
     if not hasattr(_thread, "bound"):
         torch.zeros(1, device=device)
         _thread.bound = True
 
 
 def _driver_call(binary) -> tuple[Callable, tuple, list | None]:
-    """What launches a compiled kernel, and what it takes between the stream and the kernel's own arguments.
+    """The function that launches a compiled kernel, and its arguments between the stream and the kernel's own.
 
-    The third is what it takes for each tensor descriptor, as functions of that, or None where it takes descriptors.
+    The third value converts each tensor descriptor to arguments; None if the function takes descriptors.
     """
     run, function, rest = binary.run, binary.function, (binary.packed_metadata, None, None, None)
-    # the Python around the driver's launch has nothing to do but find that no scratch memory is wanted
+    # if no scratch memory is wanted, the Python code around the driver's launch can be skipped
     known = type(run).__name__ == "CudaLauncher" and triton.__version__.startswith(("3.5.", "3.6."))
     if not known or run.global_scratch_size != 0 or run.profile_scratch_size != 0:
         return run, (function, *rest), None
     fixed = function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest
     if isinstance(run.launch, FunctionType) and triton.__version__.startswith("3.6."):
-        # around it is one that makes tensor maps, anew for each launch
+        # a wrapper around it makes new tensor maps for each launch
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
         around = inspect.getclosurevars(run.launch).nonlocals
@@ -140,7 +141,7 @@ def _driver_call(binary) -> tuple[Callable, tuple, list | None]:
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     """Gives ``torch.empty(shape, dtype=dtype, device=device)``; a GPU must be the current one."""
-    # Inductor's own, which neither reads arguments of every kind nor goes through PyTorch's dispatcher
+    # Inductor's, which skips argument parsing and the dispatcher
     empty_strided = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
     if empty_strided is None:
         return partial(torch.empty, shape, dtype=dtype, device=device)

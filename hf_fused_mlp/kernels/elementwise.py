@@ -1,6 +1,6 @@
 """``out = act(gate) * up`` and its gradients: one kernel each, between GEMMs that are not ours.
 
-Picked for the gated up launch where no other family can run: of more than 128 tokens on other GPUs than Hopper or
+Picked for the gated up launch where no other kernel can run: for more than 128 tokens on other GPUs than Hopper or
 where gate and up are not one block, and in fp32 from 2 tokens on. It is what eager does with one kernel for two, and
 two trips to memory less. Where projections have to be called, in training for one, it is all there is to fuse.
 Launches: 1 after the GEMMs. Bytes: both products read, out written; backward three read, two written.
@@ -51,7 +51,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """There is nothing to choose; for few tokens in 16 bits the other families are far faster."""
+    """There is nothing to choose; for few tokens in 16 bits the other kernels are far faster."""
     return [TileConfig("elementwise")] if key.m > 64 or key.dtype.itemsize > 2 else []
 
 

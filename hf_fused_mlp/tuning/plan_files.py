@@ -1,7 +1,7 @@
 """Plans on disk: a JSON document of measured plans for one GPU.
 
-Its header says what the plans were measured on; what does not hold here, or cannot be read, is skipped with a warning.
-A wrong plan is thus never loaded, and a bad file never stops a forward.
+Its header says what the plans were measured on. Whatever does not apply here, or cannot be read, is skipped with a
+warning, so a wrong plan is never loaded, and a bad file never stops a forward.
 """
 
 import ast
@@ -55,7 +55,7 @@ class TunedPlan:
 
 
 def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, TunedPlan]:
-    """The plans in `path` that hold on `gpu`; of what is skipped, one warning tells.
+    """The plans in `path` that apply on `gpu`; one warning says what was skipped.
 
     Args:
         any_version: take plans that were measured with other versions of PyTorch and Triton.
@@ -86,7 +86,7 @@ def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, Tu
 
 
 def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
-    """Adds plans to `path`, in place of those for the same problems; what no longer holds in it is dropped.
+    """Adds plans to `path`, replacing those for the same problems and dropping those that no longer apply.
 
     The file is replaced as a whole (`replace_file`), and by one process at a time.
 
@@ -131,11 +131,10 @@ def unsupported(key: ProblemKey, plan: Plan) -> str | None:
 
 @cache
 def kernel_hashes() -> dict[str, str]:
-    """For each family, a hash of the kernels that its plans run and of those that all share.
+    """For each kernel, a hash of its Triton functions and of those that all kernels share.
 
-    Comments, docstrings and layout do not count, nor what launches them; Python's version does not either.
+    Comments, docstrings, layout, launchers and the version of Python do not change it.
     """
-
     folder = Path(kernels.__file__).parent
     shared = kernel_code(folder.joinpath("_common.py").read_text())
     codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text(), name) for name in kernels.KERNELS}
@@ -143,10 +142,10 @@ def kernel_hashes() -> dict[str, str]:
 
 
 def kernel_code(source: str, start: str | None = None) -> str:
-    """What the Triton functions in Python code say, without what does nothing: comments, layout, bare strings.
+    """The canonical text of the Triton functions in `source`, without comments, layout and bare strings.
 
-    Of all of them, or of those that the function `start` runs, which leaves out a family's backward. Not `ast.dump`,
-    which shows fields that only some versions of Python have, though they are empty.
+    With `start`, only of the functions that it runs, which excludes a kernel's backward. Not `ast.dump`, which prints
+    fields, though empty, that only some versions of Python have.
     """
     statements = ast.parse(source).body
     if start is not None:
@@ -237,9 +236,9 @@ def _from_json(entry: dict[str, Any], gpu: GPU, hashes: dict[str, str]) -> Tuned
     plan = Plan(up=_config(entry["plan"]["up"]), down=_config(entry["plan"]["down"]))
     if reason := unsupported(key, plan):
         raise ValueError(reason)
-    for family in {plan.up.kernel, plan.down.kernel} - {"torch"}:
-        if hashes.get(family) != kernel_hashes()[family]:
-            raise ValueError(f"{family} is not the kernel that was measured")
+    for kernel in {plan.up.kernel, plan.down.kernel} - {"torch"}:
+        if hashes.get(kernel) != kernel_hashes()[kernel]:
+            raise ValueError(f"{kernel} is not the kernel that was measured")
     times = {name: float(entry[name]) for name in ("plan_us", "unfused_us")}
     for name, us in times.items():
         if not 0 < us < math.inf:

@@ -1,8 +1,8 @@
 """Packing: gate and up side by side in memory, so that kernels can read both as one `[2 * I, H]` block.
 
-The parameters keep their identity, shape and strides, and each has a storage of its own. Optimizers, tied weights,
-`state_dict` and every way of saving look for tensors that share a storage, and find none. Only a weight that alone
-owns its memory is moved: views of a flat buffer, shared memory and tied weights stay where their owner put them.
+The parameters keep their identity, shape and strides, and each has a storage of its own, so optimizers, `state_dict`
+and every way of saving see no shared storage. Only a weight that alone owns its memory is moved: views of a flat
+buffer, shared memory and tied weights stay where their owner put them.
 """
 
 import sys
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
 
-# PyTorch's allocator hands out GPU memory in multiples of so many bytes
+# PyTorch allocates GPU memory in multiples of this many bytes
 _GRANULARITY = 512
 
-# by the address of each weight that `pack` has moved: its storage, and that of the weight beside it
+# by address of each weight that `pack` moved: its storage, and that of the weight beside it
 _packed: dict[int, tuple[StorageWeakRef, StorageWeakRef]] = {}
 
 
 def is_packed(gate: Tensor, up: Tensor) -> bool:
-    """Whether `up` (`[I, H]`) begins where `gate` (`[I, H]`) ends, so that both can be read as one `[2 * I, H]`."""
+    """True if `up` (`[I, H]`) begins where `gate` (`[I, H]`) ends, so that both can be read as one `[2 * I, H]`."""
     return (
         gate.dtype == up.dtype
         and gate.device == up.device
@@ -35,14 +35,14 @@ def pack(gate: nn.Parameter, up: nn.Parameter) -> list[Tensor]:
     """Copies both weights (`[I, H]`) to memory side by side and points the two parameters there.
 
     Does nothing if they are packed already, if `why_not_packable` has a reason, or if the device has no room for a
-    copy of both, which it needs while this runs.
+    temporary copy of both.
 
     Returns:
-        Tensors on the memory that the weights had, for the caller to drop once nobody reads them.
+        Tensors on the old memory of the weights, for the caller to drop once nobody reads them.
     """
     if not _is_real(gate, up) or is_packed(gate, up) or why_not_packable(gate, up) is not None:
         return []
-    # weights stay what they are to autograd, whatever mode the caller is in
+    # the modes of the caller must not leak into the weights
     with torch.inference_mode(gate.is_inference()), torch.no_grad(), torch.cuda.device_of(gate):
         try:
             halves = _side_by_side(gate)
@@ -57,14 +57,14 @@ def pack(gate: nn.Parameter, up: nn.Parameter) -> list[Tensor]:
 
 
 def unpack(weights: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Undoes `pack` for weights whose memory is not theirs alone since; the others stay where they are.
+    """Undoes `pack` for weights that share a block of memory since; the others stay where they are.
 
     Returns:
-        As `pack` does.
+        The same as `pack`.
     """
     replaced = []
     for weight in weights:
-        # on a GPU each weight has an allocation of its own, packed or not
+        # usually each weight has an allocation of its own on a GPU, packed or not
         if _is_real(weight) and _was_packed(weight) and not weight.untyped_storage().resizable() and _is_alone(weight):
             with torch.inference_mode(weight.is_inference()), torch.no_grad():
                 replaced.append(weight.data)
@@ -92,23 +92,23 @@ def why_not_packed(gate: Tensor, up: Tensor) -> str | None:
 
 
 def _is_real(*weights: Tensor) -> bool:
-    """Whether the weights have memory, and the mode that the caller is in gives out real memory too."""
+    """True if the weights have memory, and no mode of the caller replaces new memory by fake tensors."""
     ordinary = all(type(weight) in (Tensor, nn.Parameter) and not weight.is_meta for weight in weights)
     return ordinary and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _owns_memory(weight: Tensor) -> bool:
-    """Whether nothing but `weight` can read or write the memory that it lies in, as far as PyTorch knows."""
+    """True if nothing else can read or write the memory of `weight`, as far as PyTorch knows."""
     if weight.device.type not in ("cpu", "cuda") or not weight.is_contiguous() or not _is_alone(weight):
         return False
     storage = weight.untyped_storage()
-    if not storage.resizable() and not _was_packed(weight):  # it belongs to NumPy, a file or another library
+    if not storage.resizable() and not _was_packed(weight):  # owned by NumPy, a file or another library
         return False
     return not (_is_sent(storage) if weight.is_cuda else storage.is_shared() or weight.is_pinned())
 
 
 def _is_alone(weight: Tensor) -> bool:
-    """Whether no other tensor, not even one that autograd has saved, and no other variable has its storage."""
+    """True if no other tensor, including those saved by autograd, and no other variable holds its storage."""
     return _uses(weight) <= _USES
 
 
@@ -117,38 +117,38 @@ def _uses(weight: Tensor) -> tuple[int, int]:
     return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
 
-# of a weight that nobody shares; a storage and its variable count as one use or two, by version of PyTorch
+# of an unshared weight; the counts depend on the version of PyTorch
 _USES = _uses(torch.empty(1))
 
 
 def _is_sent(storage: torch.UntypedStorage) -> bool:
-    """Whether GPU memory was sent to another process, by CUDA's inter-process handles."""
+    """True if GPU memory was sent to another process by an inter-process handle of CUDA."""
     return any(
         sent.cdata == storage._cdata for sent in list(shared_cache.values()) if isinstance(sent, StorageWeakRef)
     )
 
 
 def _side_by_side(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Two new tensors like `like`, each a storage of its own, the second beginning where the first ends."""
+    """Two new tensors like `like`, each with a storage of its own, the second beginning where the first ends."""
     if (halves := _two_allocations(like)) is not None:
         return halves
     block = torch.empty((2, *like.shape), dtype=like.dtype, device=like.device)
-    # through dlpack, each half is a tensor with its own storage, which keeps the block alive but cannot be resized
+    # through dlpack each half gets a storage of its own, which keeps the block alive but cannot be resized
     return torch.from_dlpack(block[0]), torch.from_dlpack(block[1])
 
 
 def _two_allocations(like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same as two allocations of PyTorch's own, or None where its allocator places none side by side.
+    """Two neighbouring allocations of PyTorch's, or None if its allocator gives none.
 
-    A block of twice the size is allocated and given back, so that there is a place for both; then allocations of the
-    size fill whatever other places there are, until two are neighbours.
+    Allocating and freeing a block of twice the size makes room for both. Then blocks are allocated, filling other gaps
+    first, until two are neighbours.
     """
     size, device = like.nbytes, like.device
     if device.type != "cuda" or size % _GRANULARITY:
         return None
     torch.empty(2 * size, dtype=torch.uint8, device=device)
     reserved, made = torch.cuda.memory_reserved(device), {}
-    # an allocator that keeps no free blocks, or asks the driver for each, has no neighbours to give
+    # stop if the allocator keeps no free blocks, or asks the driver for each
     while reserved and torch.cuda.memory_reserved(device) - reserved <= 1 << 21:
         half = torch.empty_like(like, memory_format=torch.contiguous_format)
         made[half.data_ptr()] = half
@@ -166,12 +166,12 @@ def _note_packed(gate: Tensor, up: Tensor) -> None:
 
 
 def _was_packed(weight: Tensor) -> bool:
-    """Whether `pack` put `weight` where it is."""
+    """True if `pack` put `weight` where it is."""
     storage = _packed.get(weight.data_ptr(), (None,))[0]
     return storage is not None and not storage.expired() and storage.cdata == weight.untyped_storage()._cdata
 
 
 def _partner_is_there(weight: Tensor) -> bool:
-    """Whether the weight that was put beside `weight` still is."""
+    """True if the weight that was put beside `weight` is still there."""
     partner = torch.UntypedStorage._new_with_weak_ptr(_packed[weight.data_ptr()][1].cdata)
     return partner is not None and abs(partner.data_ptr() - weight.data_ptr()) == weight.nbytes
