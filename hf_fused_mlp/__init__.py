@@ -6,17 +6,24 @@ model = AutoModelForCausalLM.from_pretrained(path, use_fused_mlp=True)  # at loa
 hf_fused_mlp.fuse_model(model)  # or on a live model
 hf_fused_mlp.unfuse_model(model)  # and back, bit for bit
 hf_fused_mlp.audit(model)  # where its time goes, and what fusing does about it
+
+Importing the package imports neither PyTorch nor Transformers: a public name is imported when it is first used, and
+`use_fused_mlp` is installed as soon as Transformers is imported.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.integrations.transformers import install, uninstall, warn_if_untested
-from hf_fused_mlp.numerics import validate
-from hf_fused_mlp.numerics.report import NumericsReport
-from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, register_mlp
-from hf_fused_mlp.report import FusionReport
+from hf_fused_mlp.integrations.transformers import install, uninstall
 from hf_fused_mlp.version import __version__
+
+if TYPE_CHECKING:
+    from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
+    from hf_fused_mlp.numerics import validate
+    from hf_fused_mlp.numerics.report import NumericsReport
+    from hf_fused_mlp.profiling.audit import audit
+    from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, register_mlp
+    from hf_fused_mlp.report import FusionReport
 
 __all__ = [
     "FusionReport",
@@ -34,14 +41,28 @@ __all__ = [
     "validate",
 ]
 
+# no name here may be that of a submodule of the package, which importing it would put in its place
+_MODULES = {
+    "FusionReport": "hf_fused_mlp.report",
+    "MLPKind": "hf_fused_mlp.reading.mlp",
+    "MLPSpec": "hf_fused_mlp.reading.mlp",
+    "NumericsReport": "hf_fused_mlp.numerics.report",
+    "audit": "hf_fused_mlp.profiling.audit",
+    "fuse_model": "hf_fused_mlp.fuse",
+    "fusion_report": "hf_fused_mlp.fuse",
+    "register_mlp": "hf_fused_mlp.reading.mlp",
+    "unfuse_model": "hf_fused_mlp.fuse",
+    "validate": "hf_fused_mlp.numerics",
+}
+
 install()
-warn_if_untested()
 
 
 def __getattr__(name: str) -> Any:
-    # the profiler and the page's templates are loaded when they are first asked for
-    if name == "audit":
-        from hf_fused_mlp.profiling.audit import audit
-
-        return audit
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

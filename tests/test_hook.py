@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import sys
 import threading
 
 import pytest
@@ -228,9 +229,11 @@ def test_remote_code(tmp_path):
 
 @pytest.mark.parametrize("version, warned", [("5.17.0", 0), ("5.24.3", 0), ("5.25.0.dev0", 1), ("6.0rc1", 1)])
 def test_untested_versions_of_transformers_are_named(version, warned, monkeypatch, caplog):
-    """Once, where the package is imported."""
-    monkeypatch.setattr(hook.transformers, "__version__", version)
+    """Once, when the flag is installed, which importing the package does."""
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    hf_fused_mlp.uninstall()
     importlib.reload(hf_fused_mlp)
+    hf_fused_mlp.install()
     assert [f"Transformers {version} is newer than 5.24" in message for message in caplog.messages] == [True] * warned
 
 

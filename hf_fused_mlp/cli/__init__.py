@@ -17,6 +17,9 @@ BENCH = (
     Row("training", "hf_fused_mlp.cli.bench:training", "Forward and backward of the same MLPs, time and memory."),
     Row("block", "hf_fused_mlp.cli.bench:block", "Wall-clock time of many forward passes of one MLP."),
     Row("generate", "hf_fused_mlp.cli.bench:generate", "Time of a token in `generate` of a whole model."),
+    Row(
+        "wrapped", "hf_fused_mlp.cli.bench:wrapped", "Layers with LoRA, quantizers, hooks or parallelism around them."
+    ),
     Row("host", "hf_fused_mlp.cli.bench:host", "Host time of a module call."),
     Row("candidates", "hf_fused_mlp.cli.bench:candidates", "Every tile configuration that the tuner may choose."),
 )

@@ -17,6 +17,7 @@ from hf_fused_mlp.bench import host as host_bench
 from hf_fused_mlp.bench import mlp as mlp_bench
 from hf_fused_mlp.bench import results
 from hf_fused_mlp.bench import training as training_bench
+from hf_fused_mlp.bench import wrapped as wrapped_bench
 from hf_fused_mlp.bench.generate import MODELS, MODES, WORKLOAD, Workload
 from hf_fused_mlp.bench.measuring import chosen, collect
 from hf_fused_mlp.bench.peers import DEFAULT, IMPLEMENTATIONS, packages_of
@@ -194,6 +195,26 @@ def host(m: Tokens = TOKENS, dtype: Dtype = "bfloat16", json_file: Json = None, 
     batches = host_bench.measure(token_counts(m), dtype_of(dtype))
     _, _, rows = measured("host", batches, json_file, table, by=("kind", "m"))
     print(host_bench.table(rows))
+
+
+def wrapped(
+    wrapping: Annotated[
+        str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(wrapped_bench.WRAPPINGS)}.")
+    ] = "all",
+    m: Tokens = TOKENS,
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers of the model.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds in which original and fused take turns.")] = 40,
+    json_file: Json = None,
+    table: Table = None,
+) -> None:
+    """Layers with LoRA, quantizers, hooks or parallelism around them.
+
+    Whole decoder layers of a Llama-3-8B shape in bfloat16, eager mode, wall-clock time, original over fused.
+    """
+    names = chosen("wrapping", wrapping, wrapped_bench.WRAPPINGS)
+    batches = wrapped_bench.measure(names, token_counts(m), layers, rounds)
+    _, _, rows = measured("wrapped", batches, json_file, table, by=("wrapping", "layers", "m"))
+    print(wrapped_bench.table(rows))
 
 
 def generate(

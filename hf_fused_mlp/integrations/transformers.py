@@ -1,22 +1,23 @@
 """The `use_fused_mlp` argument of `from_pretrained` and `from_config`.
 
-Both end in a class method of `PreTrainedModel`: Auto classes, concrete classes, pipelines and remote code come through
-them. `install` wraps the two so that they take the argument out before Transformers sees it and fuse what was loaded,
-and the method that reads the config of Auto classes before, so that the argument reaches them.
+Both end in a class method of `PreTrainedModel`, whether called through an Auto class, a concrete class, a pipeline or
+remote code. `install` wraps the two methods: they take the argument out before Transformers sees it, and fuse the
+loaded model. It also wraps the method with which Auto classes read the config, so that the argument reaches the model.
 
-The flag travels in the call and nowhere else. So loads without it, in this thread or another, run as they always did,
-and no config ever holds it.
+The flag travels in the call and nowhere else. Loads without it, in any thread, run as without this package, and no
+config contains it. Nothing here imports Transformers: methods are wrapped when their module has been imported.
 """
 
 import functools
 import logging
 import re
+import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
 
-import transformers
-from transformers import AutoConfig, PreTrainedModel
-
-from hf_fused_mlp.fuse import fuse_with
+from hf_fused_mlp.integrations.on_import import AfterImport
 from hf_fused_mlp.options import FusionOptions
 
 logger = logging.getLogger("hf_fused_mlp")
@@ -24,44 +25,79 @@ logger = logging.getLogger("hf_fused_mlp")
 # the newest minor that `make test-newest` has passed with
 NEWEST_TESTED = "5.24"
 FLAG = "use_fused_mlp"
+
+_LOCK = threading.RLock()
 _originals: dict[tuple[type, str], classmethod] = {}
 _wrappers: dict[tuple[type, str], classmethod] = {}
+_waiting: dict[str, AfterImport] = {}
 
 
 def install() -> None:
-    """Teaches the loaders the flag; a second call does nothing."""
-    for loader in _LOADERS:
-        if loader not in _originals:
-            owner, name = loader
-            _originals[loader] = owner.__dict__[name]
-            _wrappers[loader] = classmethod(_LOADERS[loader](_originals[loader].__func__))
-            setattr(owner, name, _wrappers[loader])
+    """Makes the loaders of Transformers accept `use_fused_mlp`, now or as soon as Transformers is imported.
+
+    `import hf_fused_mlp` calls this. A second call does nothing.
+    """
+    with _LOCK:
+        for name in dict.fromkeys(loader.module for loader in _LOADERS):
+            _waiting.setdefault(name, AfterImport(name, _wrap)).start()
 
 
 def uninstall() -> None:
-    """Puts Transformers back as it was; models that were fused stay fused.
+    """Restores the loaders of Transformers, or stops waiting for its import. Fused models stay fused.
 
     Raises:
-        RuntimeError: another library has wrapped the loaders since; they are left as they are.
+        RuntimeError: another library has wrapped the loaders since; nothing is changed.
     """
-    for (owner, name), wrapper in _wrappers.items():
-        if owner.__dict__[name] is not wrapper:
-            other = owner.__dict__[name]
-            raise RuntimeError(f"{owner.__name__}.{name} has been wrapped again by {other!r}; undo that first")
-    for (owner, name), original in _originals.items():
-        setattr(owner, name, original)
-    _originals.clear()
-    _wrappers.clear()
+    with _LOCK:
+        for (owner, name), wrapper in _wrappers.items():
+            if owner.__dict__[name] is not wrapper:
+                other = owner.__dict__[name]
+                raise RuntimeError(f"{owner.__name__}.{name} has been wrapped again by {other!r}; undo that first")
+        for finder in _waiting.values():
+            finder.stop()
+        _waiting.clear()
+        for (owner, name), original in _originals.items():
+            setattr(owner, name, original)
+        _originals.clear()
+        _wrappers.clear()
+
+
+def _wrap(module: ModuleType) -> None:
+    """Wraps the loaders of a module that has been imported. Raises nothing: an import would fail of it."""
+    wrapped = False
+    with _LOCK:
+        if _waiting.pop(module.__name__, None) is None:
+            return  # uninstalled by another thread meanwhile
+        for loader in (loader for loader in _LOADERS if loader.module == module.__name__):
+            owner = getattr(module, loader.owner, object)
+            key, original = (owner, loader.method), vars(owner).get(loader.method)
+            if key in _originals:
+                continue
+            if not isinstance(original, classmethod):
+                logger.warning(
+                    "this Transformers has no %s.%s that takes use_fused_mlp; look for a newer hf_fused_mlp, or call "
+                    "fuse_model on loaded models",
+                    loader.owner,
+                    loader.method,
+                )
+                continue
+            _originals[key] = original
+            _wrappers[key] = classmethod(loader.wrap(original.__func__))
+            setattr(owner, loader.method, _wrappers[key])
+            wrapped = True
+    if wrapped and module.__name__ == _LOADERS[0].module:
+        warn_if_untested()
 
 
 def warn_if_untested() -> None:
-    """Says so where Transformers is newer than the newest that was tested."""
-    here, tested = (re.findall(r"\d+", version)[:2] for version in (transformers.__version__, NEWEST_TESTED))
+    """Logs a warning if the imported Transformers is newer than the newest that was tested."""
+    version = sys.modules["transformers"].__version__
+    here, tested = (re.findall(r"\d+", text)[:2] for text in (version, NEWEST_TESTED))
     if [int(number) for number in here] > [int(number) for number in tested]:
         logger.warning(
             "Transformers %s is newer than %s, the newest that hf_fused_mlp was tested with; look for a newer "
             "hf_fused_mlp, or compare a fused model with its original by `hf-fused-mlp validate`",
-            transformers.__version__,
+            version,
             NEWEST_TESTED,
         )
 
@@ -72,6 +108,8 @@ def _with_flag(load: Callable) -> Callable:
         options = FusionOptions.of_flag(FLAG, kwargs.pop(FLAG, False))
         loaded = load(cls, *args, **kwargs)
         if options is not None:
+            from hf_fused_mlp.fuse import fuse_with  # imports PyTorch, which this module must not
+
             # with output_loading_info=True, from_pretrained returns a pair
             fuse_with(loaded[0] if isinstance(loaded, tuple) else loaded, options)
         return loaded
@@ -80,11 +118,11 @@ def _with_flag(load: Callable) -> Callable:
 
 
 def _past_config(load: Callable) -> Callable:
-    """Keeps the flag from a config that is loaded for a model: it would take what it has a field for."""
+    """Keeps the flag from a config that is loaded for a model: a config takes arguments that it has fields for."""
 
     @functools.wraps(load)
     def wrapper(cls, *args, **kwargs):
-        # an Auto class gives what the config leaves to the model; a pipeline gives both the same
+        # an Auto class passes what the config leaves to the model; a pipeline passes the same to both
         for_a_model = kwargs.keys() & {"_from_auto", "_from_pipeline", "return_unused_kwargs"}
         if FLAG not in kwargs or not for_a_model:
             return load(cls, *args, **kwargs)
@@ -97,8 +135,18 @@ def _past_config(load: Callable) -> Callable:
     return wrapper
 
 
-_LOADERS: dict[tuple[type, str], Callable[[Callable], Callable]] = {
-    (PreTrainedModel, "from_pretrained"): _with_flag,
-    (PreTrainedModel, "_from_config"): _with_flag,
-    (AutoConfig, "from_pretrained"): _past_config,
-}
+@dataclass(frozen=True)
+class _Loader:
+    """A class method of Transformers that is wrapped, by the module that defines its class."""
+
+    module: str
+    owner: str
+    method: str
+    wrap: Callable[[Callable], Callable]
+
+
+_LOADERS = (
+    _Loader("transformers.modeling_utils", "PreTrainedModel", "from_pretrained", _with_flag),
+    _Loader("transformers.modeling_utils", "PreTrainedModel", "_from_config", _with_flag),
+    _Loader("transformers.models.auto.configuration_auto", "AutoConfig", "from_pretrained", _past_config),
+)
