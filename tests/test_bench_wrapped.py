@@ -1,4 +1,4 @@
-"""`bench wrapped`: in its turns the original runs, every wrapping that can run here is timed, and the table shows it."""
+"""`bench wrapped`: the original runs in its turns, every wrapping that runs here is timed, and the table shows it."""
 
 import importlib.util
 import json
