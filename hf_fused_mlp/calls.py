@@ -3,6 +3,8 @@
 The class alone does not tell: adapters, hooks and parallelism wrap a layer and keep its class.
 """
 
+import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,9 +59,15 @@ def has_own_forward(module: nn.Module) -> bool:
     own = attributes.get("forward")
     if own is None:
         return False
-    if "_hf_hook" in attributes:
+    if "_hf_hook" in attributes and (torch.compiler.is_compiling() or _is_accelerates(own, module)):
         own = attributes.get("_old_forward")
     return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
+
+
+def _is_accelerates(forward: Any, module: nn.Module) -> bool:
+    """True if a forward on an instance is the one that accelerate's hooks put there."""
+    function = forward.func if type(forward) is partial and forward.args == (module,) else None
+    return getattr(function, "__globals__", None) is vars(sys.modules.get("accelerate.hooks", sys))
 
 
 def only_aligns(linear: nn.Module) -> bool:
@@ -84,6 +92,8 @@ def runs_class_forward(module: nn.Module | None) -> bool:
     """Fast form of `is_bare` for eager calls without gradients; False may also mean "look closer"."""
     cls: Any = type(module)
     if (code := own_forwards.get(cls)) is None or getattr(cls.forward, "__code__", None) is not code:
+        return False
+    if cls.__call__ is not nn.Module.__call__:
         return False
     own = module.__dict__  # weights.glance repeats this line: a call would cost as much as the line
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)

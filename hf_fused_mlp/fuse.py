@@ -84,8 +84,7 @@ def unfuse_model(model: M) -> M:
 
 def fusion_report(model: nn.Module) -> FusionReport:
     """Every MLP and RMSNorm of `model`, fused or not, with reasons, as it stands now; nothing is stored."""
-    with LOCK:
-        return _report(examine(model))
+    return _report(examine(model))
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,11 @@ class Examined:
 
 def examine(model: nn.Module) -> list[Examined]:
     """What the families find in `model`, in its order: their own modules, and unknown ones that resemble them."""
-    modules = dict(model.named_modules())
+    with LOCK:
+        return _examine(dict(model.named_modules()))
+
+
+def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
     found: dict[str, Examined] = {}
     for name, module in modules.items():
         for family in FAMILIES:

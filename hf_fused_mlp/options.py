@@ -22,9 +22,10 @@ class FusionOptions:
             raise TypeError(
                 f"exclude={self.exclude!r} is a string; pass a list of module names: exclude=[{self.exclude!r}]"
             )
-        if not isinstance(self.exclude, Iterable) or not all(isinstance(name, str) for name in self.exclude):
+        names = tuple(self.exclude) if isinstance(self.exclude, Iterable) else (None,)
+        if not all(isinstance(name, str) for name in names):
             raise TypeError(f"exclude={self.exclude!r}: expected a list of module names")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", names)
         for option in ("strict", "norms"):
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{option}={getattr(self, option)!r}: expected True or False")

@@ -85,6 +85,7 @@ def are_own_at_a_glance(activation: str) -> bool:
         and _OF_MODULE["__call__"] is _call
         and _OF_MODULE["_call_impl"] is _call_impl
         and _OF_LINEAR["forward"] is _linear_forward
+        and "__call__" not in _OF_LINEAR
         and _linear_forward.__code__ is _linear_code
         and (F.silu is _silu if activation == "silu" else _ACTIVATION_IS_OWN[activation]())
     )

@@ -42,14 +42,16 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         # not passed on: the original's may register subclasses by name, or require arguments
         pass
 
-    def runs(self, device: torch.device | None = None) -> Runs:
-        """What a call with tokens on `device` (default: that of the weights) would run in place of our kernels.
+    def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
+        """What a call would run in place of our kernels. A single call may still differ, under autocast for example.
 
-        A single call may still differ, under autocast for example.
+        Args:
+            device: of the tokens; default: that of the weights.
+            elements: of the tokens' tensor; default: many.
         """
         raise NotImplementedError
 
-    def inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
+    def call_inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
         """The tensors of an ordinary call, tokens first; None for an unusual call."""
         raise NotImplementedError
 
@@ -57,12 +59,12 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         """The output of our operator, which runs on any device."""
         raise NotImplementedError
 
-    def reference(self, *inputs: Tensor) -> Tensor:
+    def original_output(self, *inputs: Tensor) -> Tensor:
         """The output of the original forward."""
         return self.original_class.forward(self, *inputs)
 
     @classmethod
-    def recipe(cls) -> tuple[type["Fused"], Any]:
+    def fused_recipe(cls) -> tuple[type["Fused"], Any]:
         """The mixin and the spec that `fuse` takes to make the module what it is."""
         return cls._made_of[0], cls._made_of[2]
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import GELUTanh, SiLUActivation
@@ -479,6 +480,30 @@ def test_down_is_called_after_a_kept_launch(short_way):
     assert replay(mlp, x) is None
 
 
+@pytest.mark.parametrize("cls", [nn.Linear, SiLUActivation])
+@torch.no_grad()
+def test_call_of_a_childs_class(cls, short_way, monkeypatch):
+    x = torch.randn(3, 64)
+    mlp = answered_mlp(x)
+    monkeypatch.setattr(cls, "__call__", lambda self, x: 2 * nn.Module.__call__(self, x), raising=False)
+    assert replay(mlp, x) is None
+    torch.testing.assert_close(mlp(x), LlamaMLP.forward(mlp, x))
+
+
+@torch.no_grad()
+def test_sizes_of_tensors_that_are_not_real(monkeypatch):
+    """A wrapped layer's few tokens run the original at once; tokens whose number is unknown are not counted."""
+    monkeypatch.setattr("hf_fused_mlp.families.mlp.fused.SMALL_INPUT", 1 << 21)
+    mlp = fuse_model(tiny_model()).model.layers[0].mlp
+    replace_linear(mlp, "gate_proj")
+    shapes = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True) as mode:
+        x, chosen = mode.from_tensor(torch.randn(9, 64)), mode.from_tensor(torch.ones(9, dtype=torch.bool))
+        assert mlp(x[chosen]).shape[1] == 64
+    traced = make_fx(mlp, tracing_mode="symbolic", _allow_non_fake_inputs=True)(torch.randn(3, 64))
+    assert traced(torch.randn(5, 64)).shape == (5, 64)
+
+
 @torch.no_grad()
 def test_down_that_is_gone(short_way):
     x, mlp = torch.randn(3, 64), fuse_model(tiny_model()).model.layers[0].mlp
@@ -504,6 +529,11 @@ def test_a_hook_that_only_moves_inputs(short_way):
         assert replay(mlp, x) is None
         setattr(hook, attribute, before)
     assert replay(mlp, x) is ANSWER
+    hooked = mlp.up_proj.forward
+    mlp.up_proj.forward = lambda x: 2 * hooked(x)
+    assert replay(mlp, x) is None
+    torch.testing.assert_close(mlp(x), LlamaMLP.forward(mlp, x))
+    mlp.up_proj.forward = hooked
     mlp.up_proj._old_forward = lambda x: 2 * x
     assert replay(mlp, x) is None
     remove_hook_from_module(mlp.up_proj)

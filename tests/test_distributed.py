@@ -39,6 +39,7 @@ def _worker(rank, function, where, directory, port):
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if where == "cuda" else "gloo")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_fused_mlp.families.mlp.fused.SMALL_INPUT", 0)
         if where == "cpu":
             as_on_gpu(patch)
         function(where, Path(directory))

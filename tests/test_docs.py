@@ -13,7 +13,7 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import generate, host
+from hf_fused_mlp.bench import generate, host, wrapped
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
 from hf_fused_mlp.bench.tables import markdown_table, speedup_table
@@ -113,7 +113,7 @@ def test_performance_tables_are_the_json():
     _, rows = read(BENCHMARKS / "h100-training.json")
     for over in ("eager", "peers"):
         assert speedup_table(rows, over) in page
-    for name, table in (("end-to-end", generate.table), ("host", host.table)):
+    for name, table in (("end-to-end", generate.table), ("host", host.table), ("wrapped", wrapped.table)):
         _, rows = read(BENCHMARKS / f"h100-{name}.json")
         assert f"<!-- {name} -->\n{table(rows)}\n<!-- /{name} -->" in page
     header, rows = read(BENCHMARKS / "h100-block.json")

@@ -364,3 +364,15 @@ def test_a_name_with_brackets_can_be_excluded():
     model._modules["x[0]"] = tiny_model().model.layers[0].mlp
     fuse_model(model, exclude=["x[0]"])
     assert not fusion_report(model).select("fused")
+
+
+def test_exclude_may_be_an_iterator():
+    model = fuse_model(tiny_model(), exclude=(name for name in ["model.layers.0.mlp"]))
+    assert [mlp.state for mlp in fusion_report(model).mlps] == ["fusable", "fused"]
+    with pytest.raises(ValueError, match="exclude: 'nope' matches no MLP"):
+        fuse_model(tiny_model(), exclude=iter(["nope"]))
+
+
+def test_a_function_that_no_kernel_computes():
+    with pytest.raises(ValueError, match=r"MLPSpec\(function='tanh'\): expected one of silu, gelu"):
+        MLPSpec("plain", up="up", down="down", function="tanh")

@@ -6,6 +6,7 @@ included. Original and fused are the same model, whose modules change their clas
 
 import importlib.util
 import logging
+import os
 import random
 import statistics
 import tempfile
@@ -74,10 +75,19 @@ def hooked(config: LlamaConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def saved(config: LlamaConfig, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
-    """A model that `from_pretrained` loads with these arguments."""
-    with tempfile.TemporaryDirectory() as directory:
-        plain(config, dtype).save_pretrained(directory)  # type: ignore[operator]
-        return LlamaModel.from_pretrained(directory, dtype=dtype, **kwargs).eval()
+    """A model that `from_pretrained` loads with these arguments; of several processes the first one saves it."""
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        if dist.is_initialized():
+            dist.broadcast_object_list(shared)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            plain(config, dtype).save_pretrained(shared[0])  # type: ignore[operator]
+        if dist.is_initialized():
+            dist.barrier()
+        model = LlamaModel.from_pretrained(shared[0], dtype=dtype, **kwargs).eval()
+        if dist.is_initialized():
+            dist.barrier()
+        return model
 
 
 def over_two_gpus(config: LlamaConfig, dtype: torch.dtype) -> nn.Module:
@@ -166,6 +176,7 @@ def _process(rank: int, name: str, config: LlamaConfig, tokens: list[int], round
     global DEVICE
     DEVICE = f"cuda:{rank}"
     world = WRAPPINGS[name].processes
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}  # Transformers reads them
     dist.init_process_group("nccl", f"file://{directory}/store", rank=rank, world_size=world)
     rows = list(_rows(name, config, tokens, rounds, dtype))
     if rank == 0:

@@ -44,7 +44,7 @@ class FusedRMSNorm(Fused):
                 return out
         return cls.original_class.forward(self, *args, **kwargs)  # not `super()`, which adds guards
 
-    def runs(self, device: torch.device | None = None) -> Runs:
+    def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
         if has_own_forward(self) or _operands(self, type(self)) is None:
             return Runs(
                 "its forward, its weight or its epsilon was replaced since it was fused, so the original forward runs"

@@ -27,7 +27,7 @@ def judge_calls(name: str, module: Fused, twin: nn.Module, layers: dict[str, Lay
     changed = _changed_weights(twin, module)
 
     def hook(module, args, kwargs, output):
-        if (inputs := module.inputs(args, kwargs)) is None:
+        if (inputs := module.call_inputs(args, kwargs)) is None:
             return
         (x,) = inputs
         if x.dim() == 1:
@@ -43,7 +43,7 @@ def judge_calls(name: str, module: Fused, twin: nn.Module, layers: dict[str, Lay
 
 def _judge(name: str, module: Fused, twin: nn.Module, x: Tensor, output: Tensor) -> LayerNumerics:
     """`output`, the answer of `module` to `x` `[..., H]`, and its answers to a few of the tokens."""
-    path, remark = _path(module, x.device)
+    path, remark = _path(module, x)
     answer = module.by_operator if path == "operator" else module.forward
     tokens = x.shape[:-1].numel()
     calls = [(tokens, x, output)]
@@ -77,12 +77,12 @@ def _changed_weights(twin: nn.Module, module: Fused) -> str | None:
     return None
 
 
-def _path(module: Fused, device: torch.device) -> tuple[str, str | None]:
-    """`LayerNumerics.path` and `remark` of a call on `device`."""
-    original, called = module.runs(device)
+def _path(module: Fused, x: Tensor) -> tuple[str, str | None]:
+    """`LayerNumerics.path` and `remark` of a call with `x`."""
+    original, called = module.runs(x.device, x.numel())
     if original is None:
         return ("fused", None) if called is None else ("partly fused", called)
-    only_the_device = called is None and original == modes.no_kernels(device)
+    only_the_device = called is None and original == modes.no_kernels(x.device)
     return ("operator" if only_the_device else "original forward"), original
 
 
@@ -90,7 +90,7 @@ def _original(twin: nn.Module, x: Tensor) -> Tensor:
     """What the original forward of `twin`, fused or not, makes of `x`."""
     place = next((p.device for p in twin.parameters() if not p.is_meta), x.device)
     if isinstance(twin, Fused):
-        return twin.reference(x.to(place))
+        return twin.original_output(x.to(place))
     return twin.forward(x.to(place))
 
 

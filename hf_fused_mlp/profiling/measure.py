@@ -23,7 +23,7 @@ Recipe = tuple[type[Fused], Hashable]
 def as_it_came(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards the same modules are fused, and the same in training mode, as before."""
     modules = dict(model.named_modules())
-    fused = {name: module.recipe() for name, module in modules.items() if isinstance(module, Fused)}
+    fused = {name: module.fused_recipe() for name, module in modules.items() if isinstance(module, Fused)}
     with evaluating(model):
         try:
             yield

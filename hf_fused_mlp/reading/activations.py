@@ -31,6 +31,10 @@ _HELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# by class, where the class alone decides; their modules keep these classes alive anyway
+_names: dict[type, str] = {}
+
+
 def find_activation(module: nn.Module) -> str | None:
     """The key in `ACTIVATIONS` of what `module` computes, or None if that is not certain."""
     cls = type(module)
@@ -45,10 +49,6 @@ def find_activation(module: nn.Module) -> str | None:
     if name is not None and not torch.compiler.is_compiling() and cls in own_forwards:
         _names[cls] = name
     return name
-
-
-# of classes that were met and that alone tell; their modules hold them anyway
-_names: dict[type, str] = {}
 
 
 def activation_at_a_glance(module: nn.Module | None) -> str | None:

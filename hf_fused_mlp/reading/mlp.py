@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.originals import IDENTITIES, path_of
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.expression import (
@@ -62,7 +63,7 @@ class MLPSpec:
 
     Raises:
         ValueError: `gate` missing for a gated MLP, or given for another kind; `down` given for half an MLP, or missing
-            for another kind; both or neither of `activation` and `function` given.
+            for another kind; both or neither of `activation` and `function` given; unknown `function`.
     """
 
     kind: MLPKind
@@ -87,6 +88,8 @@ class MLPSpec:
         if (self.activation is None) == (self.function is None):
             given = f"activation={self.activation!r}, function={self.function!r}"
             raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
+        if self.function is not None and self.function not in ACTIVATIONS:
+            raise ValueError(f"MLPSpec(function={self.function!r}): expected one of {', '.join(ACTIVATIONS)}")
 
     # cached, since every call of a module reads them
     @cached_property

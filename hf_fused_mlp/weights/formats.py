@@ -21,8 +21,7 @@ FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # while torch.export traces, fake tensors stand for the parameters
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
 _LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
-# the classes of `_LINEARS` that were met; every other class must be called
-READABLE: set[Any] = {LINEAR}
+_OTHER_NAMES = {path.rpartition(".")[2] for path in _LINEARS} - {"Linear"}
 
 
 def read(linear: nn.Module | None) -> Matrix | None:
@@ -59,13 +58,13 @@ def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Mat
 
 def is_linear(cls: type[nn.Module]) -> bool:
     """True if a class multiplies with its weight and adds its bias, and so may be read if nothing is changed in it."""
-    if cls is LINEAR:
-        return True
-    if class_path(cls) not in _LINEARS:
-        return False
-    if not torch.compiler.is_compiling():
-        READABLE.add(cls)
-    return True
+    return cls is LINEAR or class_path(cls) in _LINEARS
+
+
+def may_be_read(linear: nn.Module | None) -> bool:
+    """Fast pre-check of `read`: False if the layer certainly must be called."""
+    cls: Any = type(linear)
+    return cls is LINEAR or (cls.__name__ in _OTHER_NAMES and is_linear(cls))
 
 
 def read_plain(linear: nn.Module) -> Matrix | None:
@@ -131,25 +130,32 @@ def _is_float_shard(parameter: nn.Parameter) -> bool:
     return placed == ["S(0)"] and type(local) is Tensor and local.dtype in FLOATS and not local.is_meta
 
 
-# shards that were read, by the forward on the instance: the weight, and the layouts that its style had
-_shards: WeakKeyDictionary[FunctionType, tuple[ReferenceType, Any, Any, Any]] = WeakKeyDictionary()
+# shards that were read, by the forward on the instance: weight and bias, and the facts that the reading rests on
+_shards: WeakKeyDictionary[FunctionType, tuple[list[ReferenceType], list]] = WeakKeyDictionary()
 
 
 def _glance_at_shard(linear: nn.Module, forward: Any) -> tuple[Tensor, None, Tensor | None] | None:
-    """Fast form of `read_column_shard`: repeats it only if the weight or a layout was replaced since."""
-    weight: Any = linear._parameters.get("weight")
-    bias: Any = linear._parameters.get("bias", False)
-    if not hasattr(weight, "_local_tensor") or type(forward) is not FunctionType:
+    """Fast form of `read_column_shard`: repeats it only if something that it rests on was replaced since."""
+    parameters: Any = linear._parameters
+    if type(forward) is not FunctionType or parameters.keys() != {"weight", "bias"}:
         return None
-    known, style, *layouts = _shards.get(forward, (None, None))
-    if known is None or known() is not weight or [style.input_layouts, style.output_layouts] != layouts:
+    held = [tensor for tensor in parameters.values() if tensor is not None]
+    references, facts = _shards.get(forward, ([], []))
+    are_same = len(references) == len(held) and all(one() is other for one, other in zip(references, held))  # noqa: B905
+    if not are_same or facts != _facts(forward):
         if read_column_shard(linear) is None:
             return None
-        style = next(
-            cell.cell_contents for cell in forward.__closure__ if hasattr(cell.cell_contents, "input_layouts")
-        )
-        _shards[forward] = ref(weight), style, style.input_layouts, style.output_layouts
+        _shards[forward] = [ref(tensor) for tensor in held], _facts(forward)
+    weight, bias = parameters["weight"], parameters["bias"]
     return weight._local_tensor, None, None if bias is None else bias._local_tensor
+
+
+def _facts(forward: FunctionType) -> list:
+    """What `read_column_shard` found in the closure of a forward, without anything that refers to the layer."""
+    contents = [cell.cell_contents for cell in forward.__closure__ or ()]
+    originals = [getattr(content, "__func__", None) for content in contents]
+    styles = [content for content in contents if hasattr(content, "use_local_output")]
+    return originals + [(style.use_local_output, style.input_layouts, style.output_layouts) for style in styles]
 
 
 READERS: tuple[Callable[[nn.Module], Matrix | None], ...] = (read_plain, read_column_shard)

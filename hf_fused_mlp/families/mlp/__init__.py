@@ -57,17 +57,17 @@ class MLPFamily(Family):
         activation = spec.function or find_activation(children[str(spec.activation)])
         if spec.down is None or activation is None or not all(is_linear(type(layer)) for layer in layers):
             return None
-        up, down = children[spec.up], children[spec.down]
+        up, down = children[spec.up].weight, children[spec.down].weight
         return ProblemKey(
             m=next_power_of_two(m),
-            hidden=up.in_features,
-            intermediate=down.in_features,
-            out=down.out_features,
+            hidden=up.shape[1],
+            intermediate=down.shape[1],
+            out=down.shape[0],
             gated=spec.kind is not MLPKind.PLAIN,
             activation=activation,
-            dtype=up.weight.dtype,
+            dtype=up.dtype,
             bias=any(layer.bias is not None for layer in layers),
-            one_block=not isinstance(module, FusedMLP) or module.why_not_packed() is None,
+            one_block=not spec.up_first and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
             gpu=gpu,
         )
 
@@ -83,7 +83,7 @@ def _why_not_all(module: FusedMLP) -> str | None:
 
 
 def _looks_like_mlp(name: str, module: nn.Module) -> bool:
-    if not any(True for _ in module.parameters()):
+    if type(module).__name__.endswith("RMSNorm") or not any(True for _ in module.parameters()):
         return False
     return bool(_CLASS.search(type(module).__name__) or _NAME.search(name))
 

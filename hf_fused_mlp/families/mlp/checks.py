@@ -37,7 +37,7 @@ class Projections(NamedTuple):
 
 
 def read_projections(module: nn.Module, spec: MLPSpec) -> Projections:
-    """Reads what may be read of the projections of `module`; makes no words, so that calls can afford it."""
+    """Reads the projections that need not be called. Builds no messages, so it is cheap enough for calls."""
     children = module._modules
     gate, up = (ABSENT if name is None else read(children.get(name)) for name in (spec.gate, spec.up))
     if gate is None or up is None:

@@ -1,7 +1,8 @@
 """The fused forms of an MLP.
 
-A call takes the first of four paths that can answer it: repeat a remembered launch; run the whole MLP by kernels; run
-the part that kernels can and call the other layers; run the original forward.
+A call takes the first path that can answer it: repeat a remembered launch; run the whole MLP by kernels; run the part
+that kernels can and call the other layers; run the original forward. For few tokens the original forward also runs if
+kernels could only compute the product.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,13 @@ from hf_fused_mlp.families.mlp.checks import (
     read_projections,
 )
 from hf_fused_mlp.launch_cache import answer, mlp_kind, remembered
-from hf_fused_mlp.originals import IDENTITIES, are_own_at_a_glance, functions_are_own, why_functions_are_not_own
+from hf_fused_mlp.originals import (
+    IDENTITIES,
+    LINEAR,
+    are_own_at_a_glance,
+    functions_are_own,
+    why_functions_are_not_own,
+)
 from hf_fused_mlp.reading.activations import activation_at_a_glance, find_activation
 from hf_fused_mlp.reading.expression import reading_of
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason
@@ -30,7 +37,7 @@ from hf_fused_mlp.swap import Fused, Runs, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
 from hf_fused_mlp.types import ABSENT, Matrix, MLPOperands
 from hf_fused_mlp.weights import pack, unpack, why_not_packed
-from hf_fused_mlp.weights.formats import READABLE, glance, halves, read
+from hf_fused_mlp.weights.formats import glance, halves, may_be_read, read
 
 # Elements of `x` up to which the original forward runs at once if kernels could only compute the product, between
 # layers that are called. On an H100 (`hf-fused-mlp bench wrapped`) 512 tokens of Llama-3-8B gain nothing, 4096 do.
@@ -67,11 +74,11 @@ class FusedMLP(Fused):
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
             if traced:
                 out = _compiled(self, x)
-            elif x.numel() <= SMALL_INPUT and (
-                type(self._modules.get(cls._first_name)) not in READABLE  # most adapters and quantizers
+            elif (
+                (type(first := self._modules.get(cls._first_name)) is not LINEAR and not may_be_read(first))
                 or torch._C._is_any_autocast_enabled()
                 or (self.training and torch.is_grad_enabled())
-            ):
+            ) and _is_small(x):
                 return cls.original_class.forward(self, *args, **kwargs)
             else:
                 out = _replay(self, cls, x)
@@ -81,7 +88,7 @@ class FusedMLP(Fused):
                 return out
         return cls.original_class.forward(self, *args, **kwargs)  # not `super()`, which adds guards
 
-    def runs(self, device: torch.device | None = None) -> Runs:
+    def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
         cls = type(self)
         spec = cls.fused_spec
         if not _keeps_forward(cls):
@@ -97,9 +104,11 @@ class FusedMLP(Fused):
                 return Runs(called)
             if self.training and _drops_out(self, spec):
                 return Runs("in training mode, where it drops out")
+            if elements is not None and elements <= SMALL_INPUT and not found.first_are_read:
+                return Runs(f"for so few tokens one kernel between called layers gains nothing: {called}")
         return Runs(modes.no_kernels(device or device_of(self._modules[spec.first[0]])), called)
 
-    def inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
+    def call_inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
         x = args[0] if args else kwargs.get(self.input_name)
         return (x,) if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) else None
 
@@ -174,18 +183,23 @@ class FusedPlainMLP(FusedMLP):
 # all guards before each replay of a graph. `cls` is the class of `module`, or in compiled code the module itself.
 
 
+def _is_small(x: Tensor) -> bool:
+    """True for few tokens. Asks no size of tensors that are not real, where that would be recorded or fail."""
+    return type(x) is Tensor and x.numel() <= SMALL_INPUT and torch._C._get_tracing_state() is None
+
+
 def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     """Eager fast path: repeats the launch remembered for this kind of call. None if anything is unusual.
 
-    The GPU often waits for Python here, so each attribute is read once, what tells most first. If this returns an
+    The GPU often waits for Python here, so each attribute is read once. If this returns an
     output, the kernels would have run, or the part of them before a down that must be called; the operands fit, and
     the caller needs only the output.
     """
     if (
         not remembered
-        or (operands := _usual_operands(module, cls, glance, activation_at_a_glance, runs_class_forward)) is None
         or not modes.needs_only_output(x)
         or _has_any_global_hook()
+        or (operands := _usual_operands(module, cls, glance, activation_at_a_glance, runs_class_forward)) is None
         or not are_own_at_a_glance(operands[3])
         or (forward := cls.original_class.forward) is not cls.original_forward
         or (cls.original_code is not None and forward.__code__ is not cls.original_code)
@@ -232,8 +246,8 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
         out = ops.mlp_if_fits(x, _operands(module, spec, found))
         if out is not None:
             return out
-    if not compiling and x.numel() <= SMALL_INPUT and (torch.is_grad_enabled() or not found.first_are_read):
-        return None
+    if not compiling and _is_small(x) and (torch.is_grad_enabled() or not found.first_are_read):
+        return None  # only the product could be fused
     # what the kernels do not take goes on: PyTorch answers, errors included
     if can_call(module, spec, found) and (h := _first_half(module, cls, x, found)) is not None:
         return module._modules[spec.down](h)
