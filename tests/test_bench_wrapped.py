@@ -36,7 +36,7 @@ def test_both_forms_are_timed(name, small, monkeypatch):
     assert [row["impl"] for row in rows] == ["original", "fused"]
     assert all(row["wrapping"] == name and row["m"] == 3 and row["layers"] == 2 for row in rows)
     assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows)
-    assert sorted(seen) == [0] * 12 + [2] * 12
+    assert sorted(seen) == [0] * 12 + [2] * 13  # the original once more, to compare
 
 
 def test_turns(small):
@@ -55,6 +55,28 @@ def test_what_is_missing_is_left_out(small, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert list(wrapped.measure(["lora", "tensor-parallel-2"], [1], 1, 2)) == []
     assert caplog.messages == ["lora: peft is not installed", "tensor-parallel-2: needs 2 GPUs"]
+
+
+def test_wrong_numbers_and_failures_are_not_timed(small, monkeypatch, caplog):
+    """What fails is logged, and the wrappings after it still run."""
+    step, calls = wrapped._forward, []
+
+    def noisy(model, x):
+        calls.append(x)
+        return step(model, x) * len(calls)  # the second form's answer is twice the first's
+
+    def broken(config, dtype):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(wrapped, "_forward", noisy)
+    monkeypatch.setitem(wrapped.WRAPPINGS, "hooks", wrapped.Wrapping(broken))
+    names = ["plain", "hooks", "lora-training"]
+    (rows,) = wrapped.measure(names, [3], layers=1, rounds=9, dtype=torch.float32)
+    assert rows[0]["wrapping"] == "lora-training"
+    assert caplog.messages == [
+        "plain: AssertionError: the fused layers are off by 50.0%, so they are not timed",
+        "hooks: RuntimeError: no such kernel",
+    ]
 
 
 def test_file_and_table(small, tmp_path, monkeypatch):
