@@ -111,7 +111,7 @@ def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
                 found[name] = Examined(name, module, family, finding)
                 break
     for family in FAMILIES:
-        known = {id(entry.module) for entry in found.values() if entry.family is family}
+        known = {id(entry.module) for entry in found.values() if entry.family is family or entry.family.option is None}
         for name, module in modules.items():
             # a part of a listed module is none itself
             if name in found or any(entry.family is family for entry in _around(name, found)):

@@ -75,3 +75,9 @@ def mlp_kind(gate: tuple, up: tuple, down: tuple, activation: str) -> Hashable:
     first = gate[0]
     packed = None if first is None else up[0].data_ptr() - first.data_ptr() == first.nbytes
     return activation, packed, down[0] is None, gate[2] is None, up[2] is None, down[2] is None
+
+
+def experts_kind(operands: tuple) -> Hashable:
+    """The kind of a call of routed experts: which biases there are, and what is computed."""
+    _, _, up_bias, down_bias, form = operands
+    return form, up_bias is None, down_bias is None

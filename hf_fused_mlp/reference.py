@@ -3,10 +3,12 @@
 It rounds where eager Transformers rounds (after each projection, after the activation, after the product).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.types import ExpertsForm
 
 
 def linear_ref(
@@ -69,3 +71,51 @@ def mlp_ref(
     """
     h = linear_ref(x, up, up_bias, gate, gate_bias, activation)
     return h if down is None else F.linear(h, down, down_bias)
+
+
+def experts_ref(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    form: ExpertsForm,
+) -> Tensor:
+    """The sum over a token's experts of ``weight * down(act(gate(x)) * up(x))``, added in fp32 in their order.
+
+    Args:
+        x: `[M, H]`, any float dtype.
+        ids: `[M, k]`, integers; those outside of `[0, E)` count as zero.
+        weights: `[M, k]`, any float dtype.
+        up, down: stacked as `form` says, biases as the columns of `up` and `down`: `[E, I]` or `[E, 2I]`, and `[E, H]`.
+
+    Returns:
+        `[M, H]`, dtype of `x`.
+    """
+    num_experts = up.shape[0]
+    sums = x.new_zeros((x.shape[0], x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+    products = sums.new_zeros((*ids.shape, x.shape[1]))
+    for e in ids.unique().tolist():
+        if not 0 <= e < num_experts:
+            continue
+        token, place = torch.where(ids == e)
+        first, second = (up[e], down[e]) if form.layout == "planes" else (up[e].T, down[e].T)
+        h = F.linear(x[token], first, None if up_bias is None else up_bias[e])
+        out = F.linear(apply_gate(h, form), second, None if down_bias is None else down_bias[e])
+        products[token, place] = (out * weights[token, place, None]).to(products.dtype)
+    for j in range(ids.shape[1]):
+        sums += products[:, j]
+    return sums.to(x.dtype)
+
+
+def apply_gate(h: Tensor, form: ExpertsForm) -> Tensor:
+    """``act(gate) * (up + up_offset)`` of `[M, 2I]`, or ``act(h)`` without a gate."""
+    activate = ACTIVATIONS[form.activation].function
+    if not form.gated:
+        return activate(h)
+    gate, up = (h[:, ::2], h[:, 1::2]) if form.layout == "interleaved" else h.chunk(2, dim=-1)
+    if form.limit:
+        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
+    return activate(gate) * (up + form.up_offset if form.up_offset else up)

@@ -94,6 +94,11 @@ class FusionReport:
         return self.of("mlps").modules
 
     @property
+    def experts(self) -> tuple[ModuleStatus, ...]:
+        """Every module of routed experts."""
+        return self.of("experts").modules
+
+    @property
     def norms(self) -> tuple[ModuleStatus, ...]:
         """The RMSNorms."""
         return self.of("norms").modules

@@ -85,6 +85,57 @@ class MLPOperands(NamedTuple):
         return MLPOperands(*matrices, activation)
 
 
+class ExpertsForm(NamedTuple):
+    """How routed experts store gate and up, and what they make of them.
+
+    `layout` is that of E stacked matrices: `"planes"`, gate `[E, I, H]` and up side by side in `[E, 2I, H]`, down
+    `[E, H, I]`; `"transposed"`, `[E, H, 2I]` and `[E, I, H]`; `"interleaved"`, the same with columns of gate and up in
+    turn. Without a gate there is up alone, in `[E, I, H]` or `[E, H, I]`.
+    The equation is ``act(gate) * (up + up_offset)``; a `limit` other than 0 clamps gate from above and up on both sides
+    before.
+    """
+
+    layout: str
+    gated: bool
+    activation: str
+    limit: float = 0.0
+    up_offset: float = 0.0
+
+
+class ExpertsOperands(NamedTuple):
+    """The weights of routed experts, stacked as `form` says; `up` holds gate and up, biases are `[E, I]`, `[E, 2I]` or
+    `[E, H]`, or None."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    form: ExpertsForm
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """One call of routed experts, all but the addresses of its tensors and where tokens go.
+
+    `x` is `[tokens, hidden]`, whose rows are `stride_xm` elements apart; each token has `top_k` of `experts`.
+    """
+
+    tokens: int
+    top_k: int
+    experts: int
+    hidden: int
+    intermediate: int
+    stride_xm: int
+    form: ExpertsForm
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of a token and one of its experts there are."""
+        return self.tokens * self.top_k
+
+
 @dataclass(frozen=True)
 class LinearKey:
     """One launch: ``act(x @ weight.T)``, or with a gate ``act(x @ gate.T) * (x @ weight.T)``.
@@ -174,6 +225,17 @@ class TileConfig:
 class Plan:
     """How one MLP call runs: its up launch (activation included) and its down launch."""
 
+    up: TileConfig
+    down: TileConfig
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """How a call of routed experts runs: `order` is `"pairs"` (nothing sorted), `"sorted"` or `"gathered"` (the rows
+    of `x` sorted too), `rows` the pairs of one expert in a tile."""
+
+    order: str
+    rows: int
     up: TileConfig
     down: TileConfig
 

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,14 @@ def device(request, monkeypatch):
     guards = torch._C._dynamo.guards  # the kernels allocate with Inductor's functions
     for module, name in ((torch, "empty"), (guards, "_empty_strided_cpu"), (guards, "_empty_strided_cuda")):
         if allocate := getattr(module, name, None):
-            fill = lambda *size, allocate=allocate, **kw: allocate(*size, **kw).fill_(float("nan"))  # noqa: E731
-            monkeypatch.setattr(module, name, fill)
+            monkeypatch.setattr(module, name, partial(_filled, allocate))
     with interpreter(monkeypatch) if request.param == "cpu" else nullcontext():
         yield torch.device(request.param)
+
+
+def _filled(allocate, *args, **kwargs):
+    tensor = allocate(*args, **kwargs)
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 30)
 
 
 @pytest.fixture
@@ -62,13 +67,14 @@ def interpreter(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     from hf_fused_mlp import kernels
-    from hf_fused_mlp.kernels import _common, norm
+    from hf_fused_mlp.kernels import _common, experts, norm
     from hf_fused_mlp.tuning import cache
 
     cache.forget()  # of what is kept of calls, kernels are a part
     changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base, tl.core.condition)
     before = [dict(vars(owner)) for owner in changed]
-    for module in (tl, tl.standard, _common, norm, *kernels.KERNELS.values()):
+    of_experts = experts._common, experts.pairs, experts.routing, experts.grouped
+    for module in (tl, tl.standard, _common, norm, *kernels.KERNELS.values(), *of_experts):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))

@@ -29,7 +29,7 @@ class Family(Protocol):
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
         """Why an unknown module belongs in a report, or None. Never decides what is fused.
 
-        `holds_known` says that a module inside is one of the family's.
+        `holds_known` says that a module inside is the family's, or that of a family that is always on.
         """
 
     def mixin_for(self, spec: Hashable) -> type[Fused]:

@@ -25,6 +25,7 @@ logger = logging.getLogger("hf_fused_mlp")
 # the newest minor that `make test-newest` has passed with
 NEWEST_TESTED = "5.24"
 FLAG = "use_fused_mlp"
+_EXPERTS = "transformers.integrations.moe", "transformers.integrations.finegrained_fp8"
 
 _LOCK = threading.RLock()
 _originals: dict[tuple[type, str], classmethod] = {}
@@ -40,6 +41,8 @@ def install() -> None:
     with _LOCK:
         for name in dict.fromkeys(loader.module for loader in _LOADERS):
             _waiting.setdefault(name, AfterImport(name, _wrap)).start()
+        for name in _EXPERTS:
+            _waiting.setdefault(name, AfterImport(name, _register_experts)).start()
 
 
 def uninstall() -> None:
@@ -56,10 +59,23 @@ def uninstall() -> None:
         for finder in _waiting.values():
             finder.stop()
         _waiting.clear()
+        for module in filter(None, map(sys.modules.get, _EXPERTS)):
+            from hf_fused_mlp.integrations.experts import unregister
+
+            unregister(module)
         for (owner, name), original in _originals.items():
             setattr(owner, name, original)
         _originals.clear()
         _wrappers.clear()
+
+
+def _register_experts(module: ModuleType) -> None:
+    """Makes `experts_implementation="hf_fused_mlp"` known."""
+    from hf_fused_mlp.integrations.experts import register  # which imports PyTorch, as `module` has by now
+
+    with _LOCK:
+        if _waiting.pop(module.__name__, None) is not None:
+            register(module)
 
 
 def _wrap(module: ModuleType) -> None:

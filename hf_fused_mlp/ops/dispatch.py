@@ -12,11 +12,12 @@ from triton.errors import TritonError
 
 from hf_fused_mlp.kernels import describe_launch, has_rows, norm, prepare
 from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
-from hf_fused_mlp.launch_cache import answer, mlp_kind, remember
+from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb
+from hf_fused_mlp.launch_cache import answer, experts_kind, mlp_kind, remember
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, UNFUSED, MLPOperands, Plan, ProblemKey, next_power_of_two
+from hf_fused_mlp.types import GPU, UNFUSED, ExpertsOperands, MLPOperands, Plan, ProblemKey, next_power_of_two
 from hf_fused_mlp.weights import is_packed
 
 logger = logging.getLogger("hf_fused_mlp")
@@ -92,6 +93,36 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         run = prepare(UNFUSED, x, operands)
         out = run(x, gate, up, down)
     remember(_kind(operands), (x, *tensors), run)
+    return out
+
+
+def experts_cuda(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOperands) -> Tensor:
+    """`hf_fused_mlp.ops.experts` on a GPU, for tensors that fit together."""
+    *stacks, form = operands
+    tensors = x, ids, weights, *stacks
+    out = answer(experts_kind(operands), tensors, tensors)
+    if out is None:
+        with torch.cuda.device_of(x):
+            out = _first_experts(tensors, form)
+    return out
+
+
+def _first_experts(tensors, form):
+    """Plans calls like this one, runs it, and remembers the launches."""
+    x, ids, weights, up, down, up_bias, down_bias = tensors
+    if x.numel() == 0:
+        return x.new_empty(x.shape)
+    rest = ids, weights, up, down, up_bias, down_bias
+    if not has_rows(x) or not all(tensor is None or tensor.is_contiguous() for tensor in rest):
+        # copies of weights are made for this call only, which happens nowhere in Transformers
+        tensors = x.contiguous(), *(None if tensor is None else tensor.contiguous() for tensor in rest)
+        x, ids, _, up, down, *_ = tensors
+        call = describe_experts(x, ids, up, down, form)
+        return prepare_experts(rule_of_thumb(call), call)(*tensors)
+    call = describe_experts(x, ids, up, down, form)
+    run = prepare_experts(rule_of_thumb(call), call)
+    out = run(*tensors)
+    remember(experts_kind(ExpertsOperands(*tensors[3:], form)), tensors, run)
     return out
 
 

@@ -71,7 +71,7 @@ def _steps(code: CodeType) -> list[tuple[str, object]]:
     """The instructions of `code`, without those that depend on the module around it."""
     steps = []
     for step in dis.get_instructions(code):
-        if step.opname != "PUSH_NULL":
+        if step.opname not in ("PUSH_NULL", "EXTENDED_ARG"):
             target = step.opcode in dis.hasjrel or step.opcode in dis.hasjabs
             steps.append((step.opname.replace("LOAD_METHOD", "LOAD_ATTR"), None if target else step.argval))
     return steps

@@ -1,0 +1,56 @@
+"""The kernels for routed experts, one file for each way to run them, and the rule that chooses."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_fused_mlp.kernels.experts import grouped, pairs
+from hf_fused_mlp.types import ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
+
+FEW_PAIRS = 32
+
+
+def describe_experts(x: Tensor, ids: Tensor, up: Tensor, down: Tensor, form) -> ExpertsCall:
+    """Everything about a call but addresses. `x` `[M, H]` has contiguous rows, at least one; the rest is contiguous."""
+    m, hidden = x.shape
+    intermediate = down.shape[1 if form.layout != "planes" else 2]
+    stride = x.stride(0) if m > 1 else hidden  # the stride of a single row may be anything
+    return ExpertsCall(m, ids.shape[1], up.shape[0], hidden, intermediate, stride, form, x.dtype, x.device)
+
+
+def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
+    """A plan for shapes that none was measured for."""
+    H, I = call.hidden, call.intermediate
+    fits = H * call.dtype.itemsize % 16 == 0 and I * call.dtype.itemsize % 16 == 0
+    few = call.tokens == 1 or call.pairs <= min(FEW_PAIRS, call.experts // 2)  # more would share experts
+    if few or not fits or min(H, I) < 16:
+        return ExpertsPlan("pairs", 1, _row(call, H), _row(call, I))
+    rows = call.pairs / call.experts  # of one expert, on average; the tallest tile should not be mostly empty
+    if call.dtype == torch.float32:
+        return ExpertsPlan("sorted", 16, _tile(32, 32, 4, 2), _tile(64, 32, 4, 2))
+    if rows < 24:
+        return ExpertsPlan("sorted", 16 if rows <= 8 else 32, _tile(64, 128, 4, 3), _tile(64, 128, 4, 4))
+    if rows < 48:
+        return ExpertsPlan("sorted", 64, _tile(64, 64, 4, 4), _tile(128, 64, 4, 4))
+    return ExpertsPlan("gathered", 128, _tile(128 if call.form.gated else 256, 64, 8, 4), _tile(256, 64, 8, 3))
+
+
+def _row(call: ExpertsCall, k: int) -> TileConfig:
+    """For dot products of length `k`: as much of a row as goes at once, or several rows where they interleave."""
+    if call.form.layout == "planes":
+        return TileConfig("pairs", block_n=2, block_k=min(1024, next_power_of_two(k)), num_warps=4)
+    return TileConfig("pairs", block_n=16, block_k=max(16, next_power_of_two(-(-k // 32))), num_warps=4)
+
+
+def _tile(block_n: int, block_k: int, num_warps: int, num_stages: int) -> TileConfig:
+    return TileConfig(
+        "grouped", block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages, group_m=4
+    )
+
+
+def prepare_experts(plan: ExpertsPlan, call: ExpertsCall) -> Callable[..., Tensor]:
+    """The function of x, ids, weights, up, down, up_bias and down_bias that runs `plan` on calls like this one."""
+    if plan.order == "pairs":
+        return pairs.pairs(call, plan.up, plan.down)
+    return grouped.grouped(call, plan.rows, plan.up, plan.down)

@@ -1,0 +1,168 @@
+"""Routed experts for few tokens: a program for each row of each pair of token and expert, nothing sorted.
+
+``h[pair] = act(x[token] @ gate[e].T) * (x[token] @ up[e].T)``, then ``out[token]`` is the sum over its experts, in
+their order, of ``weight * (h[pair] @ down[e].T)``. Dot products on the CUDA cores, at memory speed; picked up to about
+32 pairs, and for shapes that no tensor descriptor has, at any number. Any layout; fp16, bf16 and fp32, with fp32 sums.
+Launches: 2. Bytes: the weights of each pair's expert once.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_fused_mlp.kernels._launch import allocator, launcher
+from hf_fused_mlp.kernels.experts._common import combine
+from hf_fused_mlp.types import GPU, ExpertsCall, TileConfig
+
+
+@triton.jit
+def _add_products(
+    acc, x_ptr, w_ptr, offs_n, mask_n, scale, stride_n, stride_k, K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """`acc` `[BLOCK_N, BLOCK_K]` plus the products of rows of a weight with `scale * x`, not yet summed."""
+    for k in tl.static_range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32) * scale
+        mask = mask_n[:, None] & (offs_k < K)[None, :]
+        w = tl.load(w_ptr + offs_n[:, None] * stride_n + offs_k[None, :] * stride_k, mask=mask, other=0.0)
+        acc += w.to(tl.float32) * x[None, :]
+    return acc
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr,
+    ids_ptr,
+    w_ptr,
+    bias_ptr,
+    h_ptr,
+    num_experts,
+    N,
+    stride_xm,
+    stride_e,
+    stride_p,
+    stride_n,
+    stride_k,
+    bias_e,
+    bias_p,
+    bias_n,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """`h_ptr` is `[pairs, N]`; gate, if there is one, is the first plane of a weight, up the last."""
+    num_n = tl.cdiv(N, BLOCK_N)
+    pair = (tl.program_id(0) // num_n).to(tl.int64)
+    if OVERLAP:
+        gdc_launch_dependents()
+    e = tl.load(ids_ptr + pair).to(tl.int64)
+    if (e >= 0) & (e < num_experts):
+        offs_n = (tl.program_id(0) % num_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        x_ptr += (pair // TOP_K) * stride_xm
+        w_ptr += e * stride_e
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        if GATED:
+            gate = _add_products(acc, x_ptr, w_ptr, offs_n, mask_n, 1.0, stride_n, stride_k, K, BLOCK_K)
+            w_ptr += stride_p
+        up = _add_products(acc, x_ptr, w_ptr, offs_n, mask_n, 1.0, stride_n, stride_k, K, BLOCK_K)
+        out = tl.sum(up, 1)
+        first = tl.sum(gate, 1) if GATED else out
+        if bias_ptr is not None:
+            place = bias_ptr + e * bias_e + offs_n * bias_n
+            if GATED:
+                first += tl.load(place, mask=mask_n, other=0.0).to(tl.float32)
+                place += bias_p
+            out += tl.load(place, mask=mask_n, other=0.0).to(tl.float32)
+        out = combine(first, out, GATED, ACTIVATION, LIMIT, UP_OFFSET, False)
+        tl.store(h_ptr + pair * N + offs_n, out.to(h_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _down_kernel(
+    h_ptr,
+    ids_ptr,
+    weights_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    num_experts,
+    N,
+    stride_e,
+    stride_n,
+    stride_k,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """`out_ptr` is `[tokens, N]`."""
+    num_n = tl.cdiv(N, BLOCK_N)
+    token = (tl.program_id(0) // num_n).to(tl.int64)
+    offs_n = (tl.program_id(0) % num_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    if OVERLAP:
+        gdc_wait()
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    bias = tl.zeros((BLOCK_N,), tl.float32)
+    for j in tl.range(TOP_K):
+        pair = token * TOP_K + j
+        e = tl.load(ids_ptr + pair).to(tl.int64)
+        if (e >= 0) & (e < num_experts):
+            scale = tl.load(weights_ptr + pair).to(tl.float32)
+            w = w_ptr + e * stride_e
+            acc = _add_products(acc, h_ptr + pair * K, w, offs_n, mask_n, scale, stride_n, stride_k, K, BLOCK_K)
+            if bias_ptr is not None:
+                bias += scale * tl.load(bias_ptr + e * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    out = tl.sum(acc, 1) + bias
+    tl.store(out_ptr + token * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask_n)
+
+
+def pairs(call: ExpertsCall, up: TileConfig, down: TileConfig):
+    """The two launches: a function of x, ids, weights, up, down and their biases that gives `[tokens, hidden]`."""
+    form, H, I, m, k = call.form, call.hidden, call.intermediate, call.tokens, call.top_k
+    planes = 2 if form.gated else 1
+    if form.layout == "planes":
+        strides, bias = (planes * I * H, I * H, H, 1), (planes * I, I, 1)
+        down_strides = H * I, I, 1
+    elif form.layout == "interleaved":
+        strides, bias = (planes * I * H, 1, planes, planes * I), (planes * I, 1, planes)
+        down_strides = H * I, 1, H
+    else:
+        strides, bias = (planes * I * H, I, 1, planes * I), (planes * I, I, 1)
+        down_strides = H * I, 1, H
+    empty_h = allocator((m * k, I), call.dtype, call.device)
+    empty = allocator((m, H), call.dtype, call.device)
+    can_overlap = GPU.of(call.device).can_overlap
+    gate = form.gated, form.activation, form.limit, form.up_offset
+    launch_up = launcher(
+        _up_kernel,
+        call.device,
+        (m * k * -(-I // up.block_n), 1, 1),
+        (call.experts, I, call.stride_xm, *strides, *bias, H, k, *gate, up.block_n, up.block_k, can_overlap),
+        num_warps=up.num_warps,
+    )
+    launch_down = launcher(
+        _down_kernel,
+        call.device,
+        (m * -(-H // down.block_n), 1, 1),
+        (call.experts, H, *down_strides, I, k, down.block_n, down.block_k, can_overlap),
+        overlap=can_overlap,
+        num_warps=down.num_warps,
+    )
+
+    def run(x, ids, weights, up, down, up_bias, down_bias):
+        h = empty_h()
+        launch_up((x, ids, up, up_bias, h))
+        out = empty()
+        launch_down((h, ids, weights, down, down_bias, out))
+        return out
+
+    return run

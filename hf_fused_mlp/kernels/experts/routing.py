@@ -1,0 +1,185 @@
+"""What happens around the grouped GEMMs of routed experts: pairs are sorted by expert before, and summed after.
+
+A pair is a token with one of its experts: number `token * top_k + j`. The sort is stable and counts: chunks of pairs
+are counted by expert, then each pair is placed. Ids that are no expert's, which expert parallelism gives to tokens of
+other ranks, are not placed, and their outputs count as zero. Nothing is read by the host, so all of it can be captured
+in a CUDA graph. Tiles are as many as could be needed at most.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_fused_mlp.kernels._launch import allocator, launcher
+from hf_fused_mlp.types import ExpertsCall, next_power_of_two
+
+SUM_BLOCK = 1024
+TILE_STEP = 16
+
+
+@triton.jit
+def _experts_of(ids_ptr, pair, num_pairs, num_experts, NONE: tl.constexpr):
+    """The experts of pairs, `NONE` where there is none."""
+    e = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1)
+    return tl.where((e >= 0) & (e < num_experts), e, NONE).to(tl.int32)
+
+
+@triton.jit
+def _count_kernel(
+    ids_ptr, counts_ptr, num_pairs, num_experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr
+):
+    """`counts_ptr` is `[chunks, EXPERTS]`: how many pairs of each chunk an expert has."""
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    for first in tl.range(0, CHUNK, STEP):
+        e = _experts_of(ids_ptr, chunk * CHUNK + first + tl.arange(0, STEP), num_pairs, num_experts, EXPERTS)
+        counts += tl.sum((e[:, None] == experts[None, :]).to(tl.int32), 0)
+    tl.store(counts_ptr + chunk * EXPERTS + experts, counts)
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr,
+    counts_ptr,
+    sorted_ptr,
+    tiles_ptr,
+    num_pairs,
+    num_experts,
+    num_chunks,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE_STEP: tl.constexpr,
+):
+    """Writes a chunk's pairs in the order of experts, and `TILES` entries of the table of tiles.
+
+    The table begins with the number of tiles; entry `i`, at `4 * (i + 1)`, is the expert of tile `i`, its first row and
+    the end of the expert's rows.
+    """
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    before = tl.zeros((EXPERTS,), tl.int32)
+    for first in tl.range(0, num_chunks, STEP):
+        row = first + tl.arange(0, STEP)
+        some = tl.load(
+            counts_ptr + row[:, None] * EXPERTS + experts[None, :], mask=(row < num_chunks)[:, None], other=0
+        )
+        counts += tl.sum(some, 0)
+        before += tl.sum(tl.where((row < chunk)[:, None], some, 0), 0)
+    ends = tl.cumsum(counts, 0)
+    starts = ends - counts
+
+    place = starts + before
+    for first in tl.range(0, CHUNK, STEP):
+        pair = chunk * CHUNK + first + tl.arange(0, STEP)
+        e = _experts_of(ids_ptr, pair, num_pairs, num_experts, EXPERTS)
+        hit = (e[:, None] == experts[None, :]).to(tl.int32)
+        rank = tl.cumsum(hit, 0) - hit
+        tl.store(sorted_ptr + tl.sum(hit * (rank + place[None, :]), 1), pair, mask=e < EXPERTS)
+        place += tl.sum(hit, 0)
+
+    tiles = (counts + ROWS - 1) // ROWS
+    tile_ends = tl.cumsum(tiles, 0)
+    if chunk == 0:
+        tl.store(tiles_ptr, tl.sum(tiles, 0))
+    for first in tl.range(0, TILES, TILE_STEP):
+        tile = chunk * TILES + first + tl.arange(0, TILE_STEP)
+        e = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
+        mine = (e[:, None] == experts[None, :]).to(tl.int32)
+        row = tile * ROWS + tl.sum(mine * (starts - (tile_ends - tiles) * ROWS)[None, :], 1)
+        entry = tiles_ptr + 4 * (tile + 1)
+        tl.store(entry, e, mask=e < EXPERTS)
+        tl.store(entry + 1, row, mask=e < EXPERTS)
+        tl.store(entry + 2, tl.sum(mine * ends[None, :], 1), mask=e < EXPERTS)
+
+
+@triton.jit
+def _gather_kernel(x_ptr, sorted_ptr, tiles_ptr, rows_ptr, K, stride_xm, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """``rows[i] = x[sorted[i] // TOP_K]`` for all rows that have a pair."""
+    row = tl.program_id(0).to(tl.int64)
+    # the last tile ends where the pairs do
+    num_tiles = tl.load(tiles_ptr)
+    if row < tl.load(tiles_ptr + 4 * num_tiles + 2, mask=num_tiles > 0, other=0):
+        token = (tl.load(sorted_ptr + row) // TOP_K).to(tl.int64)
+        for first in tl.range(0, K, BLOCK):
+            offs = first + tl.arange(0, BLOCK)
+            tl.store(
+                rows_ptr + row * K + offs, tl.load(x_ptr + token * stride_xm + offs, mask=offs < K), mask=offs < K
+            )
+
+
+@triton.jit
+def _sum_kernel(y_ptr, ids_ptr, out_ptr, num_experts, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[token] = sum over j of y[token * TOP_K + j]``, in the order of j, without pairs that have no expert."""
+    token = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        e = tl.load(ids_ptr + token * TOP_K + j)
+        mask = (offs < N) & (e >= 0) & (e < num_experts)
+        acc += tl.load(y_ptr + (token * TOP_K + j) * N + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * N + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < N)
+
+
+def most_tiles(call: ExpertsCall, rows: int) -> int:
+    """How many tiles of so many rows there can be at most: the whole ones, and a last one of each expert."""
+    return min(call.pairs, call.pairs // rows + call.experts)
+
+
+def sort(call: ExpertsCall, rows: int):
+    """Two launches: a function of ids that gives the sorted pairs and the table of tiles of `rows` rows."""
+    experts = next_power_of_two(max(16, call.experts))
+    step = max(16, min(64, 16384 // experts))
+    chunk = max(step, next_power_of_two(-(-call.pairs // 256)))
+    chunks = -(-call.pairs // chunk)
+    tiles = -(-most_tiles(call, rows) // (chunks * TILE_STEP)) * TILE_STEP
+    empty_counts = allocator((chunks, experts), torch.int32, call.device)
+    empty_sorted = allocator((call.pairs,), torch.int32, call.device)
+    empty_tiles = allocator((4 * (chunks * tiles + 1),), torch.int32, call.device)
+    sizes = call.pairs, call.experts
+    count = launcher(_count_kernel, call.device, (chunks, 1, 1), (*sizes, experts, chunk, step), num_warps=4)
+    values = *sizes, chunks, experts, chunk, step, rows, tiles, TILE_STEP
+    place = launcher(_place_kernel, call.device, (chunks, 1, 1), values, num_warps=8)
+
+    def run(ids):
+        counts = empty_counts()
+        count((ids, counts))
+        in_order, table = empty_sorted(), empty_tiles()
+        place((ids, counts, in_order, table))
+        return in_order, table
+
+    return run
+
+
+def gather(call: ExpertsCall):
+    """One launch: a function of x, the sorted pairs and the table that gives `[pairs, hidden]`, sorted."""
+    empty = allocator((call.pairs, call.hidden), call.dtype, call.device)
+    block = min(4096, next_power_of_two(call.hidden))
+    values = call.hidden, call.stride_xm, call.top_k, block
+    launch = launcher(_gather_kernel, call.device, (call.pairs, 1, 1), values, num_warps=4)
+
+    def run(x, in_order, table):
+        rows = empty()
+        launch((x, in_order, table, rows))
+        return rows
+
+    return run
+
+
+def add(call: ExpertsCall):
+    """One launch: a function of the experts' outputs `[pairs, hidden]` and ids that gives `[tokens, hidden]`."""
+    empty = allocator((call.tokens, call.hidden), call.dtype, call.device)
+    block = min(SUM_BLOCK, next_power_of_two(call.hidden))
+    grid = call.tokens, -(-call.hidden // block), 1
+    launch = launcher(_sum_kernel, call.device, grid, (call.experts, call.hidden, call.top_k, block), num_warps=4)
+
+    def run(y, ids):
+        out = empty()
+        launch((y, ids, out))
+        return out
+
+    return run

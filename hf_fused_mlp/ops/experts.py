@@ -1,0 +1,109 @@
+"""The operator of routed experts; kernels on CUDA, PyTorch's operations elsewhere. It has no gradients."""
+
+import torch
+from torch import Tensor
+
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.modes import runs_now
+from hf_fused_mlp.ops.library import define, on_gpu
+from hf_fused_mlp.reference import experts_ref
+from hf_fused_mlp.types import ExpertsForm, ExpertsOperands
+
+LAYOUTS = "planes", "transposed", "interleaved"
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOperands) -> Tensor:
+    """The sum over a token's experts of ``weight * down(act(gate(x)) * up(x))``, which nothing on the host waits for.
+
+    Args:
+        x: `[M, H]`, fp16, bf16 or fp32; any number of tokens, none included.
+        ids: `[M, k]`, int32 or int64; an id outside of `[0, E)` counts as zero.
+        weights: `[M, k]`, float.
+
+    Returns:
+        `[M, H]`, dtype of `x`, contiguous, new memory.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    if (out := experts_if_fits(x, ids, weights, operands)) is None:
+        _check(x, ids, weights, *operands)
+    return out
+
+
+def experts_if_fits(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOperands) -> Tensor | None:
+    """`experts`, or None if that would raise."""
+    if not _fits(x, ids, weights, *operands):
+        return None
+    if runs_now(x):
+        return on_gpu().experts_cuda(x, ids, weights, operands)
+    up, down, up_bias, down_bias, form = operands
+    return torch.ops.hf_fused_mlp.experts(x, ids, weights, up, down, up_bias, down_bias, *form)
+
+
+def _fits(x, ids, weights, up, down, up_bias, down_bias, form: ExpertsForm) -> bool:
+    """True if the tensors fit together; otherwise a kernel would read beyond them."""
+    if x.dim() != 2 or up.dim() != 3 or down.dim() != 3 or ids.dim() != 2 or ids.shape[1] == 0:
+        return False
+    width, hidden = (up.shape[1], up.shape[2]) if form.layout == "planes" else (up.shape[2], up.shape[1])
+    out, intermediate = (down.shape[1], down.shape[2]) if form.layout == "planes" else (down.shape[2], down.shape[1])
+    given = [tensor for tensor in (up, down, up_bias, down_bias) if tensor is not None]
+    return (
+        form.layout in LAYOUTS
+        and form.activation in ACTIVATIONS
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and x.shape[1] == hidden == out
+        and width == (2 if form.gated else 1) * intermediate
+        and up.shape[0] == down.shape[0] > 0
+        and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in given)
+        and ids.shape == weights.shape
+        and ids.shape[0] == x.shape[0]
+        and ids.dtype in (torch.int32, torch.int64)
+        and weights.is_floating_point()
+        and ids.device == weights.device == x.device
+        and (up_bias is None or up_bias.shape == (up.shape[0], width))
+        and (down_bias is None or down_bias.shape == (up.shape[0], out))
+    )
+
+
+def _check(x, ids, weights, up, down, up_bias, down_bias, form):
+    if _fits(x, ids, weights, up, down, up_bias, down_bias, form):
+        return
+    tensors = x, ids, weights, up, down, up_bias, down_bias
+    found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors if t is not None)
+    raise ValueError(
+        "hf_fused_mlp.experts: expected x [M, H], ids and weights [M, k], and stacked up and down that fit, all floats "
+        f"but the weights of one dtype of fp16, bf16 and fp32; got {found} as {form}"
+    )
+
+
+def _experts_cpu(*arguments):
+    *tensors, form = _with_form(*arguments)
+    _check(*tensors, form)
+    return experts_ref(*tensors, form)
+
+
+def _experts_cuda(*arguments):
+    x, ids, weights, *operands = _with_form(*arguments)
+    _check(x, ids, weights, *operands)
+    return on_gpu().experts_cuda(x, ids, weights, ExpertsOperands(*operands))
+
+
+def _experts_fake(*arguments):
+    x, *rest = _with_form(*arguments)
+    _check(x, *rest)
+    return x.new_empty(x.shape)
+
+
+def _with_form(*arguments):
+    """The arguments of the operator with its last five, all that is no tensor, as one `ExpertsForm`."""
+    return *arguments[:-5], ExpertsForm(*arguments[-5:])
+
+
+define(
+    "experts(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
+    "str layout, bool gated, str activation, float limit, float up_offset) -> Tensor",
+    _experts_cpu,
+    _experts_cuda,
+    _experts_fake,
+)

@@ -1,0 +1,102 @@
+"""The kernels of routed experts against float64: interpreted on the CPU, compiled on a GPU."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from hf_fused_mlp.reference import experts_ref
+from hf_fused_mlp.types import ExpertsForm, ExpertsPlan, TileConfig
+
+PLANES = ExpertsForm("planes", True, "silu")
+FORMS = {
+    "planes": PLANES,
+    "clamped": PLANES._replace(limit=0.7),
+    "plain": ExpertsForm("planes", False, "relu2"),
+    "transposed": ExpertsForm("transposed", True, "silu"),
+    "interleaved": ExpertsForm("interleaved", True, "quick_gelu", limit=0.9, up_offset=1.0),
+}
+UP, DOWN = (TileConfig("grouped", block_n=n, block_k=32, num_warps=4, num_stages=2, group_m=2) for n in (32, 64))
+ROW = TileConfig("pairs", block_n=1, block_k=64)
+PLANS = {
+    "pairs": ExpertsPlan("pairs", 1, ROW, replace(ROW, block_n=4)),
+    "16": ExpertsPlan("sorted", 16, UP, DOWN),
+    "64": ExpertsPlan("sorted", 64, UP, DOWN),
+    "128": ExpertsPlan("gathered", 128, UP, DOWN),
+}
+
+
+def problem(form, device, dtype, tokens=11, experts=6, top_k=3, hidden=48, intermediate=40, bias=False):
+    """Random operands as the operator takes them: x, ids, weights, up, down, up_bias, down_bias."""
+    torch.manual_seed(tokens + experts)
+    planes = 2 if form.gated else 1
+    up, down = torch.randn(experts, planes * intermediate, hidden), torch.randn(experts, hidden, intermediate)
+    up, down = up * hidden**-0.5, down * intermediate**-0.5
+    if form.layout != "planes":
+        up, down = up.mT.contiguous(), down.mT.contiguous()
+    biases = (torch.randn(experts, planes * intermediate), torch.randn(experts, hidden)) if bias else (None, None)
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]) if tokens else torch.zeros(0, top_k)
+    tensors = torch.randn(tokens, hidden), torch.rand(tokens, top_k), up, down, *biases
+    x, weights, *rest = (None if t is None else t.to(device, dtype) for t in tensors)
+    return x, ids.long().to(device), weights, *rest
+
+
+def run(plan, operands, form):
+    from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts
+
+    x, ids, _, up, down, *_ = operands
+    return prepare_experts(plan, describe_experts(x, ids, up, down, form))(*operands)
+
+
+def check(got, operands, form):
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in operands]
+    expected = experts_ref(*wide, form)
+    error = (got.double() - expected).norm() / expected.norm()
+    limit = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[operands[0].dtype]
+    assert error < limit and got.dtype == operands[0].dtype and got.is_contiguous()
+
+
+@pytest.mark.parametrize(("form", "plan", "bias"), list(product(FORMS, PLANS, (False, True))))
+def test_forms(form, plan, bias, device):
+    operands = problem(FORMS[form], device, torch.float16, bias=bias)
+    check(run(PLANS[plan], operands, FORMS[form]), operands, FORMS[form])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 5, 1), (40, 3, 2), (70, 60, 4), (33, 17, 16)])
+def test_sizes(plan, tokens, experts, top_k, device):
+    operands = problem(PLANES, device, torch.float16, tokens, experts, top_k)
+    check(run(PLANS[plan], operands, PLANES), operands, PLANES)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", ["one", "foreign", "repeated", "all foreign"])
+def test_routings(plan, case, device):
+    """All tokens to one expert, ids of other ranks, an id twice in a row."""
+    x, ids, *rest = problem(PLANES, device, torch.float16, tokens=37)
+    if case == "one":
+        ids = torch.full_like(ids, 4)[:, :1].contiguous()
+        rest[0] = rest[0][:, :1].contiguous()
+    elif case == "foreign":
+        ids[::2, 1], ids[1::3, 0], ids[5] = 6, 1 << 33, -1
+    elif case == "repeated":
+        ids[:, 1] = ids[:, 0]
+    else:
+        ids[:] = 6
+    got = run(PLANS[plan], (x, ids, *rest), PLANES)
+    if case == "all foreign":
+        assert not got.any()
+    else:
+        check(got, (x, ids, *rest), PLANES)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_types(plan, device):
+    """fp32 is exact; ids may be int32, weights of another dtype, and rows apart."""
+    operands = problem(PLANES, device, torch.float32)
+    check(run(PLANS[plan], operands, PLANES), operands, PLANES)
+    x, ids, weights, *rest = problem(PLANES, device, torch.float16)
+    apart = torch.zeros(len(x), 2 * x.shape[1], dtype=x.dtype, device=device)[:, : x.shape[1]].copy_(x)
+    operands = apart, ids.int(), weights.float(), *rest
+    check(run(PLANS[plan], operands, PLANES), operands, PLANES)
