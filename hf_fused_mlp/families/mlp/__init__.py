@@ -15,7 +15,7 @@ from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, is_known, patc
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, why_not_swappable
 from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two
-from hf_fused_mlp.weights.formats import is_linear
+from hf_fused_mlp.weights.formats import described
 
 _MIXINS: dict[MLPKind, type[Fused]] = {
     MLPKind.GATED: FusedGatedMLP,
@@ -53,20 +53,20 @@ class MLPFamily(Family):
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
         assert isinstance(spec, MLPSpec)
         children: dict[str, Any] = module._modules
-        layers = [children[name] for name in spec.projections]
+        matrices = [described(children[name]) for name in spec.projections]
         activation = spec.function or find_activation(children[str(spec.activation)])
-        if spec.down is None or activation is None or not all(is_linear(type(layer)) for layer in layers):
+        if spec.down is None or activation is None or None in matrices:
             return None
-        up, down = children[spec.up].weight, children[spec.down].weight
+        *_, up, down = matrices
         return ProblemKey(
             m=next_power_of_two(m),
-            hidden=up.shape[1],
-            intermediate=down.shape[1],
-            out=down.shape[0],
+            hidden=up.data.shape[1],
+            intermediate=down.data.shape[1],
+            out=down.data.shape[0],
             gated=spec.kind is not MLPKind.PLAIN,
             activation=activation,
-            dtype=up.dtype,
-            bias=any(layer.bias is not None for layer in layers),
+            dtype=up.data.dtype,
+            bias=any(matrix.bias is not None for matrix in matrices),
             one_block=not spec.up_first and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
             gpu=gpu,
         )

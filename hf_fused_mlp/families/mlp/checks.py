@@ -114,15 +114,16 @@ def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
     if reason := called_reason(module, spec):
         loaded = all(is_loaded(projection) for projection in projections.values())
         return None if loaded and can_call(module, spec, read_projections(module, spec)) else reason
-    return _mismatch(projections, spec)
+    matrices = (read(projection) for projection in projections.values())
+    return _mismatch(dict(zip(projections, matrices, strict=True)), spec)
 
 
-def _mismatch(linears: dict[str, Any], spec: MLPSpec) -> str | None:
+def _mismatch(matrices: dict[str, Any], spec: MLPSpec) -> str | None:
     """In which dtype, device or shape the projections do not fit together, or None if they do."""
     tensors = {
         f"{name}.{kind}": tensor
-        for name, linear in linears.items()
-        for kind, tensor in linear._parameters.items()
+        for name, (data, _, bias) in matrices.items()
+        for kind, tensor in (("weight", data), ("bias", bias))
         if tensor is not None
     }
     for attribute, remedy in (("dtype", "load with one dtype=..."), ("device", "keep each layer on one device")):
@@ -130,16 +131,14 @@ def _mismatch(linears: dict[str, Any], spec: MLPSpec) -> str | None:
         if len(set(values.values())) > 1:
             found = ", ".join(f"{name} {value}" for name, value in values.items())
             return f"its weights differ in {attribute} ({found}); {remedy}, or pass exclude=[...]"
-    if _fits(spec, *(linear.weight.shape for linear in linears.values())):
+    if _fits(spec, *(matrix.data.shape for matrix in matrices.values())):
         return None
-    shapes = ", ".join(f"{name} {list(linear.weight.shape)}" for name, linear in linears.items())
+    shapes = ", ".join(f"{name} {list(matrix.data.shape)}" for name, matrix in matrices.items())
     return f"the shapes do not fit a {spec.kind.value} MLP ({shapes}); correct the spec given to register_mlp"
 
 
 def _fits(spec: MLPSpec, *shapes: torch.Size) -> bool:
     """True if the weights of the projections have the shapes of one equation."""
-    if any(len(shape) != 2 for shape in shapes):
-        return False
     (*_, up) = first = shapes[: len(spec.first)]
     halves = 2 if spec.kind is MLPKind.PACKED else 1
     return first[0] == up and all(up[0] == halves * down[1] for down in shapes[len(first) :])

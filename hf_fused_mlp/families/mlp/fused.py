@@ -148,22 +148,38 @@ class FusedGatedMLP(FusedMLP):
 
     def why_not_packed(self) -> str | None:
         weights = self._weights_to_pack()
-        return None if weights is None else why_not_packed(*weights)
+        if weights is None:
+            return None
+        if not _are_parameters(self, weights):
+            return "gate and up are no parameters that could be moved, and stay where their format keeps them"
+        return why_not_packed(*weights)
 
     def _pack(self) -> list[Tensor]:
         weights = self._weights_to_pack()
         # packing gains nothing where the original forward runs
-        return pack(*weights) if weights is not None and modes.no_kernels(weights[0].device) is None else []
+        if weights is None or modes.no_kernels(weights[0].device) is not None or not _are_parameters(self, weights):
+            return []
+        return pack(*weights)
 
     def _unpack(self) -> list[Tensor]:
-        # whatever wraps the layers by now keeps their parameters
-        layers = [layer for name in self.fused_spec.first if (layer := self._modules.get(name)) is not None]
-        return unpack(getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters())
+        return unpack(_local_parameters(self))
 
     def _weights_to_pack(self) -> tuple[Any, Any] | None:
         """Gate and up; None if one was wrapped or quantized after fusing, since then nothing reads both."""
         found = read_projections(self, self.fused_spec)
         return (found.gate.data, found.up.data) if found.gate is not None and found.up is not None else None
+
+
+def _local_parameters(module: FusedMLP) -> list[Any]:
+    """The parameters before the activation, also of what wraps the layers by now; of shards what is held here."""
+    layers = [layer for name in module.fused_spec.first if (layer := module._modules.get(name)) is not None]
+    return [getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters()]
+
+
+def _are_parameters(module: FusedMLP, weights: tuple[Any, Any]) -> bool:
+    """False if a format made tensors of what it stores, so that packing them would change nothing."""
+    held = {id(parameter) for parameter in _local_parameters(module)}
+    return all(id(weight) in held for weight in weights)
 
 
 class FusedPackedMLP(FusedMLP):
