@@ -35,8 +35,6 @@ class MLPFamily(Family):
     mixin = FusedMLP
 
     def examine(self, module: nn.Module) -> Finding | None:
-        if isinstance(module, FusedMLP):
-            return Finding("fused", _why_not_all(module))
         if (spec := find_spec(module)) is None:
             return None
         return Finding.of(why_not_swappable(module, _MIXINS[spec.kind], spec) or reject_reason(module, spec), spec)
@@ -70,16 +68,6 @@ class MLPFamily(Family):
             one_block=not spec.up_first and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
             gpu=gpu,
         )
-
-
-def _why_not_all(module: FusedMLP) -> str | None:
-    """Why the next call of a fused module will not run the fastest kernels alone."""
-    original, called = module.runs()
-    if original:
-        return original
-    if called is None:
-        return None if (reason := module.why_not_packed()) is None else f"not packed: {reason}"
-    return f"calls what has to be called, and fuses the rest: {called}"
 
 
 def _looks_like_mlp(name: str, module: nn.Module) -> bool:
