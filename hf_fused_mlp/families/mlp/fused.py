@@ -21,6 +21,7 @@ from hf_fused_mlp.families.mlp.checks import (
     called_reason,
     can_call,
     read_projections,
+    wrapped_besides,
 )
 from hf_fused_mlp.launch_cache import answer, mlp_kind, remembered
 from hf_fused_mlp.originals import (
@@ -58,7 +59,8 @@ class FusedMLP(Fused):
         if spec := vars(cls).get("fused_spec"):
             calls_down = spec.down is not None and not spec.other_steps
             names = spec.gate, spec.up, spec.down, spec.halves, spec.activation, spec.function, spec.dropouts
-            type.__setattr__(cls, "_fused_names", (*names, spec.sequence, calls_down))
+            named = spec.children if spec.unread else None
+            type.__setattr__(cls, "_fused_names", (*names, spec.sequence, calls_down, named))
             type.__setattr__(cls, "_first_name", spec.first[0])
             reading = reading_of(cls.original_forward)
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
@@ -333,7 +335,9 @@ def _usual_operands(
     """
     if module.training or ("forward" in module.__dict__ and has_own_forward(module)):
         return None
-    gate_name, up_name, down_name, order, activation, function, dropouts, sequence, calls_down = cls._fused_names
+    gate_name, up_name, down_name, order, activation, function, dropouts, sequence, calls_down, named = (
+        cls._fused_names
+    )
     children = module._modules
     gate = ABSENT if gate_name is None else read(children.get(gate_name))
     if gate is None or (up := read(children.get(up_name))) is None:
@@ -350,6 +354,8 @@ def _usual_operands(
         if child is None or (function := find(child)) is None or not runs_own_forward(child):
             return None
     if sequence and tuple(children) != sequence:
+        return None
+    if named is not None and wrapped_besides(module, named) is not None:
         return None
     if order is not None:
         if up[2] is not None and up[2].shape != up[0].shape[:1]:
