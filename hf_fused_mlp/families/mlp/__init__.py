@@ -11,6 +11,7 @@ from hf_fused_mlp.families.mlp.checks import reject_reason, unknown_activation_r
 from hf_fused_mlp.families.mlp.fused import FusedGatedMLP, FusedMLP, FusedPackedMLP, FusedPlainMLP
 from hf_fused_mlp.originals import is_patched
 from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.expression import reading_of
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, is_known, patched_reason, unknown_child
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, why_not_swappable
@@ -99,9 +100,12 @@ def _unknown_reason(module: nn.Module) -> str:
     bases = [base for base in cls.__mro__[1:] if getattr(base, "forward", cls.forward) is not cls.forward]
     known = next((base.__name__ for base in bases if is_known(base)), None)
     what = f", a subclass of {known}," if known else ""
+    reading = reading_of(cls.forward)
+    text = f"; the reading ends at `{reading.unread}`" if reading is not None and reading.unread else ""
     return (
         f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "
-        f"far as it can be read; if it computes one anyway, call register_mlp({cls.__name__}, MLPSpec(...)) first"
+        f"far as it can be read{text}; if it computes one anyway, call "
+        f"register_mlp({cls.__name__}, MLPSpec(...)) first"
     )
 
 
