@@ -31,15 +31,20 @@ class_path = _hf_fused_mlp_class_path
 
 def is_hooked(module: nn.Module) -> bool:
     """True if calling the module does anything but run the forward that its class was defined with."""
-    own, cls = module.__dict__, type(module)
-    # cheap checks first
-    if ("forward" in own or "_hf_hook" in own) and (
-        has_own_forward(module) or ("_hf_hook" in own and not only_aligns(module))
-    ):
+    if is_wrapped(module):  # the cheap checks first
         return True
     if torch.compiler.is_compiling():
         _ = module.forward  # guards against a forward that is put on the instance later
-    return not runs_own_forward(cls) or has_hooks(module)
+    return not runs_own_forward(type(module))
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """True if the instance has hooks, or a forward of its own, so that a call does more than its class says."""
+    own = module.__dict__
+    replaced = ("forward" in own or "_hf_hook" in own) and (
+        has_own_forward(module) or ("_hf_hook" in own and not only_aligns(module))
+    )
+    return replaced or has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

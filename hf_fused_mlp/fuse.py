@@ -1,6 +1,7 @@
 """Fusing a model in place, undoing it, and reporting what is fused. Knows no family: each is asked once a module."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -107,7 +108,7 @@ def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
     found: dict[str, Examined] = {}
     for name, module in modules.items():
         for family in FAMILIES:
-            if (finding := family.examine(module)) is not None:
+            if (finding := _finding(family, module)) is not None:
                 found[name] = Examined(name, module, family, finding)
                 break
     for family in FAMILIES:
@@ -120,6 +121,22 @@ def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
             if (reason := family.resembles(name, module, holds_known)) is not None:
                 found[name] = Examined(name, module, family, Finding("skipped", reason))
     return [found[name] for name in modules if name in found]
+
+
+def _finding(family: Family, module: nn.Module) -> Finding | None:
+    if not isinstance(module, Fused):
+        return family.examine(module)
+    return Finding("fused", _remark(module)) if isinstance(module, family.mixin) else None
+
+
+def _remark(module: Fused) -> str | None:
+    """Why the next call of a fused module will not run the fastest kernels alone."""
+    original, called = module.runs()
+    if original:
+        return original
+    if called is None:
+        return None if (reason := module.why_not_packed()) is None else f"not packed: {reason}"
+    return f"calls what has to be called, and fuses the rest: {called}"
 
 
 def _around(name: str, found: dict[str, Examined]) -> list[Examined]:
@@ -159,6 +176,10 @@ def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions
     groups = [report.of(family.name) for family in wanted]
     for pattern in options.exclude:
         if not any(_matches(module, pattern) for group in groups for module in group.modules):
+            for family in FAMILIES:
+                if any(_matches(module, pattern) for module in report.of(family.name).modules):
+                    what = f"{family.noun}s, which are fused with {family.option}=True only"
+                    raise ValueError(f"exclude: {pattern!r} matches {what}; pass that too, or leave out the name")
             what = " or ".join(group.noun for group in groups)
             names = ", ".join(module.name for group in groups for module in group.modules[:3]) or "none"
             raise ValueError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
@@ -176,7 +197,9 @@ def _require_fusable(found: list[Examined], report: FusionReport, wanted: list[F
     families = [entry.family for entry in found]
     default = [family for family in wanted if family.option is None]
     if not any(family in families for family in default):
-        raise ValueError(default[0].none_found)
+        others = Counter(entry.family for entry in found if entry.finding.state == "fusable")
+        hints = (f"; without strict, {f.option}=True fuses its {count} {f.noun}s" for f, count in others.items())
+        raise ValueError(default[0].none_found + "".join(hints))
     for family in wanted:
         if family.option is not None and family not in families:
             raise ValueError(family.none_found)
@@ -205,7 +228,8 @@ def _fuse_all(entries: list[Examined]) -> None:
 
 
 def _log(report: FusionReport, options: FusionOptions) -> None:
-    """Logs the report: a warning if something is unfused, unless everything was excluded."""
+    """Logs the report: a warning if something is unfused, unless everything was excluded or there is none to fuse on
+    request."""
     groups = [group for group in report.families if group.modules or not options.exclude]
-    complete = all(group.modules and not group.select("skipped") for group in groups)
+    complete = all((group.modules or group.optional) and not group.select("skipped") for group in groups)
     logger.log(logging.INFO if complete else logging.WARNING, "\n".join(map(str, groups)))

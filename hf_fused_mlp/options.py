@@ -26,9 +26,9 @@ class FusionOptions:
         if not all(isinstance(name, str) for name in names):
             raise TypeError(f"exclude={self.exclude!r}: expected a list of module names")
         object.__setattr__(self, "exclude", names)
-        for option in ("strict", "norms"):
-            if not isinstance(getattr(self, option), bool):
-                raise TypeError(f"{option}={getattr(self, option)!r}: expected True or False")
+        for option in fields(self):
+            if option.type is bool and not isinstance(value := getattr(self, option.name), bool):
+                raise TypeError(f"{option.name}={value!r}: expected True or False")
 
     @staticmethod
     def of_flag(name: str, flag: Any) -> "FusionOptions | None":

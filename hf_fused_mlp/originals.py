@@ -66,7 +66,7 @@ def functions_are_own() -> bool:
     )
 
 
-# by activation, whether the functions that its modules call are PyTorch's own
+# by activation, whether the functions that its modules call are PyTorch's own; for others all functions are compared
 _ACTIVATION_IS_OWN: dict[str, Callable[[], bool]] = {
     "gelu": lambda: F.gelu is _gelu and torch.erf is _erf,
     "gelu_tanh": lambda: F.gelu is _gelu and torch.tanh is _tanh and torch.pow is _pow,
@@ -87,7 +87,7 @@ def are_own_at_a_glance(activation: str) -> bool:
         and _OF_LINEAR["forward"] is _linear_forward
         and "__call__" not in _OF_LINEAR
         and _linear_forward.__code__ is _linear_code
-        and (F.silu is _silu if activation == "silu" else _ACTIVATION_IS_OWN[activation]())
+        and (F.silu is _silu if activation == "silu" else _ACTIVATION_IS_OWN.get(activation, functions_are_own)())
     )
 
 

@@ -49,7 +49,7 @@ class Matrix(NamedTuple):
     """A matrix as kernels read it; `ABSENT` stands for a projection that a module does not have.
 
     Args:
-        data: `[N, K]`.
+        data: `[N, K]`, contiguous. The layer keeps it: it is not made at each call.
         scale: of a quantized `data`; None for floats.
         bias: `[N]`, or None.
     """

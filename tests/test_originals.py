@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from models import as_on_gpu, tiny_model, token_ids
 from torch import nn
 from torch.nn.functional import silu
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import GELUActivation, QuickGELUActivation, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import hf_fused_mlp.reference
 from hf_fused_mlp import fuse_model, fusion_report
-from hf_fused_mlp.originals import functions_are_own, is_own, runs_own_forward
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.originals import are_own_at_a_glance, functions_are_own, is_own, runs_own_forward
+from hf_fused_mlp.reading.activations import find_activation
 
 
 class MLP(nn.Module):
@@ -100,6 +103,46 @@ def test_replaced_around_fusing(target, make, when, monkeypatch):
     torch.testing.assert_close(module(x), expected)
     (mlp,) = fusion_report(model).mlps
     assert mlp.reason is not None
+
+
+class Called(TorchFunctionMode):
+    """Notes which functions of PyTorch are called."""
+
+    def __enter__(self):
+        self.functions = []
+        return super().__enter__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name, path", [(row.name, path) for row in ACTIVATIONS.values() for path in row.classes], ids=lambda value: value
+)
+def test_whatever_an_activation_calls_is_watched(name, path, monkeypatch):
+    """By name, in `torch` and `torch.nn.functional`: a new row is, or this fails."""
+    module_name, _, class_name = path.partition("(")[0].rpartition(".")
+    approximate = path.partition("(")[2].rstrip(")")
+    module = getattr(sys.modules[module_name], class_name)(*filter(None, [approximate]))
+    assert find_activation(module) == name
+    x = torch.randn(3)
+    with Called() as called:
+        module(x)
+    items = [(owner, key, value) for owner in (F, torch) for key, value in vars(owner).items() if callable(value)]
+    named = [(owner, key) for owner, key, value in items if any(value is function for function in called.functions)]
+    assert are_own_at_a_glance(name)
+    for target in named:
+        with monkeypatch.context() as patch:
+            patch.setattr(*target, doubled(getattr(*target)))
+            assert not functions_are_own(), target
+            assert not are_own_at_a_glance(name), target
+
+
+def test_an_activation_without_a_row_of_its_own_is_watched(monkeypatch):
+    assert are_own_at_a_glance("a new one")
+    monkeypatch.setattr(torch, "erf", doubled(torch.erf))
+    assert not are_own_at_a_glance("a new one")
 
 
 @pytest.mark.parametrize("name", ["linear", "silu", "nn.Linear", "nn.SiLU", "LlamaMLP"])

@@ -1,6 +1,7 @@
 """Reading forwards: what is an MLP is known whatever its names, and what only looks like one is not."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -311,6 +312,31 @@ NEAR_MISSES = [
     *(OwnFunction, Decorated, Wrapped, Method, Shadowed, CastToAnother, CountsCalls),
     *(DeadCall, Unusual, Lambda, Async, Intercepted),
 ]
+
+
+def test_every_class_is_in_a_table():
+    assert {
+        cls for cls in vars(sys.modules[__name__]).values() if isinstance(cls, type) and issubclass(cls, Gated)
+    } == {
+        *KNOWN,
+        *NEAR_MISSES,
+    }
+
+
+@pytest.mark.parametrize(
+    "cls, text",
+    [
+        (Clamp, "self.bend(self.narrow(x)).clamp(max=7.0)"),
+        (Multiplier, "self.scale"),
+        (Branch, "if self.scale > 1: x = self.norm(x)"),
+        (NoActivation, None),
+        (Wrapped, None),
+    ],
+)
+def test_the_report_says_what_could_not_be_read(cls, text):
+    (status,) = fusion_report(nn.ModuleDict({"mlp": cls()})).mlps
+    assert ("the reading ends at" in status.reason) == (text is not None)
+    assert text is None or f"; the reading ends at `{text}`; if it computes one anyway" in status.reason
 
 
 @pytest.mark.parametrize("cls", NEAR_MISSES, ids=lambda cls: cls.__name__)

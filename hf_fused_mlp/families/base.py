@@ -14,7 +14,12 @@ class Family(Protocol):
     """A kind of module that can be fused.
 
     `name` is the family's in a report, `noun` what messages call one of its modules, `option` the field of
-    `FusionOptions` that turns it on (None: always on), `none_found` what `strict` says if a model has none.
+    `FusionOptions` and the parameter of `fuse_model` that turn it on (None: always on), `none_found` what `strict`
+    says if a model has none.
+
+    `mixin` is the base of the family's fused forms. It defines `forward` and `runs`; in a family that is always on
+    also `call_inputs` and `by_operator`, by which `validate` judges it; where weights are packed `_pack`, `_unpack`
+    and `why_not_packed`. A call that is unusual in any way runs `original_class.forward`.
     """
 
     name: str
@@ -24,7 +29,10 @@ class Family(Protocol):
     mixin: type[Fused]
 
     def examine(self, module: nn.Module) -> Finding | None:
-        """What the family says about `module`; None if it is not one of its own. Asked once, of every module."""
+        """What the family says about `module`; None if it is not one of its own.
+
+        Asked once, of every module that is not fused: `fuse.py` answers for those.
+        """
 
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
         """Why an unknown module belongs in a report, or None. Never decides what is fused.

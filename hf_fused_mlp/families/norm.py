@@ -88,8 +88,6 @@ class NormFamily(Family):
     mixin = FusedRMSNorm
 
     def examine(self, module: nn.Module) -> Finding | None:
-        if isinstance(module, FusedRMSNorm):
-            return Finding("fused", module.runs().original)
         if (spec := find_norm(module)) is None:
             return None
         return Finding.of(why_not_swappable(module, FusedRMSNorm, spec) or _reject_reason(module, spec), spec)

@@ -21,6 +21,7 @@ from hf_fused_mlp.reading.source import Unreadable, meaning_of, source_of
 # functions that some forwards call in place of an activation module; they take the input only
 FUNCTIONS: dict[Callable, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
 
+LONGEST_TEXT = 60  # of an expression in a message
 MOST_STEPS = 100  # of an expression; an MLP with every known cast and dropout has about twenty
 
 
@@ -111,11 +112,15 @@ LOOKS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What a forward returns (None: unreadable), and what that rests on: its code, and what global names mean."""
+    """What a forward returns (None: unreadable), and what that rests on: its code, and what global names mean.
+
+    `unread` is the text that could not be read, if there is one, cut to `LONGEST_TEXT` characters.
+    """
 
     equation: Step | None
     code: CodeType
     meanings: dict[tuple[str, Callable], bool]
+    unread: str | None = None
 
     def holds_for(self, function: FunctionType) -> bool:
         """True if `function` would be read the same way now."""
@@ -143,11 +148,15 @@ def reading_of(function: Any) -> Reading | None:
 
 def _read(function: FunctionType) -> Reading:
     reader = _Reader(function)
+    equation = unread = None
     try:
         equation = reader.result()
+    except Unreadable as error:
+        text = " ".join(ast.unparse(error.args[0]).split()) if error.args else None
+        unread = text if text is None or len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 3]}..."
     except Exception:  # no source, for example; a forward that cannot be read is left alone
-        equation = None
-    return Reading(equation, function.__code__, reader.meanings)
+        pass
+    return Reading(equation, function.__code__, reader.meanings, unread)
 
 
 def is_usual(cls: type[nn.Module]) -> bool:
@@ -207,9 +216,9 @@ class _Reader:
                 case ast.Assign([ast.Tuple([ast.Name(first), ast.Name(second)])], value):
                     self.values |= {first: self.half(value, 0), second: self.half(value, 1)}
                 case ast.If(test, [ast.Assign([ast.Name(name)], value)], []) if self.only_looks(test):
-                    self.values[name] = self.cast(name, value)  # either branch: a cast does nothing else
+                    self.values[name] = self.cast(name, value, statement)  # either branch: a cast does nothing else
                 case _:
-                    raise Unreadable
+                    raise Unreadable(statement)
         raise Unreadable
 
     def evaluate(self, node: ast.expr) -> Step:
@@ -234,15 +243,15 @@ class _Reader:
                 for known, activation in FUNCTIONS.items():
                     if self.means(function, known) and not given:
                         return Function(activation, self.evaluate(argument))
-        raise Unreadable
+        raise Unreadable(node)
 
     def half(self, node: ast.expr, index: Any) -> Half:
         match self.evaluate(node):
             case Chunks(of):
                 return Half(index, of)
-        raise Unreadable
+        raise Unreadable(node)
 
-    def cast(self, name: str, value: ast.expr) -> Cast:
+    def cast(self, name: str, value: ast.expr, statement: ast.If) -> Cast:
         """``<name>.to(self.<child>.weight.dtype)``."""
         match value:
             case ast.Call(
@@ -251,7 +260,7 @@ class _Reader:
                 [],
             ) if cast == name and name in self.values and owner == self.self_name:
                 return Cast(child, self.values[name])
-        raise Unreadable
+        raise Unreadable(statement)
 
     def only_looks(self, test: ast.expr) -> bool:
         """True if a condition only compares attributes and constants, and calls nothing but `isinstance`."""

@@ -60,6 +60,8 @@ class MLPSpec:
         sequence: for an `nn.Sequential`, the names of all children in order.
         other_steps: the forward casts, drops out without a module, or cannot be read. Then only the kernels or the
             whole original forward may run, not its projections one by one.
+        unread: the forward cannot be read, so it may call children that are not named here. While such a child has
+            hooks, the original forward runs. Set for what was registered.
 
     Raises:
         ValueError: `gate` missing for a gated MLP, or given for another kind; `down` given for half an MLP, or missing
@@ -76,6 +78,7 @@ class MLPSpec:
     up_first: bool = False
     sequence: tuple[str, ...] = ()
     other_steps: bool = False
+    unread: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "kind", MLPKind(self.kind))
@@ -164,7 +167,8 @@ def find_spec(module: nn.Module) -> MLPSpec | None:
     if registered is None:
         return read
     # a registered spec says what the kernels compute, not what else the forward does in training
-    return replace(registered, other_steps=read is None or read.other_steps or registered.other_steps)
+    steps = read is None or read.other_steps or registered.other_steps
+    return replace(registered, other_steps=steps, unread=read is None)
 
 
 def recognise(module: nn.Module) -> MLPSpec | None:

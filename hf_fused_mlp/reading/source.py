@@ -18,7 +18,7 @@ MOST_CHARACTERS = 20_000  # of text, docstring and comments included
 
 
 class Unreadable(Exception):
-    """A forward contains something that its reader does not know."""
+    """A forward contains something that its reader does not know: its argument, a node of the source, if one says."""
 
 
 def source_of(function: FunctionType) -> ast.FunctionDef:

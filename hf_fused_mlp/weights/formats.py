@@ -1,10 +1,11 @@
 """The storage formats of a projection: its matrix as a value, or the reason why the layer must be called.
 
-A format is a function in `READERS`. The class alone does not tell: quantizers keep `nn.Linear` and change what is
+A format is a row of `FORMATS`. The class alone does not tell: quantizers keep `nn.Linear` and change what is
 inside; adapters, hooks and parallelism wrap the layer.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -20,17 +21,45 @@ from hf_fused_mlp.types import Matrix
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # while torch.export traces, fake tensors stand for the parameters
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
-_LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
-_OTHER_NAMES = {path.rpartition(".")[2] for path in _LINEARS} - {"Linear"}
+_NN_LINEAR = "torch.nn.modules.linear.Linear"
+_LINEARS = {_NN_LINEAR, "transformers.models.falcon.modeling_falcon.FalconLinear"}
 
 
-def read(linear: nn.Module | None) -> Matrix | None:
-    """The matrix of a projection in any format; None if the layer must be called, or there is none. Traced."""
+@dataclass(frozen=True)
+class Format:
+    """A storage format, one row of `FORMATS`.
+
+    Args:
+        classes: the layers that may be read, as `package.module.Class`.
+        read: the matrix of such a layer, whose call multiplies with it, adds its bias and does nothing else; None if
+            the call may do more, as hooks do. Traced by compiled code.
+        why_not: why `read` gives None, with the remedy; None if that is no matter of the format.
+        glance: fast form of `read` for eager calls without gradients, as `glance` is for `nn.Linear`.
+    """
+
+    classes: frozenset[str]
+    read: Callable[[nn.Module], Matrix | None]
+    why_not: Callable[[nn.Module], str | None] = lambda linear: None
+    glance: Callable[[nn.Module], Matrix | None] | None = None
+
+
+def described(linear: nn.Module | None) -> Matrix | None:
+    """The matrix of a projection in any format, one on meta or with a scale included; None if it must be called."""
     if linear is not None:
-        for reader in READERS:
+        for reader in _READERS:
             if (matrix := reader(linear)) is not None:
                 return matrix
     return None
+
+
+def read(linear: nn.Module | None) -> Matrix | None:
+    """The matrix of a projection for the kernels; None if the layer must be called, or there is none. Traced."""
+    matrix = described(linear)
+    return matrix if matrix is not None and _is_for_kernels(matrix) else None
+
+
+def _is_for_kernels(matrix: Matrix) -> bool:
+    return matrix.scale is None and not matrix.data.is_meta  # no kernel takes scales yet
 
 
 def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Matrix | None:
@@ -40,7 +69,9 @@ def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Mat
     `originals.are_own_at_a_glance` checks once a call. Returns a bare tuple: a `Matrix` takes longer to make.
     """
     if type(linear) is not LINEAR:
-        return None
+        row = None if linear is None else _other_format(type(linear))
+        matrix = None if row is None or row.glance is None else row.glance(linear)  # type: ignore[arg-type]
+        return matrix if matrix is not None and _is_for_kernels(matrix) else None
     own = linear.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None
@@ -56,21 +87,22 @@ def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Mat
     return (weight, None, bias) if bias is None or type(bias) is nn.Parameter else None
 
 
-def is_linear(cls: type[nn.Module]) -> bool:
-    """True if a class multiplies with its weight and adds its bias, and so may be read if nothing is changed in it."""
-    return cls is LINEAR or class_path(cls) in _LINEARS
-
-
 def may_be_read(linear: nn.Module | None) -> bool:
     """Fast pre-check of `read`: False if the layer certainly must be called."""
     cls: Any = type(linear)
-    return cls is LINEAR or (cls.__name__ in _OTHER_NAMES and is_linear(cls))
+    return cls is LINEAR or _other_format(cls) is not None
+
+
+def _other_format(cls: type) -> Format | None:
+    """The first format of a class other than `nn.Linear`. A name costs less than a path, and most have no format."""
+    rows = _OTHERS.get(cls.__name__)
+    return None if rows is None else rows.get(class_path(cls))
 
 
 def read_plain(linear: nn.Module) -> Matrix | None:
     """Format 1: an `nn.Linear` with a float weight, and nothing around or beside it."""
     cls = type(linear)
-    if not is_linear(cls):
+    if cls is not LINEAR and class_path(cls) not in _LINEARS:
         return None
     parameters = linear._parameters
     weight: Any = parameters.get("weight")
@@ -79,7 +111,6 @@ def read_plain(linear: nn.Module) -> Matrix | None:
         and weight.dtype in FLOATS
         and weight.layout is torch.strided
         and weight.dim() == 2
-        and not weight.is_meta
         and _has_plain_bias(parameters, weight)
         and len(parameters) == 2
         and not is_hooked(linear)
@@ -158,9 +189,6 @@ def _facts(forward: FunctionType) -> list:
     return originals + [(style.use_local_output, style.input_layouts, style.output_layouts) for style in styles]
 
 
-READERS: tuple[Callable[[nn.Module], Matrix | None], ...] = (read_plain, read_column_shard)
-
-
 def is_partial(linear: nn.Module) -> bool:
     """True if `read` gives this process's rows only, so that nothing after the activation may be read."""
     return hasattr(linear._parameters.get("weight"), "_local_tensor")
@@ -183,12 +211,26 @@ def is_loaded(projection: nn.Module) -> bool:
 
 
 def why_called(linear: nn.Module) -> str:
-    """Why a projection must be called, with the remedy, if `read_plain` gives None."""
-    if not is_linear(type(linear)):
+    """Why a projection must be called, with the remedy, if `read` gives None."""
+    path = class_path(type(linear))
+    rows = [row for row in FORMATS if path in row.classes]
+    matrix = described(linear)
+    if matrix is not None and matrix.scale is not None:
+        return f"is {path}, whose scales no kernel takes yet; load without quantization_config, or pass exclude=[...]"
+    for row in rows:
+        if reason := row.why_not(linear):
+            return reason
+    if rows and is_hooked(linear):
         return (
-            f"is {class_path(type(linear))}, expected nn.Linear; load without quantization_config, "
-            "merge or unload the adapter, or pass exclude=[...]"
+            "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
         )
+    return (
+        f"is {path}, expected nn.Linear; load without quantization_config, "
+        "merge or unload the adapter, or pass exclude=[...]"
+    )
+
+
+def _why_not_plain(linear: nn.Module) -> str | None:
     weight: Any = linear._parameters.get("weight")
     if type(weight) not in _PARAMETERS:
         return (
@@ -208,9 +250,25 @@ def why_called(linear: nn.Module) -> str:
         )
     if weight.layout is not torch.strided or not _has_plain_bias(linear._parameters, weight):
         return "has a sparse weight, or a bias that is not an nn.Parameter of one value for each row; replace them"
-    if is_hooked(linear):
-        return (
-            "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
-        )
-    extra = linear._parameters.keys() - {"weight", "bias"}
-    return f"carries {', '.join(extra)} besides weight and bias; load without quantization, or pass exclude=[...]"
+    if extra := linear._parameters.keys() - {"weight", "bias"}:
+        return f"carries {', '.join(extra)} besides weight and bias; load without quantization, or pass exclude=[...]"
+    return None
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(frozenset(_LINEARS), read_plain, _why_not_plain),
+    Format(frozenset({_NN_LINEAR}), read_column_shard),
+)
+_READERS = tuple(row.read for row in FORMATS)
+
+
+def _by_name(formats: tuple[Format, ...]) -> dict[str, dict[str, Format]]:
+    """The formats of classes other than `nn.Linear`, by the name of the class and then by its path."""
+    rows: dict[str, dict[str, Format]] = {}
+    for row in formats:
+        for path in row.classes - {_NN_LINEAR}:
+            rows.setdefault(path.rpartition(".")[2], {}).setdefault(path, row)
+    return rows
+
+
+_OTHERS = _by_name(FORMATS)

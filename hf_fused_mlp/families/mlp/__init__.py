@@ -11,11 +11,12 @@ from hf_fused_mlp.families.mlp.checks import reject_reason, unknown_activation_r
 from hf_fused_mlp.families.mlp.fused import FusedGatedMLP, FusedMLP, FusedPackedMLP, FusedPlainMLP
 from hf_fused_mlp.originals import is_patched
 from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.expression import reading_of
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, is_known, patched_reason, unknown_child
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, why_not_swappable
 from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two
-from hf_fused_mlp.weights.formats import is_linear
+from hf_fused_mlp.weights.formats import described
 
 _MIXINS: dict[MLPKind, type[Fused]] = {
     MLPKind.GATED: FusedGatedMLP,
@@ -35,8 +36,6 @@ class MLPFamily(Family):
     mixin = FusedMLP
 
     def examine(self, module: nn.Module) -> Finding | None:
-        if isinstance(module, FusedMLP):
-            return Finding("fused", _why_not_all(module))
         if (spec := find_spec(module)) is None:
             return None
         return Finding.of(why_not_swappable(module, _MIXINS[spec.kind], spec) or reject_reason(module, spec), spec)
@@ -53,33 +52,23 @@ class MLPFamily(Family):
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
         assert isinstance(spec, MLPSpec)
         children: dict[str, Any] = module._modules
-        layers = [children[name] for name in spec.projections]
+        matrices = [described(children[name]) for name in spec.projections]
         activation = spec.function or find_activation(children[str(spec.activation)])
-        if spec.down is None or activation is None or not all(is_linear(type(layer)) for layer in layers):
+        if spec.down is None or activation is None or None in matrices:
             return None
-        up, down = children[spec.up].weight, children[spec.down].weight
+        *_, up, down = matrices
         return ProblemKey(
             m=next_power_of_two(m),
-            hidden=up.shape[1],
-            intermediate=down.shape[1],
-            out=down.shape[0],
+            hidden=up.data.shape[1],
+            intermediate=down.data.shape[1],
+            out=down.data.shape[0],
             gated=spec.kind is not MLPKind.PLAIN,
             activation=activation,
-            dtype=up.dtype,
-            bias=any(layer.bias is not None for layer in layers),
+            dtype=up.data.dtype,
+            bias=any(matrix.bias is not None for matrix in matrices),
             one_block=not spec.up_first and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
             gpu=gpu,
         )
-
-
-def _why_not_all(module: FusedMLP) -> str | None:
-    """Why the next call of a fused module will not run the fastest kernels alone."""
-    original, called = module.runs()
-    if original:
-        return original
-    if called is None:
-        return None if (reason := module.why_not_packed()) is None else f"not packed: {reason}"
-    return f"calls what has to be called, and fuses the rest: {called}"
 
 
 def _looks_like_mlp(name: str, module: nn.Module) -> bool:
@@ -111,9 +100,12 @@ def _unknown_reason(module: nn.Module) -> str:
     bases = [base for base in cls.__mro__[1:] if getattr(base, "forward", cls.forward) is not cls.forward]
     known = next((base.__name__ for base in bases if is_known(base)), None)
     what = f", a subclass of {known}," if known else ""
+    reading = reading_of(cls.forward)
+    text = f"; the reading ends at `{reading.unread}`" if reading is not None and reading.unread else ""
     return (
         f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "
-        f"far as it can be read; if it computes one anyway, call register_mlp({cls.__name__}, MLPSpec(...)) first"
+        f"far as it can be read{text}; if it computes one anyway, call "
+        f"register_mlp({cls.__name__}, MLPSpec(...)) first"
     )
 
 

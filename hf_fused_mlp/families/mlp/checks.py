@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.calls import OWN_FORWARD, has_own_forward, is_hooked
+from hf_fused_mlp.calls import OWN_FORWARD, has_own_forward, is_hooked, is_wrapped
 from hf_fused_mlp.originals import IDENTITIES, why_functions_are_not_own
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason, was_patched_since
@@ -70,21 +70,38 @@ def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
             return f"{name} is not a plain dropout or identity, which alone may be left out; pass exclude=[...]"
         if children[name].training and not module.training:
             return f"{name} is in training mode; call eval() on it"
+    if spec.unread and (name := wrapped_besides(module, spec.children)) is not None:
+        return _hooked_reason(name)
     if spec.activation is None:
         return None
     activation = children[spec.activation]
     if find_activation(activation) is None:
         return unknown_activation_reason(spec.activation, activation)
     if is_hooked(activation):
-        return f"{spec.activation} has hooks or a forward of its own; remove them first, or pass exclude=[...]"
+        return _hooked_reason(spec.activation)
     return None
+
+
+def wrapped_besides(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first module inside, but for the children of these names, that has hooks or a forward of its own."""
+    for name, child in module._modules.items():
+        if name not in names and child is not None:
+            for path, inner in child.named_modules(prefix=name):
+                if is_wrapped(inner):
+                    return path
+    return None
+
+
+def _hooked_reason(name: str) -> str:
+    return f"{name} has hooks or a forward of its own; remove them first, or pass exclude=[...]"
 
 
 def unknown_activation_reason(name: str, activation: nn.Module) -> str:
     """Why an MLP is skipped whose activation is not in the table."""
     return (
         f"{name} is {type(activation).__name__}, expected an activation that computes one of "
-        f"{', '.join(ACTIVATIONS)}; pass exclude=[...] to leave this module as it is"
+        f"{', '.join(ACTIVATIONS)}; if it computes one of them, call register_mlp with MLPSpec(..., function=...) "
+        "first, or pass exclude=[...] to leave this module as it is"
     )
 
 
@@ -114,15 +131,16 @@ def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
     if reason := called_reason(module, spec):
         loaded = all(is_loaded(projection) for projection in projections.values())
         return None if loaded and can_call(module, spec, read_projections(module, spec)) else reason
-    return _mismatch(projections, spec)
+    matrices = (read(projection) for projection in projections.values())
+    return _mismatch(dict(zip(projections, matrices, strict=True)), spec)
 
 
-def _mismatch(linears: dict[str, Any], spec: MLPSpec) -> str | None:
+def _mismatch(matrices: dict[str, Any], spec: MLPSpec) -> str | None:
     """In which dtype, device or shape the projections do not fit together, or None if they do."""
     tensors = {
         f"{name}.{kind}": tensor
-        for name, linear in linears.items()
-        for kind, tensor in linear._parameters.items()
+        for name, (data, _, bias) in matrices.items()
+        for kind, tensor in (("weight", data), ("bias", bias))
         if tensor is not None
     }
     for attribute, remedy in (("dtype", "load with one dtype=..."), ("device", "keep each layer on one device")):
@@ -130,16 +148,14 @@ def _mismatch(linears: dict[str, Any], spec: MLPSpec) -> str | None:
         if len(set(values.values())) > 1:
             found = ", ".join(f"{name} {value}" for name, value in values.items())
             return f"its weights differ in {attribute} ({found}); {remedy}, or pass exclude=[...]"
-    if _fits(spec, *(linear.weight.shape for linear in linears.values())):
+    if _fits(spec, *(matrix.data.shape for matrix in matrices.values())):
         return None
-    shapes = ", ".join(f"{name} {list(linear.weight.shape)}" for name, linear in linears.items())
+    shapes = ", ".join(f"{name} {list(matrix.data.shape)}" for name, matrix in matrices.items())
     return f"the shapes do not fit a {spec.kind.value} MLP ({shapes}); correct the spec given to register_mlp"
 
 
 def _fits(spec: MLPSpec, *shapes: torch.Size) -> bool:
     """True if the weights of the projections have the shapes of one equation."""
-    if any(len(shape) != 2 for shape in shapes):
-        return False
     (*_, up) = first = shapes[: len(spec.first)]
     halves = 2 if spec.kind is MLPKind.PACKED else 1
     return first[0] == up and all(up[0] == halves * down[1] for down in shapes[len(first) :])

@@ -21,6 +21,7 @@ from hf_fused_mlp.families.mlp.checks import (
     called_reason,
     can_call,
     read_projections,
+    wrapped_besides,
 )
 from hf_fused_mlp.launch_cache import answer, mlp_kind, remembered
 from hf_fused_mlp.originals import (
@@ -58,7 +59,8 @@ class FusedMLP(Fused):
         if spec := vars(cls).get("fused_spec"):
             calls_down = spec.down is not None and not spec.other_steps
             names = spec.gate, spec.up, spec.down, spec.halves, spec.activation, spec.function, spec.dropouts
-            type.__setattr__(cls, "_fused_names", (*names, spec.sequence, calls_down))
+            named = spec.children if spec.unread else None
+            type.__setattr__(cls, "_fused_names", (*names, spec.sequence, calls_down, named))
             type.__setattr__(cls, "_first_name", spec.first[0])
             reading = reading_of(cls.original_forward)
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
@@ -148,22 +150,38 @@ class FusedGatedMLP(FusedMLP):
 
     def why_not_packed(self) -> str | None:
         weights = self._weights_to_pack()
-        return None if weights is None else why_not_packed(*weights)
+        if weights is None:
+            return None
+        if not _are_parameters(self, weights):
+            return "gate and up are no parameters that could be moved, and stay where their format keeps them"
+        return why_not_packed(*weights)
 
     def _pack(self) -> list[Tensor]:
         weights = self._weights_to_pack()
         # packing gains nothing where the original forward runs
-        return pack(*weights) if weights is not None and modes.no_kernels(weights[0].device) is None else []
+        if weights is None or modes.no_kernels(weights[0].device) is not None or not _are_parameters(self, weights):
+            return []
+        return pack(*weights)
 
     def _unpack(self) -> list[Tensor]:
-        # whatever wraps the layers by now keeps their parameters
-        layers = [layer for name in self.fused_spec.first if (layer := self._modules.get(name)) is not None]
-        return unpack(getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters())
+        return unpack(_local_parameters(self))
 
     def _weights_to_pack(self) -> tuple[Any, Any] | None:
         """Gate and up; None if one was wrapped or quantized after fusing, since then nothing reads both."""
         found = read_projections(self, self.fused_spec)
         return (found.gate.data, found.up.data) if found.gate is not None and found.up is not None else None
+
+
+def _local_parameters(module: FusedMLP) -> list[Any]:
+    """The parameters before the activation, also of what wraps the layers by now; of shards what is held here."""
+    layers = [layer for name in module.fused_spec.first if (layer := module._modules.get(name)) is not None]
+    return [getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters()]
+
+
+def _are_parameters(module: FusedMLP, weights: tuple[Any, Any]) -> bool:
+    """False if a format made tensors of what it stores, so that packing them would change nothing."""
+    held = {id(parameter) for parameter in _local_parameters(module)}
+    return all(id(weight) in held for weight in weights)
 
 
 class FusedPackedMLP(FusedMLP):
@@ -317,7 +335,9 @@ def _usual_operands(
     """
     if module.training or ("forward" in module.__dict__ and has_own_forward(module)):
         return None
-    gate_name, up_name, down_name, order, activation, function, dropouts, sequence, calls_down = cls._fused_names
+    gate_name, up_name, down_name, order, activation, function, dropouts, sequence, calls_down, named = (
+        cls._fused_names
+    )
     children = module._modules
     gate = ABSENT if gate_name is None else read(children.get(gate_name))
     if gate is None or (up := read(children.get(up_name))) is None:
@@ -334,6 +354,8 @@ def _usual_operands(
         if child is None or (function := find(child)) is None or not runs_own_forward(child):
             return None
     if sequence and tuple(children) != sequence:
+        return None
+    if named is not None and wrapped_besides(module, named) is not None:
         return None
     if order is not None:
         if up[2] is not None and up[2].shape != up[0].shape[:1]:
