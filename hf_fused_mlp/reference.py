@@ -89,7 +89,7 @@ def experts_ref(
         x: `[M, H]`, any float dtype.
         ids: `[M, k]`, integers; those outside of `[0, E)` count as zero.
         weights: `[M, k]`, any float dtype.
-        up, down: stacked as `form` says, biases as the columns of `up` and `down`: `[E, I]` or `[E, 2I]`, and `[E, H]`.
+        up, down: stacked as `form` says, biases as the columns of up and down: `[E, I]` or `[E, 2I]`, and `[E, H]`.
 
     Returns:
         `[M, H]`, dtype of `x`.

@@ -72,8 +72,8 @@ def _check(x, ids, weights, up, down, up_bias, down_bias, form):
     tensors = x, ids, weights, up, down, up_bias, down_bias
     found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors if t is not None)
     raise ValueError(
-        "hf_fused_mlp.experts: expected x [M, H], ids and weights [M, k], and stacked up and down that fit, all floats "
-        f"but the weights of one dtype of fp16, bf16 and fp32; got {found} as {form}"
+        "hf_fused_mlp.experts: expected x [M, H], ids and weights [M, k], and stacks of up and down that fit, of one "
+        f"dtype of fp16, bf16 and fp32; got {found} as {form}"
     )
 
 

@@ -98,7 +98,7 @@ def _spec_of(cls: Any, original: Callable, own: dict[str, Any], activation: str 
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """The key in `ACTIVATIONS` of what `act_fn` of `module` computes, a module or a function; None if that is unknown."""
+    """The key in `ACTIVATIONS` of what `act_fn` computes, a module or a function; None if that is unknown."""
     child = module._modules.get("act_fn")
     if child is not None:
         usual = is_bare(child) if torch.compiler.is_compiling() else runs_class_forward(child) or is_bare(child)

@@ -12,7 +12,7 @@ FEW_PAIRS = 32
 
 
 def describe_experts(x: Tensor, ids: Tensor, up: Tensor, down: Tensor, form) -> ExpertsCall:
-    """Everything about a call but addresses. `x` `[M, H]` has contiguous rows, at least one; the rest is contiguous."""
+    """All about a call but addresses. `x` `[M, H]` has contiguous rows, at least one; the rest is contiguous."""
     m, hidden = x.shape
     intermediate = down.shape[1 if form.layout != "planes" else 2]
     stride = x.stride(0) if m > 1 else hidden  # the stride of a single row may be anything

@@ -16,7 +16,7 @@ def combine(
     UP_OFFSET: tl.constexpr,
     SHORT: tl.constexpr,
 ):
-    """``act(gate) * (up + UP_OFFSET)``, or ``act(up)``; with a LIMIT gate is clamped from above and up on both sides."""
+    """``act(gate) * (up + UP_OFFSET)``, or ``act(up)``; a LIMIT clamps gate from above and up on both sides."""
     if GATED:
         if LIMIT > 0:  # `where` keeps NaN, unlike a minimum
             gate = tl.where(gate > LIMIT, LIMIT, gate)

@@ -1,8 +1,8 @@
 """Routed experts for more tokens: one persistent GEMM over all experts for up, and one for down.
 
 A tile is some rows of one expert's pairs, in sorted order, times some rows of its weights. Up to 64 rows the weights
-are the left operand, whose 64 rows the tensor cores want, and tokens are gathered by pointers; beyond that the sorted
-rows were gathered before and come through tensor descriptors. As for dense MLPs, gate and up of an expert are one block
+are the left operand, whose 64 rows the tensor cores want, and tokens are gathered by pointers; beyond, the sorted
+rows were gathered before and come through tensor descriptors. As for dense MLPs, gate and up of an expert are a block
 with one accumulator. Down's outputs are multiplied by their routing weights and stored by pair; a last launch adds
 them. Picked from about 32 pairs on; fp16 and bf16, and fp32 with exact products.
 Launches: 5, or 6 with the rows gathered before. Bytes: the weights of the experts that are hit, once for each tile.

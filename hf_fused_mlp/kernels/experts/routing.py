@@ -56,8 +56,8 @@ def _place_kernel(
 ):
     """Writes a chunk's pairs in the order of experts, and `TILES` entries of the table of tiles.
 
-    The table begins with the number of tiles; entry `i`, at `4 * (i + 1)`, is the expert of tile `i`, its first row and
-    the end of the expert's rows.
+    The table begins with the number of tiles; entry `i`, at `4 * (i + 1)`, is the expert of tile `i`, its first row
+    and the end of the expert's rows.
     """
     chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
