@@ -91,8 +91,8 @@ class ExpertsForm(NamedTuple):
     `layout` is that of E stacked matrices: `"planes"`, gate `[E, I, H]` and up side by side in `[E, 2I, H]`, down
     `[E, H, I]`; `"transposed"`, `[E, H, 2I]` and `[E, I, H]`; `"interleaved"`, the same with columns of gate and up in
     turn. Without a gate there is up alone, in `[E, I, H]` or `[E, H, I]`.
-    The equation is ``act(gate) * (up + up_offset)``; before, a `limit` other than 0 clamps gate from above and up on both
-    sides.
+    The equation is ``act(gate) * (up + up_offset)``; before that, a `limit` other than 0 clamps gate from above, and
+    up on both sides.
     """
 
     layout: str

@@ -310,3 +310,51 @@ def test_bad_operands():
         with pytest.raises(ValueError, match="expected x"):
             experts.by_operator(*bad)
     assert experts.by_operator(x[:0], ids[:0], weights[:0]).shape == (0, x.shape[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300])
+@pytest.mark.parametrize("model", ["mixtral.modeling_mixtral.Mixtral", "gpt_oss.modeling_gpt_oss.GptOss"])
+def test_on_a_gpu(model, tokens, dtype):
+    """Kernels answer as the original does, wait for nothing, repeat themselves bit for bit, and can be captured."""
+    from hf_fused_mlp import launch_cache
+
+    experts = make(f"transformers.models.{model}Experts", dtype)
+    x, ids, weights = (tensor.cuda() for tensor in inputs(experts, tokens, dtype=dtype))
+    experts = experts.cuda()
+    experts.config._experts_implementation = "grouped_mm"
+    with torch.no_grad():
+        oracle = copy.deepcopy(experts).double()(x.double(), ids, weights.double())
+        eager = experts(x, ids, weights)
+        fuse_model(experts, strict=True)
+        launch_cache.remembered.clear()
+        first = experts(x, ids, weights)
+        assert len(launch_cache.remembered) == 1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second = experts(x, ids, weights)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(first, second)
+        off, eager_off = ((out.double() - oracle).norm() / oracle.norm() for out in (first, eager))
+        assert off <= 1.2 * eager_off + 1e-7
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = experts(x, ids, weights)
+        ids.copy_((ids + 1) % experts.num_experts)
+        graph.replay()
+        assert torch.equal(captured, experts(x, ids, weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("door", ["class", "interface"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_on_a_gpu(door, cache):
+    """Greedy tokens in fp32 are the original's, eager and compiled."""
+    model = tiny().cuda()
+    tokens = torch.arange(12, device="cuda").view(2, 6)
+    how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    expected = model.generate(tokens, **how)
+    fuse_model(model, strict=True) if door == "class" else model.set_experts_implementation("hf_fused_mlp")
+    assert torch.equal(model.generate(tokens, **how), expected)

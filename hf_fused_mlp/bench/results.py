@@ -22,6 +22,7 @@ COMMANDS = {
     "host": "host",
     "end-to-end": "generate",
     "wrapped": "wrapped",
+    "experts": "experts",
 }
 
 

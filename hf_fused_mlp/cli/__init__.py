@@ -20,6 +20,7 @@ BENCH = (
     Row(
         "wrapped", "hf_fused_mlp.cli.bench:wrapped", "Layers with LoRA, quantizers, hooks or parallelism around them."
     ),
+    Row("experts", "hf_fused_mlp.cli.bench:experts", "Routed experts of published models."),
     Row("host", "hf_fused_mlp.cli.bench:host", "Host time of a module call."),
     Row("candidates", "hf_fused_mlp.cli.bench:candidates", "Every tile configuration that the tuner may choose."),
 )

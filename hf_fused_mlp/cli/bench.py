@@ -12,6 +12,7 @@ from rich.progress import track
 
 from hf_fused_mlp.bench import block as block_bench
 from hf_fused_mlp.bench import candidates as candidates_bench
+from hf_fused_mlp.bench import experts as experts_bench
 from hf_fused_mlp.bench import generate as generate_bench
 from hf_fused_mlp.bench import host as host_bench
 from hf_fused_mlp.bench import mlp as mlp_bench
@@ -215,6 +216,42 @@ def wrapped(
     batches = wrapped_bench.measure(names, token_counts(m), layers, rounds)
     _, _, rows = measured("wrapped", batches, json_file, table, by=("wrapping", "layers", "m"))
     print(wrapped_bench.table(rows))
+
+
+def experts(
+    shapes: Annotated[
+        str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(experts_bench.SHAPES)}.")
+    ] = "all",
+    m: Tokens = experts_bench.TOKENS,
+    routing: Annotated[
+        str, typer.Option(help=f"How tokens are spread, comma-separated: {', '.join(experts_bench.ROUTINGS)}.")
+    ] = "uniform",
+    impl: Annotated[
+        str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(experts_bench.NAMES)}.")
+    ] = experts_bench.DEFAULT,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds in which implementations take turns.")] = 25,
+    json_file: Json = None,
+    table: Table = None,
+) -> None:
+    """Routed experts of published models.
+
+    GPU time of a call in bfloat16, fused and as Transformers runs them, with another routing in each call.
+    """
+    shape_names, tokens = chosen("shape", shapes, experts_bench.SHAPES), token_counts(m)
+    kinds = chosen("routing", routing, dict.fromkeys(experts_bench.ROUTINGS))
+    names = chosen("implementation", impl, dict.fromkeys(experts_bench.NAMES))
+    if "fused" not in names:
+        fail("bench experts compares with fused; name it in --impl")
+    problems = [(shape, count, kind) for shape in shape_names for kind in kinds for count in tokens]
+    _, _, rows = measured(
+        "experts",
+        (experts_bench.measure(shape, count, kind, names, rounds) for shape, count, kind in progress(problems)),
+        json_file,
+        table,
+        by=("shape", "routing", "m"),
+        wanted=lambda row: row["shape"] in shape_names and row["m"] in tokens and row["routing"] in kinds,
+    )
+    print(experts_bench.table(rows))
 
 
 def generate(

@@ -1,0 +1,212 @@
+"""`hf-fused-mlp bench experts`: routed experts of published models, fused and as Transformers runs them.
+
+GPU time of a captured call. Weights are random; each call of a round has tokens and a routing of its own, as decoding
+has, so that experts come from memory and not from a cache.
+"""
+
+import logging
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_fused_mlp.bench.results import Row
+from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.swap import original_form
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a published model; `top_k` of `experts` for each token."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    activation: str = "silu"
+    gpt_oss: bool = False
+
+    def floor_us(self, m: int, experts_hit: float) -> float:
+        """Microseconds that an H100 needs to read the weights of the experts that are hit, or to multiply."""
+        size = 3 * self.hidden * self.intermediate
+        return max(experts_hit * size * 2 / BYTES_PER_US, 2 * m * self.top_k * size / FLOPS_PER_US)
+
+
+# of an H100, as far as GEMMs and reads of this size have come
+BYTES_PER_US, FLOPS_PER_US = 3.0e6, 750e6
+SHAPES = {
+    "qwen3-30b-a3b": Experts(128, 8, 2048, 768),
+    "mixtral-8x7b": Experts(8, 2, 4096, 14336),
+    "olmoe-1b-7b": Experts(64, 8, 2048, 1024),
+    "gpt-oss-20b": Experts(32, 4, 2880, 2880, gpt_oss=True),
+    "deepseek-v2-lite": Experts(64, 6, 2048, 1408),
+    "gemma-4-26b-a4b": Experts(128, 8, 2816, 704, "gelu_pytorch_tanh"),
+    "deepseek-v3": Experts(256, 8, 7168, 2048),
+}
+TOKENS = "1,4,16,64,256,1024,4096,16384"
+ROUTINGS = "uniform", "zipf"
+# as Transformers calls them; "eager" waits for the GPU in every call, so it is timed without a graph
+NAMES = "fused", "grouped_mm", "batched_mm", "batched_mm-max-autotune", "eager"
+DEFAULT = "fused,grouped_mm,batched_mm"
+MOST_COPIED = 20e9  # bytes that batched_mm may copy
+MOST_DIFFERENCE = 0.01  # relative, between the outputs of two implementations in bfloat16
+
+
+def build(shape: Experts) -> nn.Module:
+    """Experts of these sizes in bfloat16 on the GPU, of a class of Transformers."""
+    from transformers import GptOssConfig, MixtralConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    sizes: Any = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_local_experts": shape.experts,
+    }
+    with torch.device("cuda"):
+        made: nn.Module
+        if shape.gpt_oss:
+            made = GptOssExperts(GptOssConfig(**sizes)).bfloat16()
+        else:
+            made = MixtralExperts(MixtralConfig(**sizes, hidden_act=shape.activation)).bfloat16()
+    for parameter in made.requires_grad_(False).parameters():
+        parameter.normal_(0, shape.hidden**-0.5)
+    return made
+
+
+def routing(kind: str, shape: Experts, m: int) -> Tensor:
+    """Random expert ids `[m, top_k]`: all experts equally likely, or the i-th with a weight of 1 / i."""
+    scores = -torch.empty(m, shape.experts, device="cuda").exponential_().log()  # Gumbel's distribution
+    if kind == "zipf":
+        scores -= torch.arange(1, shape.experts + 1, device="cuda").log()
+    return scores.topk(shape.top_k)[1]
+
+
+@torch.no_grad()
+def measure(name: str, m: int, kind: str, names: list[str], rounds: int) -> list[Row]:
+    """Times implementations in turn on `m` tokens.
+
+    Args:
+        name: a key of `SHAPES`.
+        kind: one of `ROUTINGS`.
+        names: of `NAMES`.
+
+    Returns:
+        One row for each implementation and one for the floor, in microseconds.
+
+    Raises:
+        AssertionError: the fused experts give other numbers than Transformers'.
+    """
+    shape = SHAPES[name]
+    module = fuse_model(build(shape), strict=True)
+    calls = 8 if m <= 1024 else 2
+    inputs: list[tuple[Tensor, ...]] = [
+        (
+            torch.randn(m, shape.hidden, device="cuda", dtype=torch.bfloat16),
+            routing(kind, shape, m),
+            torch.rand(m, shape.top_k, device="cuda"),
+        )
+        for _ in range(calls)
+    ]
+    runs: dict[str, Callable[[], None]] = {}
+    expected = None
+    for impl in names:
+        copied = m * shape.top_k * 3 * shape.hidden * shape.intermediate * 2
+        if impl.startswith("batched_mm") and copied > MOST_COPIED:
+            continue
+        call = implementation(impl, module)
+        answer = call(*inputs[0])
+        expected = answer if expected is None else expected
+        difference = ((answer - expected).float().norm() / expected.float().norm()).item()
+        if not difference <= MOST_DIFFERENCE:
+            raise AssertionError(f"{name}, M = {m}: {impl} is off by {difference:.1%}, so none is timed")
+        runs[impl] = repeated(call, inputs, graph=impl != "eager")
+    hit = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
+    common = {"shape": name, "m": m, "routing": kind}
+    floor = round(shape.floor_us(m, hit), 2)
+    rows: list[Row] = [common | {"impl": "floor", "median_us": floor, "p20_us": floor, "p80_us": floor}]
+    for impl, times in in_turn(runs, rounds).items():
+        cuts = statistics.quantiles([time / calls for time in times], n=10)
+        figures = {"median_us": cuts[4], "p20_us": cuts[1], "p80_us": cuts[7]}
+        rows.append(common | {"impl": impl} | {field: round(value, 2) for field, value in figures.items()})
+    return rows
+
+
+def implementation(impl: str, module: nn.Module) -> Callable[..., Tensor]:
+    """A function of tokens, ids and weights."""
+    if impl == "fused":
+        return module
+    how = impl.removesuffix("-max-autotune")
+
+    def call(*inputs: Tensor) -> Tensor:
+        module.config._experts_implementation = how  # type: ignore[union-attr]
+        with original_form([module]):  # type: ignore[list-item]
+            return module(*inputs)
+
+    if how == impl:
+        return call
+    from transformers.integrations.moe import batched_mm_experts_forward
+
+    options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
+    compiled = torch.compile(batched_mm_experts_forward, options=options, dynamic=False)
+    return lambda *inputs: compiled(module, *inputs)
+
+
+def repeated(call: Callable[..., Tensor], inputs: list[tuple[Tensor, ...]], graph: bool) -> Callable[[], None]:
+    """A function that calls `call` with all `inputs` in turn, as a CUDA graph if it may."""
+    for some in inputs:
+        call(*some)
+    if not graph:
+
+        def run() -> None:
+            for some in inputs:
+                call(*some)
+
+        return run
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for some in inputs:
+            call(*some)
+    return captured.replay
+
+
+def in_turn(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each run in each round; two more rounds are not counted."""
+    order = random.Random(0)
+    times: dict[str, list[float]] = {impl: [] for impl in runs}
+    for round_ in range(2 + rounds):
+        for impl in order.sample(list(runs), len(runs)):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            runs[impl]()
+            end.record()
+            end.synchronize()
+            if round_ >= 2:
+                times[impl].append(start.elapsed_time(end) * 1e3)
+    return times
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each shape and M: microseconds, how far from the floor, and how many times faster than the best."""
+    problems: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        problems.setdefault((row["shape"], row["routing"], row["m"]), {})[row["impl"]] = row["median_us"]
+    others = [name for name in NAMES[1:] if any(name in times for times in problems.values())]
+    lines = [
+        f"| shape | routing | M | floor | fused | over floor | {' | '.join(others)} | faster than the best |",
+        "|---|---|---:|---:|---:|---:|" + "---:|" * (len(others) + 1),
+    ]
+    for (shape, kind, m), times in problems.items():
+        fused, floor = times["fused"], times["floor"]
+        best = min((times[name] for name in others if name in times), default=None)
+        cells = [shape, kind, str(m), f"{floor:.0f}", f"{fused:.0f}", f"{fused / floor:.2f}x"]
+        cells += [f"{times[name]:.0f}" if name in times else "-" for name in others]
+        cells.append("-" if best is None else f"{best / fused:.2f}x")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
