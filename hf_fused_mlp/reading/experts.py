@@ -150,9 +150,11 @@ def _canonical(function: FunctionType) -> str | None:
     local = {name: f"v{i}" for i, name in enumerate(function.__code__.co_varnames)}
     body = source.body[1:] if ast.get_docstring(source, clean=False) is not None else source.body
     try:
-        return "\n".join(ast.unparse(_Canonical(function, local).visit(statement)) for statement in body)
+        text = "\n".join(ast.unparse(_Canonical(function, local).visit(statement)) for statement in body)
     except Unreadable:
         return None
+    # earlier versions of Transformers left no class for the ids of other ranks
+    return text.replace("v0.num_experts + 1", "v0.num_experts")
 
 
 class _Canonical(ast.NodeTransformer):
