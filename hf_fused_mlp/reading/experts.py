@@ -68,10 +68,10 @@ def hf_fused_mlp_experts_spec(cls: Any, attributes: tuple, activation: str | Non
 
 
 def _spec_of(cls: Any, original: Callable, own: dict[str, Any], activation: str | None) -> ExpertsSpec | str:
-    if own["has_post_expert_norm"]:
+    if own["has_post_expert_norm"]:  # unknown to earlier versions of Transformers
         return f"{cls.__name__} has a norm after each expert, which no kernel computes"
     loop = next((loop for loop in LOOPS if _are_alike(loop.text, original)), None)
-    if loop is None or any(own[name] is None for name in _FLAGS):
+    if loop is None or any(own[name] is None for name in _FLAGS[:-1]):
         return f"{cls.__name__} does something in its forward that the known loops over experts do not"
     if (loop.transposed, loop.bias, loop.gated) != (own["is_transposed"], own["has_bias"], own["has_gate"]):
         return f"{cls.__name__} is marked as something else than its forward computes"
