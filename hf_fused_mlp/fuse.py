@@ -230,6 +230,6 @@ def _fuse_all(entries: list[Examined]) -> None:
 def _log(report: FusionReport, options: FusionOptions) -> None:
     """Logs the report: a warning if something is unfused, unless everything was excluded or there is none to fuse on
     request."""
-    groups = [group for group in report.families if group.modules or not options.exclude]
+    groups = [group for group in report.shown if group.modules or not options.exclude]
     complete = all((group.modules or group.optional) and not group.select("skipped") for group in groups)
     logger.log(logging.INFO if complete else logging.WARNING, "\n".join(map(str, groups)))

@@ -104,6 +104,13 @@ class FusionReport:
         return self.of("norms").modules
 
     @property
+    def shown(self) -> tuple[FamilyReport, ...]:
+        """The families worth a line: without a default one that has no modules where another has, or comes first."""
+        empty = [report for report in self.families if not report.optional and not report.modules]
+        needless = empty if self.default else empty[1:]
+        return tuple(report for report in self.families if report not in needless)
+
+    @property
     def default(self) -> tuple[ModuleStatus, ...]:
         """The modules of all families that are fused without being asked for."""
         return tuple(module for report in self.families if not report.optional for module in report.modules)
@@ -123,4 +130,4 @@ class FusionReport:
 
     def __str__(self) -> str:
         """Optional families are included once one of their modules is fused."""
-        return "\n".join(str(report) for report in self.families if not report.optional or report.select("fused"))
+        return "\n".join(str(report) for report in self.shown if not report.optional or report.select("fused"))

@@ -105,7 +105,7 @@ def test_every_decorated_class(path):
 
 
 def test_how_many_classes_fuse():
-    assert len(decorated()) >= 60
+    assert len(decorated()) >= 50  # 68 in Transformers 5.24
     assert len(decorated()) - len(REFUSED) >= 0.95 * len(decorated())
 
 

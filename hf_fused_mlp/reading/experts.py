@@ -3,9 +3,8 @@
 import ast
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,8 +27,7 @@ _MEANINGS = {"torch": torch, "nn": nn, "F": F}
 _BY_ALPHA = {1.0: "silu", 1.702: "quick_gelu"}
 
 
-@dataclass(frozen=True)
-class ExpertsSpec:
+class ExpertsSpec(NamedTuple):
     """What a module of routed experts computes, and what of the module says so.
 
     Args:
