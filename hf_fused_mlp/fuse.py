@@ -180,8 +180,9 @@ def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions
                 if any(_matches(module, pattern) for module in report.of(family.name).modules):
                     what = f"{family.noun}s, which are fused with {family.option}=True only"
                     raise ValueError(f"exclude: {pattern!r} matches {what}; pass that too, or leave out the name")
-            what = " or ".join(group.noun for group in groups)
-            names = ", ".join(module.name for group in groups for module in group.modules[:3]) or "none"
+            held = [group for group in groups if group.modules] or groups[:1]
+            what = " or ".join(group.noun for group in held)
+            names = ", ".join(module.name for group in held for module in group.modules[:3]) or "none"
             raise ValueError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
 
     def kept(group: FamilyReport) -> FamilyReport:

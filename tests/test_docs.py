@@ -13,7 +13,7 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import generate, host, wrapped
+from hf_fused_mlp.bench import experts, generate, host, wrapped
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
 from hf_fused_mlp.bench.tables import markdown_table, speedup_table
@@ -113,7 +113,16 @@ def test_performance_tables_are_the_json():
     _, rows = read(BENCHMARKS / "h100-training.json")
     for over in ("eager", "peers"):
         assert speedup_table(rows, over) in page
-    for name, table in (("end-to-end", generate.table), ("host", host.table), ("wrapped", wrapped.table)):
+    tables = {
+        "end-to-end": generate.table,
+        "host": host.table,
+        "wrapped": wrapped.table,
+        "experts": lambda rows: experts.table(
+            [row for row in rows if row["routing"] == "uniform" and row["m"] in (1, 16, 256, 4096)]
+        ),
+        "experts-end-to-end": generate.table,
+    }
+    for name, table in tables.items():
         _, rows = read(BENCHMARKS / f"h100-{name}.json")
         assert f"<!-- {name} -->\n{table(rows)}\n<!-- /{name} -->" in page
     header, rows = read(BENCHMARKS / "h100-block.json")

@@ -48,7 +48,7 @@ def invoke(*args):
         ("nemotron", [("NemotronMLP", 32, "fusable")]),
         ("falcon_h1", [("FalconH1MLP", 32, "skipped")]),
         ("gpt2", [("GPT2MLP", 12, "skipped")]),
-        ("deepseek_v3", [("DeepseekV3MLP", 61, "fusable"), ("DeepseekV3Experts", 58, "skipped")]),
+        ("deepseek_v3", [("DeepseekV3MLP", 61, "fusable"), ("DeepseekV3Experts", 58, "fusable")]),
         ("bert", [("BertIntermediate", 12, "fusable")]),
         ("vits", [("VitsFeedForward", 6, "skipped")]),
         ("resnet", []),

@@ -1,4 +1,4 @@
-"""Mixtures of experts: dense layers and shared experts fuse like any MLP; routed experts are named and left alone."""
+"""Mixtures of experts: dense layers and shared experts fuse like any MLP, and routed experts of a known class too."""
 
 import pytest
 import torch
@@ -23,11 +23,13 @@ CONFIGS = {
         **SIZES, n_routed_experts=4, first_k_dense_replace=1, n_group=1, topk_group=1, num_experts_per_tok=2
     ),
 }
-FUSED = {
+DENSE = {
     "mixtral": [],
     "qwen2_moe": ["model.layers.0.mlp.shared_expert", "model.layers.1.mlp.shared_expert"],
     "deepseek_v3": ["model.layers.0.mlp", "model.layers.1.mlp.shared_experts"],
 }
+ROUTED = {name: [f"model.layers.{i}.mlp.experts" for i in (0, 1)] for name in DENSE}
+ROUTED["deepseek_v3"] = ["model.layers.1.mlp.experts"]
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -37,12 +39,23 @@ def test_shared_and_routed_experts(model_type, monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[model_type]).eval()
     expected = model(token_ids(1, 5)).logits
-    report = fusion_report(fuse_model(model))
-    assert [mlp.name for mlp in report.select("fused")] == FUSED[model_type]
-    routed = report.select("skipped")
-    assert len(routed) == (1 if model_type == "deepseek_v3" else 2)
-    assert all(mlp.reason.startswith("routed experts, whose weights are one tensor") for mlp in routed)
+    report = fusion_report(fuse_model(model, strict=True))
+    assert [mlp.name for mlp in report.mlps] == DENSE[model_type]
+    assert [experts.name for experts in report.experts] == ROUTED[model_type]
+    assert not report.select("skipped")
     torch.testing.assert_close(model(token_ids(1, 5)).logits, expected)
+
+
+def test_stacks_of_an_unknown_class_are_named():
+    """Nothing is known about what its forward does."""
+
+    class OtherExperts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.zeros(4, 6, 8))
+
+    (status,) = fusion_report(torch.nn.ModuleDict({"experts": OtherExperts()})).mlps
+    assert status.reason.startswith("routed experts, whose weights are one tensor")
 
 
 @pytest.mark.parametrize("weights", [torch.nn.Conv1d(4, 8, 3), torch.nn.ParameterList([torch.zeros(1, 1, 8)])])

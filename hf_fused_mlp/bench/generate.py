@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_fused_mlp.bench.results import Row
 from hf_fused_mlp.bench.shapes import fused_twin
+from hf_fused_mlp.families.experts import FusedExperts
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.families.norm import FusedRMSNorm
 from hf_fused_mlp.integrations import demo
@@ -55,9 +56,24 @@ _PYTHIA_6_9B = {
     "vocab_size": 50432,
     "max_position_embeddings": 16384,
 }
+_QWEN3_30B_A3B = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": ("llama", _LLAMA_3_8B),
     "pythia-6.9b": ("gpt_neox", _PYTHIA_6_9B),
+    "qwen3-30b-a3b": ("qwen3_moe", _QWEN3_30B_A3B),
 }
 
 # the row fields that identify a problem
@@ -141,7 +157,7 @@ def forms_of(models: dict[str, PreTrainedModel], workload: Workload) -> dict[str
     """
     mlps, norms = (
         tuple(module for module in models["fused"].modules() if isinstance(module, cls))
-        for cls in (FusedMLP, FusedRMSNorm)
+        for cls in ((FusedMLP, FusedExperts), FusedRMSNorm)
     )
     fused = Form(models["fused"], norms)
     if workload.mode != "eager":
@@ -154,7 +170,7 @@ def measure_workload(name: str, forms: dict[str, Form], workload: Workload, roun
     """The rows of one workload: medians in milliseconds, and how long the GPU works."""
     model = forms["fused"].model
     prompt = torch.randint(model.config.vocab_size, (workload.batch, workload.prompt), device=model.device)
-    mlps = [name for name, module in model.named_modules() if isinstance(module, FusedMLP)]
+    mlps = [name for name, module in model.named_modules() if isinstance(module, (FusedMLP, FusedExperts))]
     times = time_forms(forms, prompt, workload, rounds)
     rows = []
     for impl, form in forms.items():

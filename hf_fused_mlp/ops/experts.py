@@ -38,7 +38,9 @@ def experts_if_fits(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOp
     if runs_now(x):
         return on_gpu().experts_cuda(x, ids, weights, operands)
     up, down, up_bias, down_bias, form = operands
-    return torch.ops.hf_fused_mlp.experts(x, ids, weights, up, down, up_bias, down_bias, *form)
+    # one by one: torch 2.11's compiler cannot unpack a form that was read outside of compiled code
+    what = form.layout, form.gated, form.activation, form.limit, form.up_offset
+    return torch.ops.hf_fused_mlp.experts(x, ids, weights, up, down, up_bias, down_bias, *what)
 
 
 def _fits(x, ids, weights, up, down, up_bias, down_bias, form: ExpertsForm) -> bool:

@@ -23,7 +23,8 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
     """A plan for shapes that none was measured for."""
     H, I = call.hidden, call.intermediate
     fits = H * call.dtype.itemsize % 16 == 0 and I * call.dtype.itemsize % 16 == 0
-    few = call.tokens == 1 or call.pairs <= min(FEW_PAIRS, call.experts // 2)  # more would share experts
+    few = call.tokens == 1 or call.pairs <= min(FEW_PAIRS, call.experts // 4)  # more would share experts
+    few = few and call.form.layout == "planes"  # dot products along the columns of a transposed stack are slow
     if few or not fits or min(H, I) < 16:
         return ExpertsPlan("pairs", 1, _row(call, H), _row(call, I))
     rows = call.pairs / call.experts  # of one expert, on average; the tallest tile should not be mostly empty
