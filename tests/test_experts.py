@@ -180,6 +180,16 @@ def test_what_runs(mixtral, on_cpu):
         assert fused_output(mixtral, mixtral.fused_spec, x, ids, weights) is None
         assert "no longer" in fusion_report(mixtral).experts[0].reason
         mixtral.has_bias = held
+        gate = type(mixtral).original_class._apply_gate
+        for owner in (type(mixtral).original_class, mixtral):
+            owner._apply_gate = lambda *args: gate(*args) * 2 if owner is not mixtral else gate(mixtral, *args) * 2  # noqa: B023
+            on_cpu.clear()
+            torch.testing.assert_close(mixtral(x, ids, weights), mixtral.original_output(x, ids, weights))
+            assert not on_cpu and "its gate was replaced" in fusion_report(mixtral).experts[0].reason
+            if owner is mixtral:
+                del owner._apply_gate
+            else:
+                owner._apply_gate = gate
         act, mixtral.act_fn = mixtral.act_fn, nn.Tanh()
         assert fused_output(mixtral, mixtral.fused_spec, x, ids, weights) is None
         mixtral.act_fn = act

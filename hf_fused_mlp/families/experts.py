@@ -27,20 +27,25 @@ class FusedExperts(Fused):
     """Routed experts whose forward is our operator if the caller needs only the output, and else the original."""
 
     fused_spec: ClassVar[ExpertsSpec]
+    _gate_read: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs):
+        if original := vars(cls).get("original_class"):
+            type.__setattr__(cls, "_gate_read", original._apply_gate)
 
     def forward(self, *args, **kwargs):
         cls: Any = type(self)  # read once: another thread may unfuse the module meanwhile
         if not issubclass(cls, FusedExperts):
             return cls.forward(self, *args, **kwargs)
-        if len(args) == 3 and not kwargs and _keeps_forward(cls):
+        if len(args) == 3 and not kwargs and _keeps_code(self, cls):
             out = fused_output(self, cls.fused_spec, *args)
             if out is not None:
                 return out
         return cls.original_class.forward(self, *args, **kwargs)
 
     def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
-        if has_own_forward(self) or not _keeps_forward(type(self)):
-            return Runs("its forward was replaced since it was fused, so the original forward runs")
+        if has_own_forward(self) or not _keeps_code(self, type(self)):
+            return Runs("its forward or its gate was replaced since it was fused, so the original forward runs")
         if operands_of(self, self.fused_spec) is None:
             return Runs("its weights or attributes are no longer those that were read, so the original forward runs")
         reason = None if functions_are_own() else why_functions_are_not_own()
@@ -58,9 +63,16 @@ class FusedExperts(Fused):
         return ops.experts(x, ids, weights, operands)
 
 
-def _keeps_forward(cls: type[FusedExperts]) -> bool:
-    forward = cls.original_class.forward
-    return forward is cls.original_forward and forward.__code__ is cls.original_code
+def _keeps_code(module: FusedExperts, cls: type[FusedExperts]) -> bool:
+    """True if forward and `_apply_gate` are those that were read."""
+    original: Any = cls.original_class
+    forward = original.forward
+    return (
+        forward is cls.original_forward
+        and forward.__code__ is cls.original_code
+        and original._apply_gate is cls._gate_read
+        and "_apply_gate" not in module.__dict__
+    )
 
 
 def fused_output(module: nn.Module, spec: ExpertsSpec, x: Any, ids: Any, weights: Any) -> Tensor | None:

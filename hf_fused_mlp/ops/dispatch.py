@@ -12,7 +12,7 @@ from triton.errors import TritonError
 
 from hf_fused_mlp.kernels import describe_launch, has_rows, norm, prepare
 from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
-from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb
+from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb, without_sorting
 from hf_fused_mlp.launch_cache import answer, experts_kind, mlp_kind, remember
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
@@ -113,16 +113,22 @@ def _first_experts(tensors, form):
     if x.numel() == 0:
         return x.new_empty(x.shape)
     rest = ids, weights, up, down, up_bias, down_bias
-    if not has_rows(x) or not all(tensor is None or tensor.is_contiguous() for tensor in rest):
-        # copies of weights are made for this call only, which happens nowhere in Transformers
+    usual = has_rows(x) and all(tensor is None or tensor.is_contiguous() for tensor in rest)
+    if not usual:  # copies of weights are made for this call only, which happens nowhere in Transformers
         tensors = x.contiguous(), *(None if tensor is None else tensor.contiguous() for tensor in rest)
-        x, ids, _, up, down, *_ = tensors
-        call = describe_experts(x, ids, up, down, form)
-        return prepare_experts(rule_of_thumb(call), call)(*tensors)
+    x, ids, _, up, down, *_ = tensors
     call = describe_experts(x, ids, up, down, form)
-    run = prepare_experts(rule_of_thumb(call), call)
-    out = run(*tensors)
-    remember(experts_kind(ExpertsOperands(*tensors[3:], form)), tensors, run)
+    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    plan = rule_of_thumb(call) if aligned else without_sorting(call)
+    try:
+        run = prepare_experts(plan, call)
+        out = run(*tensors)
+    except TritonError as error:
+        logger.warning("%s does not run here (%s); a slower plan does", plan, error)
+        run = prepare_experts(without_sorting(call), call)
+        out = run(*tensors)
+    if usual:
+        remember(experts_kind(ExpertsOperands(*tensors[3:], form)), tensors, run)
     return out
 
 

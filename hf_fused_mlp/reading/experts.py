@@ -48,6 +48,8 @@ class ExpertsSpec(NamedTuple):
 def find_experts(module: nn.Module) -> ExpertsSpec | str | None:
     """What `module` computes, or why that is not known; None if its class is not decorated."""
     own = module.__dict__
+    if "_apply_gate" in own:
+        return f"{type(module).__name__} has a gate of its own on the instance, which is not read"
     attributes = tuple((name, own.get(name)) for name in (*_FLAGS, *_NUMBERS))
     return hf_fused_mlp_experts_spec(type(module), attributes, activation_of(module))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_mlp.kernels.experts import grouped, pairs
-from hf_fused_mlp.types import ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
+from hf_fused_mlp.types import GPU, ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
 
 FEW_PAIRS = 32
 
@@ -26,15 +26,20 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
     few = call.tokens == 1 or call.pairs <= min(FEW_PAIRS, call.experts // 4)  # more would share experts
     few = few and call.form.layout == "planes"  # dot products along the columns of a transposed stack are slow
     if few or not fits or min(H, I) < 16:
-        return ExpertsPlan("pairs", 1, _row(call, H), _row(call, I))
+        return without_sorting(call)
     rows = call.pairs / call.experts  # of one expert, on average; the tallest tile should not be mostly empty
     if call.dtype == torch.float32:
-        return ExpertsPlan("sorted", 16, _tile(32, 32, 4, 2), _tile(64, 32, 4, 2))
+        return _grouped(call, "sorted", 16, (32, 32, 4, 2), (64, 32, 4, 2))
     if rows < 24:
-        return ExpertsPlan("sorted", 16 if rows <= 8 else 32, _tile(64, 128, 4, 3), _tile(64, 128, 4, 4))
+        return _grouped(call, "sorted", 16 if rows <= 8 else 32, (64, 128, 4, 3), (64, 128, 4, 4))
     if rows < 48:
-        return ExpertsPlan("sorted", 64, _tile(64, 64, 4, 4), _tile(128, 64, 4, 4))
-    return ExpertsPlan("gathered", 128, _tile(128 if call.form.gated else 256, 64, 8, 4), _tile(256, 64, 8, 3))
+        return _grouped(call, "sorted", 64, (64, 64, 4, 4), (128, 64, 4, 4))
+    return _grouped(call, "gathered", 128, (128 if call.form.gated else 256, 64, 8, 4), (256, 64, 8, 3))
+
+
+def without_sorting(call: ExpertsCall) -> ExpertsPlan:
+    """The plan that runs everything, and any number of tokens slowly."""
+    return ExpertsPlan("pairs", 1, _row(call, call.hidden), _row(call, call.intermediate))
 
 
 def _row(call: ExpertsCall, k: int) -> TileConfig:
@@ -44,10 +49,22 @@ def _row(call: ExpertsCall, k: int) -> TileConfig:
     return TileConfig("pairs", block_n=16, block_k=max(16, next_power_of_two(-(-k // 32))), num_warps=4)
 
 
-def _tile(block_n: int, block_k: int, num_warps: int, num_stages: int) -> TileConfig:
-    return TileConfig(
-        "grouped", block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages, group_m=4
-    )
+def _grouped(call: ExpertsCall, order: str, rows: int, *tiles: tuple[int, int, int, int]) -> ExpertsPlan:
+    """Tiles of (block_n, block_k, num_warps, num_stages), with as many stages as the GPU has shared memory for."""
+    shared = GPU.of(call.device).shared_memory
+    planes = (2 if call.form.gated else 1), 1
+    configs = [
+        TileConfig(
+            "grouped",
+            block_n=block_n,
+            block_k=block_k,
+            num_warps=num_warps,
+            num_stages=max(1, min(num_stages, shared // ((plane * block_n + rows) * block_k * call.dtype.itemsize))),
+            group_m=4,
+        )
+        for plane, (block_n, block_k, num_warps, num_stages) in zip(planes, tiles, strict=True)
+    ]
+    return ExpertsPlan(order, rows, *configs)
 
 
 def prepare_experts(plan: ExpertsPlan, call: ExpertsCall) -> Callable[..., Tensor]:
