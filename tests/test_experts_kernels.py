@@ -100,3 +100,33 @@ def test_types(plan, device):
     apart = torch.zeros(len(x), 2 * x.shape[1], dtype=x.dtype, device=device)[:, : x.shape[1]].copy_(x)
     operands = apart, ids.int(), weights.float(), *rest
     check(run(PLANS[plan], operands, PLANES), operands, PLANES)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 20])
+@pytest.mark.parametrize("change", ["none", "strided weights", "unaligned", "rows apart", "fails"])
+def test_dispatch(change, tokens, device, monkeypatch, caplog):
+    """Whatever the tensors are like, and where a launch fails, the operator's answer is right."""
+    from triton.errors import TritonError
+
+    from hf_fused_mlp.kernels.experts import grouped
+    from hf_fused_mlp.ops import dispatch
+    from hf_fused_mlp.types import ExpertsOperands
+
+    x, ids, weights, up, down, *_ = problem(PLANES, device, torch.float16, tokens, bias=False)
+    if change == "strided weights":
+        up = up.mT.contiguous().mT
+    elif change == "unaligned":
+        up = torch.empty(up.numel() + 1, dtype=up.dtype, device=device)[1:].view(up.shape).copy_(up)
+    elif change == "rows apart":
+        x = x.mT.contiguous().mT
+    elif change == "fails":
+
+        def fail(*_):
+            raise TritonError("out of resources")
+
+        monkeypatch.setattr(grouped, "grouped", fail)
+    got = dispatch.experts_cuda(x, ids, weights, ExpertsOperands(up, down, None, None, PLANES))
+    if tokens:
+        check(got, (x, ids, weights, up, down, None, None), PLANES)
+    assert got.shape == x.shape
+    assert ("slower plan" in caplog.text) == (change == "fails" and tokens == 20)
