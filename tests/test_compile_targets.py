@@ -8,10 +8,11 @@ from numerics import linear, random_mlp
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.kernels import describe_launch, norm
+from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb
 from hf_fused_mlp.ops.dispatch import act_mul_backward_cuda, act_mul_cuda
 from hf_fused_mlp.reading.norm import FORMS
 from hf_fused_mlp.tuning import cache
-from hf_fused_mlp.types import GPU, TileConfig
+from hf_fused_mlp.types import GPU, ExpertsForm, TileConfig
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -32,7 +33,13 @@ CONFIGS = {
     "elementwise": TileConfig("elementwise"),
     "gemm": TileConfig("gemm", 128, 128, 64, num_warps=8, num_stages=4, group_m=8),
 }
-TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -117,3 +124,34 @@ def test_rms_norm_compiles(form, hidden, target, monkeypatch):
     call = describe_launch(x, weight[None], False, "identity")
     (kernel,) = compiled(lambda: norm.rms_norm(call, 1e-6, form)(x, weight), TARGETS[target], monkeypatch)
     assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
+
+
+FORMS_OF_EXPERTS = {
+    "planes": ExpertsForm("planes", True, "silu"),
+    "interleaved": ExpertsForm("interleaved", True, "quick_gelu", 7.0, 1.0),
+    "transposed": ExpertsForm("transposed", True, "silu"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (40, 5), (400, 6)])
+@pytest.mark.parametrize(
+    ("target", "form"),
+    [*((target, "planes") for target in TARGETS), ("sm_90", "interleaved"), ("sm_80", "transposed")],
+)
+def test_experts_compile(target, form, tokens, launches, monkeypatch):
+    """The plan that the rule chooses, in all of its launches."""
+    form = FORMS_OF_EXPERTS[form]
+    up = torch.empty(16, 256, 512, dtype=torch.bfloat16)
+    down = torch.empty(16, 512, 128, dtype=torch.bfloat16)
+    if form.layout != "planes":
+        up, down = up.mT.contiguous(), down.mT.contiguous()
+    x, ids = torch.empty(tokens, 512, dtype=torch.bfloat16), torch.zeros(tokens, 2, dtype=torch.int64)
+
+    def call():
+        about = describe_experts(x, ids, up, down, form)
+        prepare_experts(rule_of_thumb(about), about)(x, ids, torch.empty(tokens, 2), up, down, None, None)
+
+    kernels = compiled(call, TARGETS[target], monkeypatch)
+    assert len(kernels) == (5 if tokens == 1 and form.layout != "planes" else launches)
+    assert all(kernel.asm["ptx" if target.startswith("sm") else "amdgcn"] for kernel in kernels)
