@@ -1,11 +1,10 @@
 """The other way to fused experts: ``from_pretrained(..., experts_implementation="hf_fused_mlp")``.
 
 Transformers calls the function that is registered under a model's `experts_implementation` in place of the forward of
-its routed experts. Imported when `transformers.integrations.moe` has been.
+its routed experts. Imported at the first of these calls.
 """
 
 import logging
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,19 +53,3 @@ def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         f"experts_implementation={NAME!r} has no kernels for FP8 experts; "
         'call model.set_experts_implementation("grouped_mm")'
     )
-
-
-def register(module: ModuleType) -> None:
-    """Registers the function with the interface that `module` has, if it has one."""
-    for name, function in (("ExpertsInterface", experts_forward), ("FP8ExpertsInterface", refuse)):
-        interface = vars(module).get(name)
-        if interface is not None and interface.__module__ == module.__name__:
-            interface.register(NAME, function)
-
-
-def unregister(module: ModuleType) -> None:
-    """Undoes `register`."""
-    for name in ("ExpertsInterface", "FP8ExpertsInterface"):
-        interface = vars(module).get(name)
-        if interface is not None:
-            interface._global_mapping.pop(NAME, None)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from hf_fused_mlp.integrations.on_import import AfterImport
 from hf_fused_mlp.options import FusionOptions
@@ -25,7 +26,11 @@ logger = logging.getLogger("hf_fused_mlp")
 # the newest minor that `make test-newest` has passed with
 NEWEST_TESTED = "5.24"
 FLAG = "use_fused_mlp"
-_EXPERTS = "transformers.integrations.moe", "transformers.integrations.finegrained_fp8"
+# the interfaces that know implementations of experts, by module
+_EXPERTS = {
+    "transformers.integrations.moe": "ExpertsInterface",
+    "transformers.integrations.finegrained_fp8": "FP8ExpertsInterface",
+}
 
 _LOCK = threading.RLock()
 _originals: dict[tuple[type, str], classmethod] = {}
@@ -59,10 +64,9 @@ def uninstall() -> None:
         for finder in _waiting.values():
             finder.stop()
         _waiting.clear()
-        for module in filter(None, map(sys.modules.get, _EXPERTS)):
-            from hf_fused_mlp.integrations.experts import unregister
-
-            unregister(module)
+        for name, interface in _EXPERTS.items():
+            if name in sys.modules:
+                getattr(sys.modules[name], interface)._global_mapping.pop("hf_fused_mlp", None)
         for (owner, name), original in _originals.items():
             setattr(owner, name, original)
         _originals.clear()
@@ -70,12 +74,23 @@ def uninstall() -> None:
 
 
 def _register_experts(module: ModuleType) -> None:
-    """Makes `experts_implementation="hf_fused_mlp"` known."""
-    from hf_fused_mlp.integrations.experts import register  # which imports PyTorch, as `module` has by now
-
+    """Makes `experts_implementation="hf_fused_mlp"` known. Imports nothing: other threads may be importing too."""
     with _LOCK:
         if _waiting.pop(module.__name__, None) is not None:
-            register(module)
+            forward = _fp8_experts_forward if module.__name__.endswith("fp8") else _experts_forward
+            getattr(module, _EXPERTS[module.__name__]).register("hf_fused_mlp", forward)
+
+
+def _experts_forward(self: Any, *args: Any) -> Any:
+    from hf_fused_mlp.integrations.experts import experts_forward
+
+    return experts_forward(self, *args)
+
+
+def _fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    from hf_fused_mlp.integrations.experts import refuse
+
+    return refuse(self)
 
 
 def _wrap(module: ModuleType) -> None:
