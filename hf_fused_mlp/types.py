@@ -135,6 +135,13 @@ class ExpertsCall:
         """How many pairs of a token and one of its experts there are."""
         return self.tokens * self.top_k
 
+    @property
+    def bias_strides(self) -> tuple[int, int, int]:
+        """Of the bias of gate and up: from expert to expert, from gate to up, and along each of them."""
+        planes = 2 if self.form.gated else 1
+        width = planes * self.intermediate
+        return (width, 1, planes) if self.form.layout == "interleaved" else (width, self.intermediate, 1)
+
 
 @dataclass(frozen=True)
 class LinearKey:

@@ -4,7 +4,6 @@ GPU time of a captured call. Weights are random; each call of a round has tokens
 has, so that experts come from memory and not from a cache.
 """
 
-import logging
 import random
 import statistics
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 from hf_fused_mlp.bench.results import Row
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.swap import original_form
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

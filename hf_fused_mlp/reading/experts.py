@@ -58,16 +58,20 @@ def find_experts(module: nn.Module) -> ExpertsSpec | str | None:
 @torch.compiler.assume_constant_result
 def hf_fused_mlp_experts_spec(cls: Any, attributes: tuple, activation: str | None) -> ExpertsSpec | str | None:
     """The same, of a class whose instance has these attributes and this activation."""
-    if (original := original_of(cls.forward)) is None:
+    forward = cls.forward
+    if type(forward) is not FunctionType:
         return None
-    kept = _specs.setdefault(original, {})
+    if (kept := _specs.get(forward)) is None:
+        if original_of(forward) is None:
+            return None
+        kept = _specs[forward] = {}
     key = cls._apply_gate, attributes, activation
     if key not in kept:
-        kept[key] = _spec_of(cls, original, dict(attributes), activation)
+        kept[key] = _spec_of(cls, original_of(forward), dict(attributes), activation)
     return kept[key]
 
 
-def _spec_of(cls: Any, original: Callable, own: dict[str, Any], activation: str | None) -> ExpertsSpec | str:
+def _spec_of(cls: Any, original: Any, own: dict[str, Any], activation: str | None) -> ExpertsSpec | str:
     if own["has_post_expert_norm"]:  # unknown to earlier versions of Transformers
         return f"{cls.__name__} has a norm after each expert, which no kernel computes"
     loop = next((loop for loop in LOOPS if _are_alike(loop.text, original)), None)
@@ -122,7 +126,7 @@ def _codes(code: CodeType) -> list[CodeType]:
     return inner + [found for const in inner for found in _codes(const)]
 
 
-# by loop, and in it by what else decides; by function
+# by forward, and in it by what else decides; by function
 _specs: WeakKeyDictionary[Any, dict[tuple, ExpertsSpec | str]] = WeakKeyDictionary()
 _texts: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 

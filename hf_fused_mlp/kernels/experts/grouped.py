@@ -190,11 +190,9 @@ def grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
             num_stages=tile.num_stages,
         )
 
-    planes = 2 if form.gated else 1
-    bias = (planes * I, 1, planes) if form.layout == "interleaved" else (planes * I, I, 1)
     gate = form.activation, form.limit, form.up_offset
     x_tiling = None if left else ([call.pairs, H], [H, 1], [rows, up.block_k])
-    launch_up = launch(form.gated, gate, I, H, up, x_tiling, bias)
+    launch_up = launch(form.gated, gate, I, H, up, x_tiling, call.bias_strides)
     h_tiling = [call.pairs, I], [I, 1], [rows, down.block_k]
     launch_down = launch(False, ("identity", 0.0, 0.0), H, I, down, h_tiling, (H, 0, 1))
 

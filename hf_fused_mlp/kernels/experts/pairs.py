@@ -128,16 +128,12 @@ def _down_kernel(
 def pairs(call: ExpertsCall, up: TileConfig, down: TileConfig):
     """The two launches: a function of x, ids, weights, up, down and their biases that gives `[tokens, hidden]`."""
     form, H, I, m, k = call.form, call.hidden, call.intermediate, call.tokens, call.top_k
-    planes = 2 if form.gated else 1
+    width = (2 if form.gated else 1) * I
+    expert, plane, column = call.bias_strides
     if form.layout == "planes":
-        strides, bias = (planes * I * H, I * H, H, 1), (planes * I, I, 1)
-        down_strides = H * I, I, 1
-    elif form.layout == "interleaved":
-        strides, bias = (planes * I * H, 1, planes, planes * I), (planes * I, 1, planes)
-        down_strides = H * I, 1, H
+        strides, down_strides = (width * H, I * H, H, 1), (H * I, I, 1)
     else:
-        strides, bias = (planes * I * H, I, 1, planes * I), (planes * I, I, 1)
-        down_strides = H * I, 1, H
+        strides, down_strides = (width * H, plane, column, width), (H * I, 1, H)
     empty_h = allocator((m * k, I), call.dtype, call.device)
     empty = allocator((m, H), call.dtype, call.device)
     can_overlap = GPU.of(call.device).can_overlap
@@ -146,7 +142,21 @@ def pairs(call: ExpertsCall, up: TileConfig, down: TileConfig):
         _up_kernel,
         call.device,
         (m * k * -(-I // up.block_n), 1, 1),
-        (call.experts, I, call.stride_xm, *strides, *bias, H, k, *gate, up.block_n, up.block_k, can_overlap),
+        (
+            call.experts,
+            I,
+            call.stride_xm,
+            *strides,
+            expert,
+            plane,
+            column,
+            H,
+            k,
+            *gate,
+            up.block_n,
+            up.block_k,
+            can_overlap,
+        ),
         num_warps=up.num_warps,
     )
     launch_down = launcher(
