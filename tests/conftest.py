@@ -1,5 +1,6 @@
 """Fixtures: a device to run on, and on the CPU Triton's interpreter in place of its compiler."""
 
+import logging
 import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(items):
 def no_call_is_small(monkeypatch):
     """Tests are about few tokens, for which one kernel between called layers would not be worth it."""
     monkeypatch.setattr("hf_fused_mlp.families.mlp.fused.SMALL_INPUT", 0)
+
+
+@pytest.fixture
+def caplog(caplog):
+    """Warnings and errors only, whatever level another test's library has given the root logger."""
+    caplog.set_level(logging.WARNING)
+    return caplog
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -43,7 +44,11 @@ def _worker(rank, function, where, directory, port):
         if where == "cpu":
             as_on_gpu(patch)
         function(where, Path(directory))
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # what gloo's and autograd's threads do while Python shuts down aborts one run in many
 
 
 @DEVICES
