@@ -1,6 +1,7 @@
 """The tolerance rule, and the random problems it is applied to."""
 
 import torch
+import torch.nn.functional as F
 
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.types import Matrix, MLPOperands
@@ -72,6 +73,25 @@ def random_mlp(H, I, gated, bias, dtype, device="cpu", seed=0):
     if gated:
         return block[:I], block[I:], down, gate_bias, up_bias, down_bias
     return None, block[I:], down, None, up_bias, down_bias
+
+
+def quantize_weight(weight, scales="fp32"):
+    """`weight` `[N, K]` as e4m3 and its scales, fp32 or powers of two, of blocks of 128 x 128."""
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % 128, 0, -rows % 128)).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    scale = padded.abs().amax((1, 3)) / 448
+    if scales == "e8m0":
+        scale = scale.log2().ceil().exp2().to(torch.float8_e8m0fnu)
+    data = (padded / scale.float()[:, None, :, None]).to(torch.float8_e4m3fn)
+    return data.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale.to(weight.device)
+
+
+def quantized_mlp(H, I, gated, bias, dtype, device="cpu", activation="silu", scales="fp32"):
+    """Operands of `ops.mlp` after `x`, of `random_mlp`'s weights in FP8; gate and up are not packed."""
+    *weights, gate_bias, up_bias, down_bias = random_mlp(H, I, gated, bias, dtype, device)
+    pairs = [(None, None) if weight is None else quantize_weight(weight, scales) for weight in weights]
+    data, factors = zip(*pairs, strict=True)
+    return *data, gate_bias, up_bias, down_bias, activation, *factors
 
 
 def random_halves(shape, dtype, device):

@@ -99,7 +99,7 @@ def _liger_module(class_name: str, eager: nn.Module) -> nn.Module:
 
 def quack(eager, fused, x):
     """QuACK's GEMM with the gated activation in its epilogue, on interleaved rows, then its GEMM; it tunes both."""
-    gate, up, down, *biases, activation = fused.operands().flat()
+    gate, up, down, *biases, activation = fused.operands().flat()[:7]
     if gate is None or activation not in QUACK_ACTIVATIONS or any(bias is not None for bias in biases):
         raise Unavailable(f"has no {fused.fused_spec.kind.value} MLP with {activation}")
     with _requires("quack-kernels==0.4.1 nvidia-cutlass-dsl==4.4.2"):
@@ -115,7 +115,7 @@ def quack(eager, fused, x):
 
 def packed_gemm(eager, fused, x):
     """A hand-written version: one GEMM for gate and up, a compiled activation kernel, one GEMM for down."""
-    gate, up, down, gate_bias, up_bias, down_bias, activation = fused.operands().flat()
+    gate, up, down, gate_bias, up_bias, down_bias, activation = fused.operands().flat()[:7]
     weight, bias = _packed(gate, up), _packed(gate_bias, up_bias)
     activate = _compiled(_activate if gate is None else _activate_and_multiply)
     return lambda: F.linear(activate(F.linear(x, weight, bias), activation), down, down_bias)

@@ -32,11 +32,14 @@ def find_plan(key: ProblemKey) -> Plan:
     return UNFUSED if plan in unusable else plan
 
 
-def problem_key(m: int, operands: MLPOperands) -> ProblemKey:
-    """The problem of `m` tokens and an MLP's weights."""
+def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None) -> ProblemKey:
+    """The problem of `m` tokens of `dtype`, which is that of weights that are floats, and an MLP's weights."""
     gate, up, down, activation = operands
     first: Tensor = up.data if gate.data is None else gate.data
     aligned = first.data_ptr() % 16 == 0 and (down.data is None or down.data.data_ptr() % 16 == 0)
+    packed = gate.data is None or is_packed(gate.data, up.data)
+    if gate.scale is not None:
+        packed = packed and is_packed(gate.scale, up.scale)
     return ProblemKey(
         m=next_power_of_two(m),
         hidden=up.data.shape[1],
@@ -44,10 +47,11 @@ def problem_key(m: int, operands: MLPOperands) -> ProblemKey:
         out=0 if down.data is None else down.data.shape[0],
         gated=gate.data is not None,
         activation=activation,
-        dtype=up.data.dtype,
+        dtype=dtype or up.data.dtype,
         bias=any(matrix.bias is not None for matrix in (gate, up, down)),
-        one_block=aligned and (gate.data is None or is_packed(gate.data, up.data)),
+        one_block=aligned and packed,
         gpu=GPU.of(up.data.device),
+        storage=operands.storage,
     )
 
 
@@ -77,7 +81,7 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows
         return mlp_cuda(rows, operands) if has_rows(rows) else mlp_ref(x, *operands.flat())
 
-    plan = find_plan(problem_key(x.numel() // x.shape[-1], operands))
+    plan = find_plan(problem_key(x.numel() // x.shape[-1], operands, x.dtype))
     try:
         run = prepare(plan, x, operands)
         out = run(x, gate, up, down)

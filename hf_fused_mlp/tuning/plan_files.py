@@ -135,10 +135,19 @@ def kernel_hashes() -> dict[str, str]:
 
     Comments, docstrings, layout, launchers and the version of Python do not change it.
     """
-    folder = Path(kernels.__file__).parent
-    shared = kernel_code(folder.joinpath("_common.py").read_text())
-    codes = {name: shared + kernel_code(folder.joinpath(f"{name}.py").read_text(), name) for name in kernels.KERNELS}
+    codes = {name: _imported_code(name) + kernel_code(_source(name), name) for name in kernels.KERNELS}
     return {name: hashlib.sha256(code.encode()).hexdigest()[:16] for name, code in codes.items()}
+
+
+def _source(name: str) -> str:
+    return Path(kernels.__file__).with_name(f"{name}.py").read_text()
+
+
+def _imported_code(name: str) -> str:
+    """The canonical text of the Triton functions in the files of kernels that the file of a kernel imports."""
+    nodes = (node for node in ast.parse(_source(name)).body if isinstance(node, ast.ImportFrom))
+    folders = (node.module.rpartition(".") for node in nodes if node.module)
+    return "".join(kernel_code(_source(file)) for folder, _, file in folders if folder == kernels.__name__)
 
 
 def kernel_code(source: str, start: str | None = None) -> str:
@@ -220,6 +229,8 @@ def _stale_reason(document: Any, gpu: GPU, ignored: tuple[str, ...]) -> str | No
 
 def _to_json(tuned: TunedPlan) -> dict[str, Any]:
     key = {name: getattr(tuned.key, name) for name in get_type_hints(ProblemKey) if name != "gpu"}
+    if tuned.key.storage == "float":
+        del key["storage"]  # as in files that are older than FP8
     return {
         "problem": key | {"dtype": str(tuned.key.dtype).removeprefix("torch.")},
         "plan": asdict(tuned.plan),
@@ -279,7 +290,8 @@ def _typed(cls: type[T], values: dict[str, Any], **given: Any) -> T:
 
 
 def _order(key: ProblemKey) -> tuple:
-    return key.hidden, key.intermediate, key.out, key.gated, key.activation, str(key.dtype), key.bias, key.m
+    kind = key.gated, key.activation, str(key.dtype), key.bias, key.storage
+    return key.hidden, key.intermediate, key.out, *kind, key.m
 
 
 @contextmanager
