@@ -20,7 +20,9 @@ logger = logging.getLogger("hf_fused_mlp")
 M = TypeVar("M", bound=nn.Module)
 
 
-def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norms: bool = False) -> M:
+def fuse_model(
+    model: M, strict: bool = False, exclude: Iterable[str] = (), norms: bool = False, fp8_linears: bool = False
+) -> M:
     """Fuses every recognised MLP in place and logs which were skipped and why.
 
     Parameter names, `state_dict`, `save_pretrained` and `generate` behave as before. Fusing again fuses what is not
@@ -32,6 +34,8 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
         exclude: names of MLPs to skip, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
         norms: fuse RMSNorms too, each into one launch in eager mode without gradients; compiled code runs the
             original, so leave them out there. `strict` and `exclude` then apply to the report's `norms` as well.
+        fp8_linears: of an FP8 checkpoint, fuse the projections outside of MLPs too, so that it runs without kernels
+            from the Hub. `strict` and `exclude` then apply to the report's `fp8_linears` as well.
 
     Returns:
         `model`.
@@ -41,7 +45,7 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
         ValueError: an `exclude` that matches nothing; with `strict`, an MLP that cannot be fused, or none at all. The
             model is unchanged.
     """
-    return fuse_with(model, FusionOptions(strict=strict, exclude=exclude, norms=norms))
+    return fuse_with(model, FusionOptions(strict, exclude, norms, fp8_linears))
 
 
 def fuse_with(model: M, options: FusionOptions) -> M:

@@ -16,6 +16,7 @@ class FusionOptions:
     strict: bool = False
     exclude: Iterable[str] = ()
     norms: bool = False
+    fp8_linears: bool = False
 
     def __post_init__(self):
         if isinstance(self.exclude, str):

@@ -1,6 +1,7 @@
 """Layers of FP8 checkpoints (Transformers' `FP8Linear`): read, fused, packed, saved, and called where they must be."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.reference import fp8_linear_ref, quantize_ref
+from hf_fused_mlp.reference import dequantize, fp8_linear_ref, quantize_ref
 from hf_fused_mlp.validation import Errors
 from hf_fused_mlp.weights import is_packed
 
@@ -52,22 +53,23 @@ def on_gpu(monkeypatch):
     as_on_gpu(monkeypatch)
 
 
+def dequantized(model):
+    """A copy with the numbers that the FP8 layers stand for, in fp32."""
+    exact = copy.deepcopy(model)
+    for path, linear in list(exact.named_modules()):
+        if isinstance(linear, FP8Linear):
+            plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+            plain.weight.data = dequantize(linear.weight, linear.weight_scale_inv, torch.float32)
+            plain.bias = linear.bias
+            owner, _, name = path.rpartition(".")
+            setattr(exact.get_submodule(owner), name, plain)
+    return exact
+
+
 def as_accurate(got, expected, exact):
     """True if `got` is about as near to `exact` as `expected`, whose inputs are quantized too."""
     error, allowed = Errors.of(got, exact), Errors.of(expected, exact)
     return error.largest < 2 * allowed.largest and error.relative_rms < 1.1 * allowed.relative_rms
-
-
-def exact_output(mlp, x):
-    """The original's output with dequantized weights and nothing else rounded."""
-    twin = copy.deepcopy(mlp)
-    for linear in twin.modules():
-        if isinstance(linear, FP8Linear):
-            weight = linear.weight.double()
-            scale = linear.weight_scale_inv.double().repeat_interleave(128, 0).repeat_interleave(128, 1)
-            linear.weight = nn.Parameter(weight * scale[: weight.shape[0], : weight.shape[1]])
-            linear.bias = None if linear.bias is None else nn.Parameter(linear.bias.double())
-    return twin(x.double())
 
 
 @pytest.mark.parametrize("scales", ["fp32", "e8m0"])
@@ -77,7 +79,7 @@ def test_modules(path, scales, by_transformers, on_gpu):
     """No layer is called, and outputs are nearer to the truth than those of quantized inputs."""
     mlp = to_fp8(real_mlp(path, **SIZES), scales=scales)
     x = torch.randn(2, 3, SIZES["hidden_size"])
-    expected, exact = mlp(x), exact_output(mlp, x)
+    expected, exact = mlp(x), dequantized(nn.ModuleList([mlp]))[0].double()(x.double())
     state = {name: tensor.clone() for name, tensor in mlp.state_dict().items()}
     model = fuse_model(nn.ModuleList([mlp]), strict=True)
     (report,) = fusion_report(model).mlps
@@ -220,22 +222,70 @@ def test_halves_that_share_scales(on_gpu):
 
 @torch.no_grad()
 def test_a_whole_model(by_transformers, on_gpu):
-    """Attention in floats, MLPs in FP8: tokens are those of the same weights dequantized."""
-    model = to_fp8(tiny_model(**SIZES), names=("mlp",))
-    exact = copy.deepcopy(model)
+    """MLPs alone: attention calls its layers. All projections: none is called, and nothing else is in the way."""
+    model = to_fp8(tiny_model(**SIZES))
+    exact, ids = dequantized(model), token_ids(2, 7)
+    before = model(ids).logits
     fuse_model(model, strict=True)
     by_transformers.clear()
-    ids = token_ids(2, 7)
-    logits = model(ids).logits
+    model(ids)
+    assert len(by_transformers) == 2 * 4
+    assert {status.state for status in fusion_report(model).fp8_linears} == {"fusable"}
+
+    fuse_model(model, strict=True, fp8_linears=True)
+    by_transformers.clear()
+    torch.testing.assert_close(model(ids).logits, exact(ids).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.generate(ids, max_new_tokens=4), exact.generate(ids, max_new_tokens=4))
     assert by_transformers == []
-    for name, linear in list(exact.named_modules()):
-        if isinstance(linear, FP8Linear):
-            owner, _, child = name.rpartition(".")
-            plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
-            scale = linear.weight_scale_inv.repeat_interleave(128, 0).repeat_interleave(128, 1)
-            plain.weight.data = linear.weight.float() * scale
-            setattr(exact.get_submodule(owner), child, plain)
-    torch.testing.assert_close(logits, exact(ids).logits, atol=1e-5, rtol=1e-5)
+    report = fusion_report(model)
+    assert [(status.state, status.reason) for status in (*report.mlps, *report.fp8_linears)] == [("fused", None)] * 16
+    torch.save(copy.deepcopy(model), file := io.BytesIO())
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    unfuse_model(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_linears_of_an_mlp_that_is_left_alone(by_transformers, on_gpu):
+    """An excluded MLP calls its layers, which are fused."""
+    model = to_fp8(tiny_model(**SIZES))
+    ids, exact = token_ids(2, 7), dequantized(model)
+    names = ["*.mlp", "*.q_proj"]
+    fuse_model(model, exclude=names, fp8_linears=True)
+    torch.testing.assert_close(model(ids).logits, exact(ids).logits, atol=0.1, rtol=0.1)
+    assert len(by_transformers) == 2  # q_proj's
+
+
+def test_linears(by_transformers, on_gpu):
+    """Hooks see the call; biases, one token and none; gradients of the input; compiled; patched."""
+    layer = nn.Sequential(to_fp8(nn.ModuleDict({"proj": nn.Linear(200, 136)}))["proj"])
+    exact = dequantized(layer)
+    fuse_model(layer, strict=False, fp8_linears=True)
+    linear = layer[0]
+    seen = []
+    handle = linear.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    for shape in ((200,), (1, 200), (2, 3, 200), (0, 200)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), exact(x), atol=1e-5, rtol=1e-5)
+    assert len(seen) == 4
+    handle.remove()
+    x = torch.randn(3, 200, requires_grad=True)
+    (got,), (expected,) = (torch.autograd.grad(form(x).square().sum(), x) for form in (layer, exact))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), exact(x), atol=1e-5, rtol=1e-5)
+    assert by_transformers == []
+    linear.weight_scale_inv = nn.Parameter(linear.weight_scale_inv.half(), requires_grad=False)
+    assert "has scales [2, 2] of torch.float16" in fusion_report(layer).fp8_linears[0].reason
+    layer(x)
+    assert len(by_transformers) == 1
+
+
+def test_no_linear_in_fp8():
+    with pytest.raises(ValueError, match="strict: found no FP8Linear to fuse"):
+        fuse_model(tiny_model(), strict=True, fp8_linears=True)
 
 
 def test_quantizing_is_transformers(by_transformers):

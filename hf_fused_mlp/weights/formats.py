@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from hf_fused_mlp.calls import class_path, has_hooks, has_own_forward, is_hooked, only_aligns, runs_class_forward
+from hf_fused_mlp.calls import class_path, has_hooks, has_own_forward, is_hooked, is_wrapped, only_aligns
 from hf_fused_mlp.originals import LINEAR, runs_own_forward
 from hf_fused_mlp.types import FP8, SCALE_BLOCK, Matrix, has_block_scales
 
@@ -191,15 +191,29 @@ def _facts(forward: FunctionType) -> list:
     return originals + [(style.use_local_output, style.input_layouts, style.output_layouts) for style in styles]
 
 
+def is_fp8_linear(linear: nn.Module) -> bool:
+    """True for Transformers' `FP8Linear`, fused or not: a fused form has its class's name."""
+    return class_path(type(linear)) == _FP8_LINEAR
+
+
 def read_fp8(linear: nn.Module) -> Matrix | None:
     """Format 3: FP8 with a scale for each block. A call quantizes its input too, which the kernels need not do."""
-    if class_path(type(linear)) != _FP8_LINEAR:
+    if not is_fp8_linear(linear) or is_wrapped(linear) or not runs_own_forward(_original_class(linear)):
         return None
-    matrix = _fp8_matrix(linear._parameters, linear.__dict__["block_size"])
-    return None if matrix is None or is_hooked(linear) else matrix
+    if torch.compiler.is_compiling():
+        _ = linear.forward  # guards against a forward that is put on the instance later
+    return fp8_matrix(linear)
 
 
-def _fp8_matrix(parameters: Mapping[str, Any], block_size: Any) -> Matrix | None:
+def _original_class(linear: nn.Module) -> type[nn.Module]:
+    cls: Any = type(linear)
+    return getattr(cls, "original_class", cls)
+
+
+def fp8_matrix(linear: nn.Module) -> Matrix | None:
+    """The matrix of an `FP8Linear`, whatever its hooks; None if it has other scales, or something else beside it."""
+    own = linear.__dict__
+    parameters, block_size = own["_parameters"], own["block_size"]
     weight, scale = parameters.get("weight"), parameters.get("weight_scale_inv")
     is_block_scaled = (
         type(weight) in _PARAMETERS
@@ -217,14 +231,17 @@ def _fp8_matrix(parameters: Mapping[str, Any], block_size: Any) -> Matrix | None
 
 
 def _glance_at_fp8(linear: nn.Module) -> Matrix | None:
-    own = linear.__dict__
-    return _fp8_matrix(own["_parameters"], own["block_size"]) if runs_class_forward(linear) else None
+    own: Any = linear.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
+        return read_fp8(linear)
+    return fp8_matrix(linear) if runs_own_forward(_original_class(linear)) else None
 
 
-def _why_not_fp8(linear: nn.Module) -> str | None:
+def why_not_fp8(linear: nn.Module) -> str | None:
+    """Why `fp8_matrix` is None or without data, with the remedy; None if that is no matter of the format."""
     parameters: Any = linear._parameters
     weight, scale = parameters.get("weight"), parameters.get("weight_scale_inv")
-    block_size = linear.__dict__["block_size"]
+    block_size: Any = linear.__dict__["block_size"]
     if weight is not None and weight.dtype != FP8:
         return f"has a weight of {weight.dtype}, expected {FP8}; load the checkpoint as it was quantized"
     if block_size is None or tuple(block_size) != (SCALE_BLOCK, SCALE_BLOCK):
@@ -331,7 +348,7 @@ def _why_not_plain(linear: nn.Module) -> str | None:
 FORMATS: tuple[Format, ...] = (
     Format(frozenset(_LINEARS), read_plain, _why_not_plain),
     Format(frozenset({_NN_LINEAR}), read_column_shard),
-    Format(frozenset({_FP8_LINEAR}), read_fp8, _why_not_fp8, _glance_at_fp8),
+    Format(frozenset({_FP8_LINEAR}), read_fp8, why_not_fp8, _glance_at_fp8),
 )
 _READERS = tuple(row.read for row in FORMATS)
 
