@@ -100,6 +100,17 @@ def quantize_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     return (blocks / scale[..., None]).to(FP8).flatten(-2)[..., : x.shape[-1]], scale
 
 
+def quantize_weight_ref(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` `[N, K]` in FP8, as Transformers quantizes it: e4m3 `[N, K]` and the scales of a `Matrix`, in fp32."""
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % SCALE_BLOCK, 0, -rows % SCALE_BLOCK))
+    blocks = padded.unflatten(0, (-1, SCALE_BLOCK)).unflatten(2, (-1, SCALE_BLOCK))
+    scale = blocks.abs().amax((1, 3)) / torch.finfo(FP8).max
+    scale = scale.where(scale != 0, 1)
+    data = (blocks / scale[:, None, :, None]).to(FP8)
+    return data.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale
+
+
 def fp8_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` as Transformers' `FP8Linear` computes it: both sides in FP8, products and sums in fp32.
 

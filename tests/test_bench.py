@@ -20,7 +20,7 @@ from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.console import note
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.tuning.timing import Timing
-from hf_fused_mlp.validation import inaccuracy
+from hf_fused_mlp.validation import Errors, inaccuracy
 
 LLAMA, GEMMA, PHI, NEOX = (
     f"transformers.models.{name}"
@@ -119,7 +119,7 @@ def no(kind, activation):
     [
         (LLAMA, {}),
         (GEMMA, {"liger-mlp": no("gated", "gelu_tanh")}),
-        (PHI, {"liger-mlp": no("packed", "silu")}),
+        (PHI, {"liger-mlp": no("packed", "silu"), "fp8": "halves share scales"}),
         (NEOX, dict.fromkeys(("liger", "liger-mlp", "quack"), no("plain", "gelu"))),
     ],
     ids=["gated", "gated-gelu", "packed", "plain"],
@@ -134,9 +134,13 @@ def test_implementations_compute_the_mlp(path, absent):
             with pytest.raises(Unavailable, match=absent[name]):
                 implementation.prepare(eager, fused, x)
             continue
+        if implementation.name == "torchao-fp8":
+            continue  # needs a GPU
         answer = implementation.prepare(eager, fused, x)()
         assert answer.shape == expected.shape
-        if implementation.role != "floor":
+        if implementation.role == "quantized":
+            assert Errors.of(answer, oracle).relative_rms < 0.06
+        elif implementation.role != "floor":
             assert inaccuracy(answer, expected, oracle) is None, name
 
 
