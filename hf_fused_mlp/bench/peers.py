@@ -37,8 +37,8 @@ class Implementation:
     """One row.
 
     `ours` must be within tolerance, `eager` is the baseline, a `peer` is checked but timed anyway, a `floor` does not
-    compute an MLP, and what is `quantized` computes another one. An implementation that `trains` gives gradients to the
-    parameters of the eager module.
+    compute an MLP, and what is `quantized` computes another one. An implementation that `trains` gives gradients to
+    the parameters of the eager module.
     """
 
     name: str
