@@ -16,8 +16,9 @@ from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.console import fail, output
 from hf_fused_mlp.cli.list import table as list_table
 from hf_fused_mlp.cli.model_types import Entry, Found
-from hf_fused_mlp.cli.run import first_difference, report_table
+from hf_fused_mlp.cli.run import report_table
 from hf_fused_mlp.cli.validate import layer_table
+from hf_fused_mlp.numerics.logits import first_difference
 from hf_fused_mlp.numerics.report import LayerNumerics
 from hf_fused_mlp.report import FamilyReport, FusionReport, ModuleStatus
 

@@ -161,8 +161,6 @@ IMPLEMENTATIONS = {
         Implementation("two-gemms", two_gemms, "floor"),
     )
 }
-# the others tune themselves for each problem, which takes far longer than the measurement
-DEFAULT = ("fused", "eager", "compile", "liger", "packed-gemm", "two-gemms")
 
 
 @contextmanager
