@@ -1,13 +1,11 @@
 """The `hf-fused-mlp bench` commands: options, printing and exiting. What they measure is in `hf_fused_mlp.bench`."""
 
-import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import track
 
 from hf_fused_mlp.bench.names import (
     DEFAULT,
@@ -19,7 +17,7 @@ from hf_fused_mlp.bench.names import (
     ROUTINGS,
     WRAPPINGS,
 )
-from hf_fused_mlp.cli.console import console, fail, note, require_directory, token_counts
+from hf_fused_mlp.cli.console import fail, progress, require_directory, token_counts
 from hf_fused_mlp.integrations import demo
 
 if TYPE_CHECKING:
@@ -55,16 +53,6 @@ Plot = Annotated[
     Path | None,
     typer.Option(file_okay=False, help="A directory for SVG plots of all rows of the JSON, or else of this run."),
 ]
-
-
-class _Notes(logging.Handler):
-    """Prints what the measurements log, once each, on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
-
-
-logging.getLogger("hf_fused_mlp.bench").addHandler(_Notes())
 
 
 def mlp(
@@ -126,7 +114,7 @@ def compare(
     kind = dtype_of(dtype)
     header, kept, rows = measured(
         timed,
-        (measure(shape, count, kind, names) for shape, count in progress(problems)),
+        (measure(shape, count, kind, names) for shape, count in progress(problems, "measuring")),
         json_file,
         table,
         packages=packages_of(names),
@@ -156,7 +144,7 @@ def candidates(
     kind = dtype_of(dtype)
     _, _, rows = measured(
         "candidates",
-        (bench.measure(shape, count, kind) for shape, count in progress(problems)),
+        (bench.measure(shape, count, kind) for shape, count in progress(problems, "measuring")),
         json_file,
         table,
         wanted=lambda row: row["shape"] in shape_names and row["m"] in tokens,
@@ -191,7 +179,7 @@ def block(
     names = chosen("implementation", impl, IMPLEMENTATIONS)
     header, _, rows = measured(
         "block",
-        (bench.measure(shape, count, kind, passes, names) for count in progress(tokens)),
+        (bench.measure(shape, count, kind, passes, names) for count in progress(tokens, "measuring")),
         json_file,
         table,
         packages=packages_of(names),
@@ -265,7 +253,7 @@ def experts(
     problems = [(shape, count, kind) for shape in shape_names for kind in kinds for count in tokens]
     _, _, rows = measured(
         "experts",
-        (bench.measure(shape, count, kind, names, rounds) for shape, count, kind in progress(problems)),
+        (bench.measure(shape, count, kind, names, rounds) for shape, count, kind in progress(problems, "measuring")),
         json_file,
         table,
         by=("shape", "routing", "m"),
@@ -309,7 +297,7 @@ def generate(
         fail("generate needs a MODEL to measure, or --table FILE to print an earlier run")
     if model is not None and not model.endswith(".json"):
         require_directory(model)
-    batches = bench.measure(model or "", progress(workloads), kind, rounds)
+    batches = bench.measure(model or "", progress(workloads, "measuring"), kind, rounds)
     header, kept, rows = measured("end-to-end", batches, json_file, table, by=bench.WORKLOAD)
     print(bench.table(rows))
     draw(header, kept)
@@ -337,11 +325,6 @@ def measured(
         command = results.COMMANDS[timed]
         fail(f"bench needs a CUDA GPU, and PyTorch finds none; `bench {command} --table FILE` prints an earlier run")
     return collect(timed, batches, json_file, packages, by)
-
-
-def progress(problems: list[Any]) -> Iterable[Any]:
-    """The problems, with a progress bar on standard error while they are measured."""
-    return track(problems, "measuring", console=console)
 
 
 def dtype_of(name: str) -> "torch.dtype":

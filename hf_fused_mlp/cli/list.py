@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
-from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.cli.console import fail, output, progress
 
 if TYPE_CHECKING:
     from hf_fused_mlp.cli.model_types import Entry
@@ -47,8 +46,8 @@ def list_mlps(
         hint = f"did you mean {near}?" if near else "--all lists those that there are"
         fail(f"Transformers {transformers.__version__} has no model type {model_type!r}; {hint}")
 
-    names = MODEL_TYPES if model_type is None else [model_type]
-    entries = [examine(name)[0] for name in track(names, "building models", console=console, disable=not every)]
+    names = progress(MODEL_TYPES, "building models") if model_type is None else [model_type]
+    entries = [examine(name)[0] for name in names]
     if not every and entries[0].error:
         fail(f"{model_type}: {entries[0].error}")
     if as_json:

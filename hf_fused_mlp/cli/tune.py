@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import track
 from rich.table import Table
 
-from hf_fused_mlp.cli.console import console, fail, output, require_directory, token_counts
+from hf_fused_mlp.cli.console import console, fail, output, progress, require_directory, token_counts
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +59,7 @@ def tune(
     tuned = []
     tokens = sorted({next_power_of_two(count) for count in counts})
     problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
-    for key in track(problems, "tuning", console=console):
+    for key in progress(problems, "tuning"):
         try:
             tuned.append(tuner.tune(key))
         except torch.OutOfMemoryError:
