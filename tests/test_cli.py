@@ -312,6 +312,8 @@ def test_run_with_nothing_fusable(tmp_path):
     result = invoke("run", tmp_path)
     assert result.exit_code == 2
     assert "no MLP of this model was fused" in result.output
+    result = invoke("run", tmp_path, "--json")
+    assert result.stdout == "" and "GPT2MLP" in result.stderr, "the table that the error speaks of"
 
 
 @pytest.mark.parametrize(

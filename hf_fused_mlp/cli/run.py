@@ -51,6 +51,8 @@ def run(
     if not as_json:
         output.print(report_table(report))
     if not report.select("fused"):
+        if as_json:
+            console.print(report_table(report))
         fail("no MLP of this model was fused; the table says why")
 
     fused, original = compare(network, tokenizer, encode(tokenizer, prompt).to(network.device), max_new_tokens)
