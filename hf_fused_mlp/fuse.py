@@ -63,9 +63,9 @@ def fuse_with(model: M, options: FusionOptions) -> M:
         report = fusion_report(model)
     _log(_selected(report, wanted, options), options)
     if options.strict:
-        for device in {device_of(module) for module in model.modules() if isinstance(module, Fused)}:
-            if (reason := no_kernels(device)) is not None:
-                _warn_of_no_kernels(reason)
+        reasons = {no_kernels(device_of(module)) or "" for module in model.modules() if isinstance(module, Fused)}
+        if reasons and "" not in reasons:
+            _warn_of_no_kernels(", ".join(sorted(reasons)))
     return model
 
 
