@@ -71,4 +71,5 @@ def driver() -> str:
         return "none"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     result = subprocess.run(command, capture_output=True, text=True)
-    return " ".join(dict.fromkeys(result.stdout.split())) or result.stderr.strip()
+    lines = (result.stdout or result.stderr).strip().splitlines()  # one for each GPU, or why not
+    return " ".join(dict.fromkeys(lines))
