@@ -3,12 +3,11 @@
 import copy
 import datetime
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from hf_fused_mlp.validation import inaccuracy
 logger = logging.getLogger(__name__)
 
 
-def chosen(what: str, names: str, known: Mapping[str, Any]) -> list[str]:
+def chosen(what: str, names: str, known: Collection[str]) -> list[str]:
     """Splits the comma-separated `names`, `all` for every one, and returns them in the order of `known`.
 
     Raises:

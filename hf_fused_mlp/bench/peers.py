@@ -184,8 +184,6 @@ IMPLEMENTATIONS = {
         Implementation("torchao-fp8", torchao_fp8, "quantized", package="torchao"),
     )
 }
-# the others tune themselves for each problem, which takes far longer than the measurement
-DEFAULT = ("fused", "eager", "compile", "liger", "packed-gemm", "two-gemms")
 
 
 @contextmanager
