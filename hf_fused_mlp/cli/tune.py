@@ -28,6 +28,7 @@ def tune(
         POWERS_OF_TWO
     ),
     dtype: Annotated[str, typer.Option(help=f"auto (the model's own) or {', '.join(DTYPES)}.")] = "auto",
+    fp8: Annotated[bool, typer.Option("--fp8", help="For weights in FP8, with a scale for each block.")] = False,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -58,7 +59,8 @@ def tune(
     path = keep([], gpu, file)  # if it cannot be written, that is better known before than after
     tuned = []
     tokens = sorted({next_power_of_two(count) for count in counts})
-    problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
+    storage = "fp8" if fp8 else "float"
+    problems = [replace(key, m=m, gpu=gpu, storage=storage) for key in keys for m in tokens]
     for key in progress(problems, "tuning"):
         try:
             tuned.append(tuner.tune(key))
@@ -134,7 +136,8 @@ def report(tuned: "list[TunedPlan]") -> Iterator[Table]:
 def describe_problem(key: "ProblemKey") -> str:
     kind = "gated" if key.gated else "plain"
     bias = ", bias" if key.bias else ""
-    return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {str(key.dtype).removeprefix('torch.')}"
+    dtype = str(key.dtype).removeprefix("torch.") + ("" if key.storage == "float" else f", weights in {key.storage}")
+    return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {dtype}"
 
 
 def describe_config(config: "TileConfig") -> str:
