@@ -16,7 +16,7 @@ from hf_fused_mlp.types import GPU, MLPOperands, Plan, ProblemKey, TileConfig
 from hf_fused_mlp.validation import Errors, inaccuracy
 
 CONFIGS = {
-    "gemv": TileConfig("fp8_gemv", block_n=2, block_k=256, num_warps=4),
+    "gemv": TileConfig("fp8_gemv", block_n=4, block_k=256, num_warps=4),
     "skinny": TileConfig("fp8_skinny", block_m=16, block_n=32, block_k=128),
     "split": TileConfig("fp8_skinny", block_m=16, block_n=32, block_k=128, split_k=2),
     "dequantized": TileConfig("fp8_dequantized"),
@@ -39,7 +39,7 @@ def oracle(x, *operands):
 @pytest.mark.parametrize("scales", ["fp32", "e8m0"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("sizes", [(256, 384), (200, 136), (576, 192)], ids=str)
+@pytest.mark.parametrize("sizes", [(256, 128), (200, 136)], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_kernels(family, sizes, gated, bias, scales, device):
     H, I = sizes
@@ -143,7 +143,11 @@ def test_the_rule_is_right(m, gated, device, gemm_of, monkeypatch):
     if m == 512 or device.type == "cuda":
         small = key
     for launch, config in ((small.up, plan.up), (small.down, plan.down)):
-        launch = Launch.random(replace(launch, m=min(launch.m, 48)), bias=True, device=device)
+        # the interpreter takes a millisecond for a program
+        sizes = (
+            {"m": min(launch.m, 48), "n": launch.n} if device.type == "cuda" else {"m": min(launch.m, 20), "n": 128}
+        )
+        launch = Launch.random(replace(launch, **sizes), bias=True, device=device)
         assert correct(launch, [config]) == [config]
 
 
