@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from models import experts_as_on_gpu
 from torch import nn
 from transformers.integrations import moe
 
@@ -151,20 +152,8 @@ def test_near_misses(mixtral, monkeypatch):
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Calls take the paths of a GPU; the operator runs PyTorch's operations."""
-    from hf_fused_mlp import modes, ops
-
-    monkeypatch.setattr(modes, "no_kernels", lambda device: None)
-    monkeypatch.setattr(modes, "runs_now", lambda x: True)
-    calls, operator = [], ops.experts_if_fits
-
-    def counted(*args):
-        out = operator(*args)
-        calls.extend([] if out is None else [args])
-        return out
-
-    monkeypatch.setattr(ops, "experts_if_fits", counted)
-    return calls
+    """Calls take the paths of a GPU; the operator runs PyTorch's operations. A list of its calls."""
+    return experts_as_on_gpu(monkeypatch)
 
 
 def test_what_runs(mixtral, on_cpu):

@@ -1,0 +1,99 @@
+"""What people put around routed experts: adapters, hooks, offload, quantizers, training, in any order with fusing."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from models import experts_as_on_gpu, token_ids
+from test_experts import tiny
+
+from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp.families.experts import FusedExperts
+
+ORDERS = pytest.mark.parametrize("order", ["before", "after"])
+STACKS = "gate_up_proj", "down_proj"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Experts on a CPU take the paths that they take on a GPU; the calls of their operator."""
+    return experts_as_on_gpu(monkeypatch)
+
+
+def ids():
+    return token_ids(2, 7) % 64
+
+
+def lora(model, *names, stacks=STACKS):
+    """`model` with adapters of some effect on these parameters of its experts."""
+    peft = pytest.importorskip("peft")
+    for index, name in enumerate(names):
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj"], target_parameters=[f"mlp.experts.{stack}" for stack in stacks]
+        )
+        if index == 0:
+            model = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@ORDERS
+@pytest.mark.parametrize("stacks", [STACKS, STACKS[:1]], ids=["both", "one"])
+def test_lora(order, stacks, calls):
+    """An adapter runs the original forward, and the report says so; without it the operator runs."""
+    plain = lora(tiny(), "one", stacks=stacks)
+    if order == "before":
+        fused = fuse_model(lora(tiny(), "one", stacks=stacks), strict=True)
+    else:
+        fused = lora(fuse_model(tiny(), strict=True), "one", stacks=stacks)
+    with torch.no_grad():
+        assert torch.equal(fused(ids()).logits, plain(ids()).logits)
+        assert not calls
+        assert all(experts.state == "fused" for experts in fusion_report(fused).experts)
+        assert all("PEFT adapts" in experts.reason for experts in fusion_report(fused).experts)
+        with plain.disable_adapter(), fused.disable_adapter():
+            assert [experts.reason for experts in fusion_report(fused).experts] == [None, None]
+            torch.testing.assert_close(fused(ids()).logits, plain(ids()).logits, atol=1e-5, rtol=1e-5)
+        assert len(calls) == 2
+    grads = []
+    for model in (plain, fused):
+        model.train()
+        model(ids(), labels=ids()).loss.backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad(), model.eval()
+    assert sum(grad is not None for grad in grads[0].values()) == 2 * 2 * (1 + len(stacks))
+    for (name, grad), other in zip(grads[0].items(), grads[1].values(), strict=True):
+        assert (grad is None and other is None) or torch.equal(grad, other), name
+    assert len(calls) == 2
+
+    with torch.no_grad():
+        plain.merge_adapter(), fused.merge_adapter()
+        torch.testing.assert_close(fused(ids()).logits, plain(ids()).logits, atol=1e-5, rtol=1e-5)
+        assert len(calls) == 4
+        plain.unmerge_adapter(), fused.unmerge_adapter()
+        expected, merged = plain.merge_and_unload(), fused.merge_and_unload()
+        assert all(isinstance(layer.mlp.experts, FusedExperts) for layer in merged.model.layers)
+        assert [experts.reason for experts in fusion_report(merged).experts] == [None, None]
+        torch.testing.assert_close(merged(ids()).logits, expected(ids()).logits, atol=1e-5, rtol=1e-5)
+        assert len(calls) == 6
+        assert torch.equal(unfuse_model(merged)(ids()).logits, expected(ids()).logits)
+
+
+def test_lora_by_the_door_of_transformers(calls):
+    plain, model = lora(tiny(), "one", "two"), lora(tiny(experts_implementation="hf_fused_mlp"), "one", "two")
+    plain.get_base_model().set_experts_implementation("grouped_mm")
+    with torch.no_grad():
+        for adapter in ("one", "two"):
+            plain.set_adapter(adapter), model.set_adapter(adapter)
+            assert torch.equal(model(ids()).logits, plain(ids()).logits)
+        assert not calls
+        with plain.disable_adapter(), model.disable_adapter():
+            torch.testing.assert_close(model(ids()).logits, plain(ids()).logits, atol=1e-5, rtol=1e-5)
+        assert len(calls) == 2
