@@ -97,3 +97,101 @@ def test_lora_by_the_door_of_transformers(calls):
         with plain.disable_adapter(), model.disable_adapter():
             torch.testing.assert_close(model(ids()).logits, plain(ids()).logits, atol=1e-5, rtol=1e-5)
         assert len(calls) == 2
+
+
+@ORDERS
+@pytest.mark.parametrize("offload", ["cpu", "disk", "one layer on disk", "none"])
+@torch.no_grad()
+def test_accelerate(offload, order, tmp_path, calls):
+    """The operator reads the weights that a hook around the experts has fetched for the call."""
+    plain, model = tiny(), tiny()
+    expected = plain(ids()).logits
+    if order == "after":
+        fuse_model(model, strict=True)
+    if offload == "cpu":
+        cpu_offload(model, torch.device("cpu"))
+    elif offload == "disk":
+        disk_offload(model, tmp_path, torch.device("cpu"))
+    else:
+        places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm"), "cpu")
+        places |= {"lm_head": "cpu", "model.layers.1": "cpu" if offload == "none" else "disk"}
+        dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    fuse_model(model, strict=True)
+    assert model.model.layers[1].mlp.experts.down_proj.is_meta == (offload != "none")
+    torch.testing.assert_close(model(ids()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 2
+    assert not any(operand.is_meta for call in calls for operand in call[3][:2])
+    assert [(experts.state, experts.reason) for experts in fusion_report(model).experts] == [("fused", None)] * 2
+
+    unfuse_model(model)
+    assert torch.equal(model(ids()).logits, expected)
+    assert len(calls) == 2
+    fuse_model(model, strict=True)
+    if offload == "none":  # the others keep their weights on meta
+        remove_hook_from_submodules(model)
+    torch.testing.assert_close(model(ids()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 4
+
+
+@ORDERS
+@torch.no_grad()
+def test_a_forward_on_the_instance(order, calls):
+    """It runs, whether it was put there before or after fusing, and the report says so."""
+    model = tiny()
+    experts = model.model.layers[0].mlp.experts
+    if order == "after":
+        fuse_model(model, strict=True)
+    experts.forward = lambda x, *routing: 2 * type(experts).forward(experts, x, *routing)
+    doubled = model(ids()).logits
+    fuse_model(model)
+    assert torch.equal(model(ids()).logits, doubled)
+    first, second = fusion_report(model).experts
+    assert (second.state, second.reason) == ("fused", None)
+    if order == "after":
+        assert first.state == "fused" and "was replaced since" in first.reason
+    else:
+        assert first.state == "skipped" and "replaced on the instance" in first.reason
+
+
+def gradients(model, **options):
+    loss = model(ids(), labels=ids(), **options).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("door", ["class", "interface"])
+@pytest.mark.parametrize("how", ["plain", "autocast", "checkpointing", "reentrant checkpointing", "evaluation mode"])
+def test_gradients(how, door, calls):
+    """Bit for bit the original's, which runs: nothing of ours has gradients."""
+    found = []
+    for fused in (False, True):
+        model = tiny().train(how != "evaluation mode")
+        model.set_experts_implementation("eager" if door == "class" else "grouped_mm")
+        if fused and door == "class":
+            fuse_model(model, strict=True)
+            reason = "in training mode, where the original forward runs" if model.training else None
+            assert [experts.reason for experts in fusion_report(model).experts] == [reason] * 2
+        elif fused:
+            model.set_experts_implementation("hf_fused_mlp")
+        if "checkpointing" in how:
+            model.gradient_checkpointing_enable({"use_reentrant": how.startswith("reentrant")})
+            model.enable_input_require_grads()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            found.append(gradients(model))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, grad in found[0][1].items():
+        assert torch.equal(found[1][1][name], grad), name
+    assert not calls
+
+
+@pytest.mark.parametrize("door", ["class", "interface"])
+@torch.no_grad()
+def test_autocast_without_gradients(door, calls):
+    """Autocast rounds what the operator would not."""
+    model = tiny()
+    model.set_experts_implementation("grouped_mm")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids()).logits
+        fuse_model(model, strict=True) if door == "class" else model.set_experts_implementation("hf_fused_mlp")
+        assert torch.equal(model(ids()).logits, expected)
+    assert not calls

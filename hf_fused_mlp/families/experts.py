@@ -49,6 +49,8 @@ class FusedExperts(Fused):
         if operands_of(self, self.fused_spec) is None:
             return Runs("its weights or attributes are no longer those that were read, so the original forward runs")
         reason = None if functions_are_own() else why_functions_are_not_own()
+        if self.training:
+            reason = "in training mode, where the original forward runs"
         return Runs(reason or modes.no_kernels(device or device_of(self)))
 
     def call_inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
@@ -84,7 +86,10 @@ def fused_output(module: nn.Module, spec: ExpertsSpec, x: Any, ids: Any, weights
     """
     if not (isinstance(x, Tensor) and isinstance(ids, Tensor) and isinstance(weights, Tensor)):
         return None
-    if torch.is_grad_enabled() or not functions_are_own() or (operands := operands_of(module, spec)) is None:
+    # in training mode too, since reentrant checkpointing turns gradients off and computes the outputs again later
+    if torch.is_grad_enabled() or module.training or not functions_are_own():
+        return None
+    if (operands := operands_of(module, spec)) is None:
         return None
     if torch.compiler.is_compiling():
         usual = modes.is_ordinary(x) and not modes.autocasts() and modes.no_kernels(x.device) is None
