@@ -1,6 +1,5 @@
 """What people put around routed experts: adapters, hooks, offload, quantizers, training, in any order with fusing."""
 
-import copy
 
 import pytest
 import torch
@@ -8,6 +7,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from models import experts_as_on_gpu, token_ids
 from test_experts import tiny
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, GptOssConfig, TorchAoConfig
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.families.experts import FusedExperts
@@ -194,4 +194,72 @@ def test_autocast_without_gradients(door, calls):
         expected = model(ids()).logits
         fuse_model(model, strict=True) if door == "class" else model.set_experts_implementation("hf_fused_mlp")
         assert torch.equal(model(ids()).logits, expected)
+    assert not calls
+
+
+def fp8(model):
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    replace_with_fp8_linear(model, quantization_config=FineGrainedFP8Config())
+
+
+def mxfp4(model):
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    config = GptOssConfig(hidden_size=32, intermediate_size=24, num_local_experts=6)
+    for layer in model.model.layers:
+        layer.mlp.experts = Mxfp4GptOssExperts(config)
+
+
+def gguf(model):
+    utils = pytest.importorskip("transformers.integrations.gguf.utils")
+    for layer in model.model.layers:
+        layer.mlp.experts = utils.GgufExperts(6, 32, 24, 2, 2, torch.nn.SiLU())
+
+
+QUANTIZED = {
+    fp8: "gate_up_proj is Parameter of torch.float8_e4m3fn, expected a Parameter of fp16, bf16 or fp32",
+    mxfp4: "routed experts, whose weights are one tensor (experts.gate_up_proj [6, 48, 16])",
+    gguf: "routed experts, whose weights are one tensor (experts.gate_up_proj [6, 48, 18])",
+}
+
+
+@pytest.mark.parametrize("quantize", QUANTIZED, ids=lambda function: function.__name__)
+def test_quantized_experts_are_left_alone(quantize):
+    """Before, and where they come after fusing."""
+    for fused in (False, True):
+        with torch.device("meta"):
+            model = tiny()
+            quantize(fuse_model(model) if fused else model)
+        report = fusion_report(fuse_model(model))
+        assert [module.state for module in (*report.experts, *report.mlps)] == ["skipped"] * 2
+        assert all(QUANTIZED[quantize] in module.reason for module in (*report.experts, *report.mlps))
+
+
+@torch.no_grad()
+def test_bitsandbytes(tmp_path, calls):
+    """It quantizes the projections around experts only, which fuse."""
+    pytest.importorskip("bitsandbytes")
+    tiny().save_pretrained(tmp_path)
+    how = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, **how)
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path, **how, use_fused_mlp=True)
+    assert [(experts.state, experts.reason) for experts in fusion_report(fused).experts] == [("fused", None)] * 2
+    torch.testing.assert_close(fused(ids()).logits, plain(ids()).logits, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_torchao(tmp_path, calls):
+    """Experts of which a stack is quantized run as they are, by both doors."""
+    quantization = pytest.importorskip("torchao.quantization")
+    tiny().save_pretrained(tmp_path)
+    config = quantization.FqnToConfig({r"re:.*experts\.down_proj": quantization.Int8WeightOnlyConfig()})
+    how = {"quantization_config": TorchAoConfig(config), "device_map": "cpu", "experts_implementation": "eager"}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, **how)
+    expected = plain(ids()).logits
+    assert not torch.equal(expected, tiny()(ids()).logits), "it is quantized"
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path, **how, use_fused_mlp=True)
+    assert all("down_proj is Int8Tensor" in experts.reason for experts in fusion_report(fused).experts)
+    assert torch.equal(fused(ids()).logits, expected)
     assert not calls

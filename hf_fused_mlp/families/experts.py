@@ -4,7 +4,7 @@ Calls that need gradients, or whose weights are not as they were read, run the o
 `experts_implementation` the model's config names.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -136,7 +136,9 @@ class ExpertsFamily(Family):
         if spec is None:
             return None
         if isinstance(spec, str):
-            return Finding("skipped", f"{spec}; pass exclude=[...] to leave this module as it is")
+            stacks = {"gate_up_proj", "up_proj", "down_proj"} & module._parameters.keys()
+            reason = _why_not_plain(module, stacks) or f"{spec}; pass exclude=[...] to leave this module as it is"
+            return Finding("skipped", reason)
         return Finding.of(why_not_swappable(module, FusedExperts, spec) or _reject_reason(module, spec), spec)
 
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> None:
@@ -153,7 +155,12 @@ def _reject_reason(module: nn.Module, spec: ExpertsSpec) -> str | None:
     """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
     if has_own_forward(module):
         return OWN_FORWARD
-    for name in filter(None, (spec.up, spec.down, spec.up_bias, spec.down_bias)):
+    return _why_not_plain(module, filter(None, (spec.up, spec.down, spec.up_bias, spec.down_bias)))
+
+
+def _why_not_plain(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Which of these weights no kernel reads, quantized ones for example, with the remedy, or None."""
+    for name in names:
         parameter = module._parameters.get(name)
         if type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES:
             found = "missing" if parameter is None else f"{type(parameter).__name__} of {parameter.dtype}"
