@@ -56,6 +56,14 @@ def tiny_model(model_type="llama", dtype=torch.float32, **changes):
     return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype).eval()
 
 
+def tiny_moe(model_type="qwen3_moe", **changes):
+    """The same with six routed experts, or as many as `num_experts` says, of which a token takes two."""
+    sizes = {"num_local_experts" if model_type == "mixtral" else "num_experts": changes.pop("num_experts", 6)}
+    return tiny_model(
+        model_type, **sizes, num_experts_per_tok=2, moe_intermediate_size=48, **{"intermediate_size": 48} | changes
+    )
+
+
 def mlp_class(path):
     module, name = path.rsplit(".", 1)
     return getattr(importlib.import_module(module), name)

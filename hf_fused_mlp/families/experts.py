@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fused_mlp import modes, ops
-from hf_fused_mlp.calls import OWN_FORWARD, device_of, has_own_forward
+from hf_fused_mlp.calls import device_of, has_own_forward
 from hf_fused_mlp.families.base import Family
 from hf_fused_mlp.launch_cache import answer, experts_kind
 from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
@@ -136,7 +136,7 @@ class ExpertsFamily(Family):
         if spec is None:
             return None
         if isinstance(spec, str):
-            stacks = {"gate_up_proj", "up_proj", "down_proj"} & module._parameters.keys()
+            stacks = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in module._parameters]
             reason = _why_not_plain(module, stacks) or f"{spec}; pass exclude=[...] to leave this module as it is"
             return Finding("skipped", reason)
         return Finding.of(why_not_swappable(module, FusedExperts, spec) or _reject_reason(module, spec), spec)
@@ -154,7 +154,10 @@ class ExpertsFamily(Family):
 def _reject_reason(module: nn.Module, spec: ExpertsSpec) -> str | None:
     """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
     if has_own_forward(module):
-        return OWN_FORWARD
+        return (
+            "its forward was replaced on the instance, as expert and tensor parallelism do; "
+            'experts_implementation="hf_fused_mlp" fuses what that calls; or pass exclude=[...]'
+        )
     return _why_not_plain(module, filter(None, (spec.up, spec.down, spec.up_bias, spec.down_bias)))
 
 
