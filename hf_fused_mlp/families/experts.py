@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_fused_mlp import modes, ops
-from hf_fused_mlp.calls import device_of, has_own_forward
+from hf_fused_mlp.calls import OWN_FORWARD, device_of, has_own_forward
 from hf_fused_mlp.families.base import Family
 from hf_fused_mlp.launch_cache import answer, experts_kind
 from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
-from hf_fused_mlp.reading.experts import ExpertsSpec, activation_of, find_experts
+from hf_fused_mlp.reading.experts import ExpertsSpec, activation_of, find_experts, gate_of, original_of
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
 from hf_fused_mlp.types import GPU, ExpertsOperands
@@ -31,7 +31,7 @@ class FusedExperts(Fused):
 
     def __init_subclass__(cls, **kwargs):
         if original := vars(cls).get("original_class"):
-            type.__setattr__(cls, "_gate_read", original._apply_gate)
+            type.__setattr__(cls, "_gate_read", gate_of(original))
 
     def forward(self, *args, **kwargs):
         cls: Any = type(self)  # read once: another thread may unfuse the module meanwhile
@@ -72,7 +72,7 @@ def _keeps_code(module: FusedExperts, cls: type[FusedExperts]) -> bool:
     return (
         forward is cls.original_forward
         and forward.__code__ is cls.original_code
-        and original._apply_gate is cls._gate_read
+        and gate_of(original) is cls._gate_read
         and "_apply_gate" not in module.__dict__
     )
 
@@ -154,6 +154,8 @@ class ExpertsFamily(Family):
 def _reject_reason(module: nn.Module, spec: ExpertsSpec) -> str | None:
     """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
     if has_own_forward(module):
+        if original_of(type(module).forward) is None:
+            return OWN_FORWARD
         return (
             "its forward was replaced on the instance, as expert and tensor parallelism do; "
             'experts_implementation="hf_fused_mlp" fuses what that calls; or pass exclude=[...]'
