@@ -153,6 +153,16 @@ def fsdp(where, before):
     for (name, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
         torch.testing.assert_close(whole_of(q), whole_of(p), msg=name)
 
+    plain = sharded(tiny_moe().to(where).eval())
+    model = tiny_moe().to(where).eval()
+    model = fuse_model(sharded(model)) if before else sharded(fuse_model(model, strict=True))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        calls = experts_as_on_gpu(patch)
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+        assert len(calls) == (0 if before else 2)  # of gathered weights
+    if before:
+        assert all("fuse before weights are sharded" in experts.reason for experts in fusion_report(model).experts)
+
 
 @pytest.mark.gpu
 @GPUS
