@@ -128,7 +128,9 @@ def _finding(family: Family, name: str, modules: dict[str, nn.Module]) -> Findin
     module = modules[name]
     if not isinstance(module, Fused):
         return family.examine(module)
-    return Finding("fused", why_adapted(name, modules) or _remark(module)) if isinstance(module, family.mixin) else None
+    if not isinstance(module, family.mixin):
+        return None
+    return Finding("fused", why_adapted(name, modules) or _remark(module))
 
 
 def _remark(module: Fused) -> str | None:

@@ -1,6 +1,5 @@
 """What people put around routed experts: adapters, hooks, offload, quantizers, training, in any order with fusing."""
 
-
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model

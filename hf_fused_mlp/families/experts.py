@@ -170,7 +170,7 @@ def _why_not_plain(module: nn.Module, names: Iterable[str]) -> str | None:
         if type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES:
             found = "missing" if parameter is None else f"{type(parameter).__name__} of {parameter.dtype}"
             return (
-                f"{name} is {found}, expected a Parameter of fp16, bf16 or fp32; load without quantization_config, and "
-                "fuse before weights are sharded"
+                f"{name} is {found}, expected a Parameter of fp16, bf16 or fp32; load without quantization_config, "
+                "and fuse before weights are sharded"
             )
     return None

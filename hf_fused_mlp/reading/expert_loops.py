@@ -202,8 +202,8 @@ class Loop:
 class Gate:
     """An `_apply_gate`: the attributes that hold its limit and the factor in its sigmoid, and what is added to up.
 
-    `activation` is its own; None for the module's `act_fn`, and where there is an `alpha`. One that `clamps_last`, after
-    the activation, is the equation of no kernel unless its limit is infinite.
+    `activation` is its own; None for the module's `act_fn`, and where there is an `alpha`. If it
+    `clamps_last`, after the activation, no kernel computes it unless the limit is infinite.
     """
 
     text: object

@@ -1,4 +1,4 @@
-"""Finding the equation of routed experts: classes whose forward is a known loop, with Transformers' decorator or not."""
+"""Finding the equation of routed experts: classes whose forward is a known loop, marked by Transformers or not."""
 
 import ast
 import sys

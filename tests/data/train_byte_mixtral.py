@@ -1,7 +1,7 @@
 """Trains the Mixtral model in `byte_mixtral/`: 1.3 M parameters, 8 experts of which a byte takes 2.
 
-It stands in for a real Mixtral checkpoint in the tests, as the model of `train_byte_neox.py` does for GPT-NeoX, and learns
-the same text. Ten minutes on a CPU core:
+It stands in for a real Mixtral checkpoint in the tests, as the model of `train_byte_neox.py` does for GPT-NeoX. Ten
+minutes on one CPU core:
 
     python tests/data/train_byte_mixtral.py
 """
