@@ -15,7 +15,7 @@ from models import as_on_gpu, experts_as_on_gpu, tiny_model
 from numerics import assert_accurate, run_plan
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from hf_fused_mlp import fuse_model, fusion_report, ops, unfuse_model
+from hf_fused_mlp import fuse_model, fusion_report, launch_cache, ops, unfuse_model
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.integrations import demo
 
@@ -242,6 +242,7 @@ def test_byte_mixtral_through_the_kernels(order, rows, device, monkeypatch):
     fuse_model(model, strict=True)
     experts_as_on_gpu(monkeypatch)
     monkeypatch.setattr(ops, "experts_if_fits", run)
+    launch_cache.remembered.clear()
     logits = model(ids).logits
     assert len(calls) == 3
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
