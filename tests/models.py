@@ -57,11 +57,10 @@ def tiny_model(model_type="llama", dtype=torch.float32, **changes):
 
 
 def tiny_moe(model_type="qwen3_moe", **changes):
-    """The same with six routed experts, or as many as `num_experts` says, of which a token takes two."""
-    sizes = {"num_local_experts" if model_type == "mixtral" else "num_experts": changes.pop("num_experts", 6)}
-    return tiny_model(
-        model_type, **sizes, num_experts_per_tok=2, moe_intermediate_size=48, **{"intermediate_size": 48} | changes
-    )
+    """The same with six routed experts, of which a token takes two."""
+    count = "num_local_experts" if model_type == "mixtral" else "num_experts"
+    sizes = {count: 6, "num_experts_per_tok": 2, "intermediate_size": 48, "moe_intermediate_size": 48}
+    return tiny_model(model_type, **sizes | changes)
 
 
 def mlp_class(path):

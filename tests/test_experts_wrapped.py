@@ -152,8 +152,31 @@ def test_a_forward_on_the_instance(order, calls):
         assert first.state == "skipped" and "replaced on the instance" in first.reason
 
 
-def gradients(model, **options):
-    loss = model(ids(), labels=ids(), **options).loss
+@ORDERS
+@torch.no_grad()
+def test_a_forward_around_another(order, calls):
+    """One that keeps the forward which it found, as parallelism does, keeps the fused one if that was there."""
+    model = tiny()
+    expected = model(ids()).logits
+    experts = model.model.layers[0].mlp.experts
+    if order == "after":
+        fuse_model(model, strict=True)
+    found = experts.forward
+    experts.forward = lambda *args: found(*args)
+    fuse_model(model)
+    torch.testing.assert_close(model(ids()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == (2 if order == "after" else 1)
+    first, second = fusion_report(model).experts
+    assert first.state == ("fused" if order == "after" else "skipped") and first.reason and second.reason is None
+    assert torch.equal(unfuse_model(model)(ids()).logits, expected)
+    assert len(calls) == (2 if order == "after" else 1)
+    model.set_experts_implementation("hf_fused_mlp")  # reaches what was found
+    torch.testing.assert_close(model(ids()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == (4 if order == "after" else 3)
+
+
+def gradients(model):
+    loss = model(ids(), labels=ids()).loss
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 

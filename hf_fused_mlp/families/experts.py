@@ -45,7 +45,7 @@ class FusedExperts(Fused):
 
     def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
         if has_own_forward(self) or not _keeps_code(self, type(self)):
-            return Runs("its forward or its gate was replaced since it was fused, so the original forward runs")
+            return Runs("its forward or its gate was replaced since it was fused, and what took its place runs")
         if operands_of(self, self.fused_spec) is None:
             return Runs("its weights or attributes are no longer those that were read, so the original forward runs")
         reason = None if functions_are_own() else why_functions_are_not_own()
