@@ -241,8 +241,8 @@ def gguf(model):
 
 QUANTIZED = {
     fp8: "gate_up_proj is Parameter of torch.float8_e4m3fn, expected a Parameter of fp16, bf16 or fp32",
-    mxfp4: "routed experts, whose weights are one tensor (experts.gate_up_proj [6, 48, 16])",
-    gguf: "routed experts, whose weights are one tensor (experts.gate_up_proj [6, 48, 18])",
+    mxfp4: "routed experts, whose weights are one tensor (experts.gate_up_proj",
+    gguf: "routed experts, whose weights are one tensor (experts.gate_up_proj",
 }
 
 
