@@ -1,27 +1,29 @@
 """Fusing a model in place, undoing it, and reporting what is fused. Knows no family: each is asked once a module."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_fused_mlp.calls import why_adapted
+from hf_fused_mlp.calls import device_of, why_adapted
 from hf_fused_mlp.families import FAMILIES, Family
-from hf_fused_mlp.options import FusionOptions
+from hf_fused_mlp.logs import logger
+from hf_fused_mlp.modes import no_kernels
+from hf_fused_mlp.options import FusionError, FusionOptions
 from hf_fused_mlp.report import FamilyReport, Finding, FusionReport, ModuleStatus
 from hf_fused_mlp.swap import Fused, fuse, unfuse_module, was_changed
 from hf_fused_mlp.threads import LOCK
 
-logger = logging.getLogger("hf_fused_mlp")
-
 M = TypeVar("M", bound=nn.Module)
 
 
-def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norms: bool = False) -> M:
+def fuse_model(
+    model: M, strict: bool = False, exclude: Iterable[str] = (), norms: bool = False, fp8_linears: bool = False
+) -> M:
     """Fuses every recognised MLP in place and logs which were skipped and why.
 
     Parameter names, `state_dict`, `save_pretrained` and `generate` behave as before. Fusing again fuses what is not
@@ -33,16 +35,18 @@ def fuse_model(model: M, strict: bool = False, exclude: Iterable[str] = (), norm
         exclude: names of MLPs to skip, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
         norms: fuse RMSNorms too, each into one launch in eager mode without gradients; compiled code runs the
             original, so leave them out there. `strict` and `exclude` then apply to the report's `norms` as well.
+        fp8_linears: of an FP8 checkpoint, fuse the projections outside of MLPs too, so that it runs without kernels
+            from the Hub. `strict` and `exclude` then apply to the report's `fp8_linears` as well.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exclude` is a string.
-        ValueError: an `exclude` that matches nothing; with `strict`, an MLP that cannot be fused, or none at all. The
+        FusionError: an `exclude` that matches nothing; with `strict`, an MLP that cannot be fused, or none at all. The
             model is unchanged.
     """
-    return fuse_with(model, FusionOptions(strict=strict, exclude=exclude, norms=norms))
+    return fuse_with(model, FusionOptions(strict, exclude, norms, fp8_linears))
 
 
 def fuse_with(model: M, options: FusionOptions) -> M:
@@ -62,6 +66,10 @@ def fuse_with(model: M, options: FusionOptions) -> M:
                 module.repack()
         report = fusion_report(model)
     _log(_selected(report, wanted, options), options)
+    if options.strict:
+        reasons = {no_kernels(device_of(module)) or "" for module in model.modules() if isinstance(module, Fused)}
+        if reasons and "" not in reasons:
+            _warn_of_no_kernels(", ".join(sorted(reasons)))
     return model
 
 
@@ -69,13 +77,13 @@ def unfuse_model(model: M) -> M:
     """Undoes `fuse_model` in place, bit for bit; moves only weights that fusing moved. Returns `model`.
 
     Raises:
-        ValueError: a fused module was given another class since; the model is unchanged.
+        FusionError: a fused module was given another class since; the model is unchanged.
     """
     with LOCK:
         fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
         for name, module in fused.items():
             if was_changed(module):
-                raise ValueError(
+                raise FusionError(
                     f"unfuse_model: {name or 'the model'} has become a {type(module).__name__} since it was fused, by "
                     "FSDP or a parametrization, for example; undo that first"
                 )
@@ -175,7 +183,7 @@ def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions
     """The part of a report that the options are about: families that are wanted, without excluded modules.
 
     Raises:
-        ValueError: an excluded name matches nothing.
+        FusionError: an excluded name matches nothing.
     """
     groups = [report.of(family.name) for family in wanted]
     for pattern in options.exclude:
@@ -183,11 +191,11 @@ def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions
             for family in FAMILIES:
                 if any(_matches(module, pattern) for module in report.of(family.name).modules):
                     what = f"{family.noun}s, which are fused with {family.option}=True only"
-                    raise ValueError(f"exclude: {pattern!r} matches {what}; pass that too, or leave out the name")
+                    raise FusionError(f"exclude: {pattern!r} matches {what}; pass that too, or leave out the name")
             held = [group for group in groups if group.modules] or groups[:1]
             what = " or ".join(group.noun for group in held)
             names = ", ".join(module.name for group in held for module in group.modules[:3]) or "none"
-            raise ValueError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
+            raise FusionError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
 
     def kept(group: FamilyReport) -> FamilyReport:
         excluded = options.exclude
@@ -198,22 +206,22 @@ def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions
 
 
 def _require_fusable(found: list[Examined], report: FusionReport, wanted: list[Family]) -> None:
-    """Raises ValueError if the model has nothing to fuse, or if a selected module cannot be fused."""
+    """Raises FusionError if the model has nothing to fuse, or if a selected module cannot be fused."""
     families = [entry.family for entry in found]
     default = [family for family in wanted if family.option is None]
     if not any(family in families for family in default):
         others = Counter(entry.family for entry in found if entry.finding.state == "fusable")
         hints = (f"; without strict, {f.option}=True fuses its {count} {f.noun}s" for f, count in others.items())
-        raise ValueError(default[0].none_found + "".join(hints))
+        raise FusionError(default[0].none_found + "".join(hints))
     for family in wanted:
         if family.option is not None and family not in families:
-            raise ValueError(family.none_found)
+            raise FusionError(family.none_found)
     for group in report.families:
         if skipped := group.select("skipped"):
             listed = "\n".join(f"  {module.name} ({module.class_name}): {module.reason}" for module in skipped[:5])
             more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
             nouns = f"{group.noun}s"
-            raise ValueError(
+            raise FusionError(
                 f"strict: {len(skipped)} of {len(group.modules)} {nouns} cannot be fused; nothing was changed\n"
                 f"{listed}{more}"
             )
@@ -233,8 +241,18 @@ def _fuse_all(entries: list[Examined]) -> None:
 
 
 def _log(report: FusionReport, options: FusionOptions) -> None:
-    """Logs the report: a warning if something is unfused, unless everything was excluded or there is none to fuse on
-    request."""
+    """Logs the report as a warning if something is unfused, unless everything was excluded or there is none to fuse on
+    request; otherwise a line."""
     groups = [group for group in report.shown if group.modules or not options.exclude]
     complete = all((group.modules or group.optional) and not group.select("skipped") for group in groups)
-    logger.log(logging.INFO if complete else logging.WARNING, "\n".join(map(str, groups)))
+    if not complete:
+        logger.warning("\n".join(map(str, groups)))
+    elif groups:
+        counts = (f"{len(group.select('fused'))} of {len(group.modules)} {group.noun}s" for group in groups)
+        logger.info("fused %s", ", ".join(counts))
+
+
+@cache
+def _warn_of_no_kernels(reason: str) -> None:
+    """Logs a warning once: `strict` is about what can be fused, wherever the model is."""
+    logger.warning("strict: fused, but no kernel runs: %s", reason)

@@ -72,9 +72,14 @@ def _aligned(tensors: list[Tensor]) -> bool:
 
 def mlp_kind(gate: tuple, up: tuple, down: tuple, activation: str) -> Hashable:
     """The kind of an MLP's call: which tensors its matrices have, and whether gate and up are packed."""
-    first = gate[0]
-    packed = None if first is None else up[0].data_ptr() - first.data_ptr() == first.nbytes
-    return activation, packed, down[0] is None, gate[2] is None, up[2] is None, down[2] is None
+    (first, first_scale, first_bias), (data, scale, bias), (last, last_scale, last_bias) = gate, up, down
+    packed = None if first is None else data.data_ptr() - first.data_ptr() == first.nbytes
+    kind = activation, packed, last is None, first_bias is None, bias is None, last_bias is None
+    if scale is None:
+        return kind
+    # scales are packed or not by themselves
+    scales_packed = first_scale is not None and scale.data_ptr() - first_scale.data_ptr() == first_scale.nbytes
+    return kind, scales_packed, first_scale is None, last_scale is None
 
 
 def experts_kind(operands: tuple) -> Hashable:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.types import ExpertsForm
+from hf_fused_mlp.types import FP8, SCALE_BLOCK, ExpertsForm
 
 
 def linear_ref(
@@ -53,6 +53,9 @@ def mlp_ref(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where `gate` is None; without `down`, what it is given.
 
@@ -62,6 +65,7 @@ def mlp_ref(
         down: `[O, I]`; `O` is `H` in every known model.
         gate_bias, up_bias: `[I]`; down_bias: `[O]`.
         activation: a key of `ACTIVATIONS`.
+        gate_scale, up_scale, down_scale: of FP8 weights, which are dequantized; see `Matrix`.
 
     Returns:
         `[..., O]`, or `[..., I]` without `down`; dtype of `x`.
@@ -69,8 +73,59 @@ def mlp_ref(
     Raises:
         KeyError: unknown activation.
     """
+    scaled = (gate, gate_scale), (up, up_scale), (down, down_scale)
+    gate, up, down = (t if s is None or t is None else dequantize(t, s, x.dtype) for t, s in scaled)  # type: ignore
     h = linear_ref(x, up, up_bias, gate, gate_bias, activation)
     return h if down is None else F.linear(h, down, down_bias)
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that FP8 `weight` `[N, K]` and its `scale` stand for (see `Matrix`), rounded to `dtype`."""
+    rows, columns = weight.shape
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = scale.to(wide).repeat_interleave(SCALE_BLOCK, 0)[:rows].repeat_interleave(SCALE_BLOCK, 1)[:, :columns]
+    return (weight.to(wide) * factors).to(dtype)
+
+
+def quantize_ref(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` `[..., K]` in FP8, as Transformers quantizes what `FP8Linear` is given.
+
+    Returns:
+        e4m3 `[..., K]`, and fp32 `[..., ceil(K / 128)]`: a scale for each `SCALE_BLOCK` elements of a row, the last
+        block of which may be shorter.
+    """
+    blocks = F.pad(x.float(), (0, -x.shape[-1] % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
+    scale = blocks.abs().amax(-1) / torch.finfo(FP8).max
+    scale = scale.where(scale != 0, 1)
+    return (blocks / scale[..., None]).to(FP8).flatten(-2)[..., : x.shape[-1]], scale
+
+
+def quantize_weight_ref(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` `[N, K]` in FP8, as Transformers quantizes it: e4m3 `[N, K]` and the scales of a `Matrix`, in fp32."""
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % SCALE_BLOCK, 0, -rows % SCALE_BLOCK))
+    blocks = padded.unflatten(0, (-1, SCALE_BLOCK)).unflatten(2, (-1, SCALE_BLOCK))
+    scale = blocks.abs().amax((1, 3)) / torch.finfo(FP8).max
+    scale = scale.where(scale != 0, 1)
+    data = (blocks / scale[:, None, :, None]).to(FP8)
+    return data.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale
+
+
+def fp8_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` as Transformers' `FP8Linear` computes it: both sides in FP8, products and sums in fp32.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        weight, scale: see `Matrix`.
+        bias: `[N]`, dtype of `x`.
+
+    Returns:
+        `[..., N]`, dtype of `x`.
+    """
+    data, factors = quantize_ref(x)
+    rounded = data.float() * factors.repeat_interleave(SCALE_BLOCK, -1)[..., : x.shape[-1]]
+    out = F.linear(rounded, dequantize(weight, scale, torch.float32)).to(x.dtype)
+    return out if bias is None else out + bias
 
 
 def experts_ref(

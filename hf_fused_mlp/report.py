@@ -50,7 +50,8 @@ def grouped(modules: Iterable[ModuleStatus]) -> dict[tuple[str, State, str | Non
 class FamilyReport:
     """The modules of one family, in the order of the model.
 
-    `family` is `"mlps"` or `"norms"`, `noun` what messages call a module, `optional` says that fusing is on request.
+    `family` is the name of a row of `FAMILIES`, such as `"mlps"`, `noun` what messages call a module, `optional` says
+    that fusing is on request.
     """
 
     family: str
@@ -102,6 +103,11 @@ class FusionReport:
     def norms(self) -> tuple[ModuleStatus, ...]:
         """The RMSNorms."""
         return self.of("norms").modules
+
+    @property
+    def fp8_linears(self) -> tuple[ModuleStatus, ...]:
+        """The projections of an FP8 checkpoint, those of MLPs included."""
+        return self.of("fp8_linears").modules
 
     @property
     def shown(self) -> tuple[FamilyReport, ...]:

@@ -45,18 +45,37 @@ class GPU:
         return self.capability >= (9, 0)
 
 
+FP8 = torch.float8_e4m3fn
+SCALE_BLOCK = 128  # rows and columns of an FP8 matrix that share a scale
+SCALES = frozenset((torch.float32, torch.float8_e8m0fnu))
+
+
 class Matrix(NamedTuple):
     """A matrix as kernels read it; `ABSENT` stands for a projection that a module does not have.
 
     Args:
         data: `[N, K]`, contiguous. The layer keeps it: it is not made at each call.
-        scale: of a quantized `data`; None for floats.
+        scale: None for floats. For FP8 `data` (e4m3), a factor for each block of 128 x 128 elements (`SCALE_BLOCK`),
+            `[ceil(N / 128), ceil(K / 128)]`, fp32 or a power of two (e8m0).
         bias: `[N]`, or None.
     """
 
     data: Tensor
     scale: Tensor | None
     bias: Tensor | None
+
+
+def has_block_scales(weight: Tensor, scale: Tensor | None) -> bool:
+    """True if `weight` is FP8, and `scale` has a number for each of its blocks."""
+    return (
+        weight.dtype == FP8
+        and scale is not None
+        and scale.dtype in SCALES
+        and scale.device == weight.device
+        and scale.dim() == 2
+        and scale.shape[0] == -(-weight.shape[0] // SCALE_BLOCK)
+        and scale.shape[1] == -(-weight.shape[1] // SCALE_BLOCK)
+    )
 
 
 ABSENT = Matrix(None, None, None)  # type: ignore[arg-type]
@@ -73,16 +92,24 @@ class MLPOperands(NamedTuple):
     down: Matrix
     activation: str
 
+    @property
+    def storage(self) -> str:
+        """How the weights are stored: `"float"`, or `"fp8"` with scales."""
+        return "float" if self.up[1] is None else "fp8"
+
     def flat(self) -> tuple:
-        """In the order of the operator `torch.ops.hf_fused_mlp.mlp`: weights, biases, activation."""
-        (gate, _, gate_bias), (up, _, up_bias), (down, _, down_bias), activation = self
-        return gate, up, down, gate_bias, up_bias, down_bias, activation
+        """In the order of the operator `torch.ops.hf_fused_mlp.mlp`: weights, biases, activation, scales."""
+        (gate, *of_gate), (up, *of_up), (down, *of_down), activation = self
+        scales, biases = zip(of_gate, of_up, of_down, strict=True)
+        return gate, up, down, *biases, activation, *scales
 
     @staticmethod
-    def of(gate, up, down, gate_bias, up_bias, down_bias, activation) -> "MLPOperands":
+    def of(
+        gate, up, down, gate_bias, up_bias, down_bias, activation, gate_scale=None, up_scale=None, down_scale=None
+    ) -> "MLPOperands":
         """The inverse of `flat`."""
-        matrices = Matrix(gate, None, gate_bias), Matrix(up, None, up_bias), Matrix(down, None, down_bias)
-        return MLPOperands(*matrices, activation)
+        first = Matrix(gate, gate_scale, gate_bias), Matrix(up, up_scale, up_bias)
+        return MLPOperands(*first, Matrix(down, down_scale, down_bias), activation)
 
 
 class ExpertsForm(NamedTuple):
@@ -147,8 +174,9 @@ class ExpertsCall:
 class LinearKey:
     """One launch: ``act(x @ weight.T)``, or with a gate ``act(x @ gate.T) * (x @ weight.T)``.
 
-    `x` is `[m, k]`, `weight` and `gate` `[n, k]`. `one_block` says that gate and weight are adjacent in memory
-    (trivially so without a gate) and 16-byte aligned, so that one tensor descriptor can address both.
+    `x` is `[m, k]`, `weight` and `gate` `[n, k]`, stored as `MLPOperands.storage` says. `one_block` says that gate and
+    weight, and their scales, are adjacent in memory (trivially so without a gate) and 16-byte aligned, so that one
+    tensor descriptor can address both.
     """
 
     m: int
@@ -159,6 +187,7 @@ class LinearKey:
     dtype: torch.dtype
     one_block: bool
     gpu: GPU
+    storage: str = "float"
 
 
 @dataclass(frozen=True)
@@ -167,6 +196,8 @@ class LinearCall:
 
     `x` is `[*lead, k]`, `m` tokens whose rows are `stride_xm` elements apart, each contiguous; `weight` and `gate` are
     `[n, k]`, contiguous. `overlap` lets it begin while the launch before, which must be one of ours, is finishing.
+    `reads_fp8` and `gives_fp8` say that `x` and the output are quantized: pairs of e4m3 data and a scale for each
+    `SCALE_BLOCK` elements of a row.
     """
 
     lead: tuple[int, ...]
@@ -179,6 +210,8 @@ class LinearCall:
     dtype: torch.dtype
     device: torch.device
     overlap: bool = False
+    reads_fp8: bool = False
+    gives_fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +220,8 @@ class ProblemKey:
 
     `m` is the token count rounded up to a power of two; up is `[intermediate, hidden]`, down `[out, intermediate]`,
     and `out` is 0 where there is no down.
-    `bias` says that any projection has one; `one_block` holds for the weights of both launches.
+    `bias` says that any projection has one; `one_block` holds for the weights of both launches. `dtype` is that of `x`
+    and the output, and unless `storage` says otherwise of the weights.
     """
 
     m: int
@@ -200,18 +234,20 @@ class ProblemKey:
     bias: bool
     one_block: bool
     gpu: GPU
+    storage: str = "float"
 
     @property
     def up(self) -> LinearKey:
         """The launch from `x` to the activated `[m, intermediate]`."""
-        return LinearKey(
-            self.m, self.intermediate, self.hidden, self.gated, self.activation, self.dtype, self.one_block, self.gpu
-        )
+        return self._launch(self.intermediate, self.hidden, self.gated, self.activation)
 
     @property
     def down(self) -> LinearKey:
         """The launch from there to `[m, out]`."""
-        return LinearKey(self.m, self.out, self.intermediate, False, "identity", self.dtype, self.one_block, self.gpu)
+        return self._launch(self.out, self.intermediate, False, "identity")
+
+    def _launch(self, n: int, k: int, gated: bool, activation: str) -> LinearKey:
+        return LinearKey(self.m, n, k, gated, activation, self.dtype, self.one_block, self.gpu, self.storage)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,20 @@ def plan_cache(tmp_path, monkeypatch):
     cache.forget()
 
 
+_FLOATS = {"fp8e4nv": torch.float8_e4m3fn, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _cast_fp8(convert, input, source, target, rounding):
+    """Casts as GPUs do, where Triton's interpreter forgets the carry of a rounding, and NaN."""
+    if "fp8e4nv" not in (source.name, target.name):
+        return convert(input, source, target, rounding)
+    numbers = torch.from_numpy(input.copy()).view(_FLOATS[source.name])
+    if target.name == "fp8e4nv":
+        numbers = numbers.clamp(-448, 448)
+    unsigned = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[_FLOATS[target.name].itemsize]
+    return numbers.to(_FLOATS[target.name]).view(unsigned).numpy()
+
+
 @contextmanager
 def interpreter(monkeypatch):
     """Swaps every jit function of the kernels, and of Triton's own library, for its interpreted form.
@@ -71,18 +85,20 @@ def interpreter(monkeypatch):
     """
     import triton.experimental.gluon  # noqa: F401  (it reads the library when it is imported)
     import triton.language as tl
+    from triton.runtime import interpreter as interpreter_module
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     from hf_fused_mlp import kernels
-    from hf_fused_mlp.kernels import _common, experts, norm
+    from hf_fused_mlp.kernels import _common, _fp8, experts, norm
     from hf_fused_mlp.tuning import cache
 
     cache.forget()  # of what is kept of calls, kernels are a part
     changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base, tl.core.condition)
     before = [dict(vars(owner)) for owner in changed]
     of_experts = experts._common, experts.pairs, experts.routing, experts.grouped
-    for module in (tl, tl.standard, _common, norm, *kernels.KERNELS.values(), *of_experts):
+    monkeypatch.setattr(interpreter_module, "_convert_float", partial(_cast_fp8, interpreter_module._convert_float))
+    for module in (tl, tl.standard, _common, _fp8, norm, *kernels.KERNELS.values(), *of_experts):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.reference import dequantize, mlp_ref, quantize_weight_ref
 from hf_fused_mlp.types import Matrix, MLPOperands
 from hf_fused_mlp.validation import inaccuracy
 
@@ -72,6 +72,25 @@ def random_mlp(H, I, gated, bias, dtype, device="cpu", seed=0):
     if gated:
         return block[:I], block[I:], down, gate_bias, up_bias, down_bias
     return None, block[I:], down, None, up_bias, down_bias
+
+
+def quantize_weight(weight, scales="fp32"):
+    """`weight` `[N, K]` as e4m3 and its scales, fp32 or powers of two, of blocks of 128 x 128."""
+    data, scale = quantize_weight_ref(weight)
+    if scales == "fp32":
+        return data, scale
+    numbers, scale = dequantize(data, scale, torch.float32), scale.log2().ceil().exp2()
+    # ones in place of its numbers make the matrix of scales
+    data = numbers / dequantize(torch.ones_like(numbers).to(data.dtype), scale, torch.float32)
+    return data.to(torch.float8_e4m3fn), scale.to(torch.float8_e8m0fnu)
+
+
+def quantized_mlp(H, I, gated, bias, dtype, device="cpu", activation="silu", scales="fp32"):
+    """Operands of `ops.mlp` after `x`, of `random_mlp`'s weights in FP8; gate and up are not packed."""
+    *weights, gate_bias, up_bias, down_bias = random_mlp(H, I, gated, bias, dtype, device)
+    pairs = [(None, None) if weight is None else quantize_weight(weight, scales) for weight in weights]
+    data, factors = zip(*pairs, strict=True)
+    return *data, gate_bias, up_bias, down_bias, activation, *factors
 
 
 def random_halves(shape, dtype, device):

@@ -7,6 +7,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 import typer
 from models import tiny_model
 from rich.markup import escape
@@ -16,10 +18,14 @@ from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.console import fail, output
 from hf_fused_mlp.cli.list import table as list_table
 from hf_fused_mlp.cli.model_types import Entry, Found
-from hf_fused_mlp.cli.run import first_difference, report_table
+from hf_fused_mlp.cli.run import report_table
 from hf_fused_mlp.cli.validate import layer_table
+from hf_fused_mlp.numerics.logits import first_difference
 from hf_fused_mlp.numerics.report import LayerNumerics
 from hf_fused_mlp.report import FamilyReport, FusionReport, ModuleStatus
+from hf_fused_mlp.tuning import cache
+from hf_fused_mlp.types import GPU
+from hf_fused_mlp.version import __version__
 
 
 def invoke(*args):
@@ -33,6 +39,7 @@ def test_run_without_arguments_is_the_demo():
     assert "30 of 30 MLPs are fused" in result.stdout
     assert "The capital of France is Paris." in result.stdout
     assert "fused and original agree on all" in result.stdout
+    assert result.stderr == ""
 
 
 @pytest.mark.slow
@@ -208,6 +215,54 @@ def test_a_traceback_where_it_is_asked_for(saved, monkeypatch):
     assert isinstance(result.exception, KeyError) and result.exit_code == 1
 
 
+HELP = """
+import sys
+from typer.testing import CliRunner
+from hf_fused_mlp.cli import BENCH, COMMANDS, app
+commands = [[], ["bench"], *([row.name] for row in COMMANDS), *(["bench", row.name] for row in BENCH)]
+for arguments in [["--version"], *([*command, "--help"] for command in commands)]:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and len(result.stdout) > 10, result.output
+print({"torch", "transformers", "triton", "numpy", "jinja2"} & sys.modules.keys())
+"""
+
+
+def test_help_imports_nothing_that_takes_time():
+    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr
+
+
+def test_version():
+    assert invoke("--version").stdout == f"hf-fused-mlp {__version__}\n"
+
+
+def test_env(plan_cache):
+    lines = dict(line.split(": ", 1) for line in invoke("env").stdout.splitlines())
+    assert lines["hf-fused-mlp"] == __version__
+    assert lines["torch"] == torch.__version__
+    assert lines["transformers"] == transformers.__version__
+    assert lines["plan cache"] == str(plan_cache)
+    assert "GPU" in lines and "driver" in lines
+
+
+def test_env_on_gpus(monkeypatch):
+    document = json.loads((cache.SHIPPED / "nvidia-h100-80gb-hbm3-132.json").read_text())
+    gpu = GPU(document["gpu"], document["num_sms"], (9, 0), 1 << 18)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(GPU, "of", lambda device: gpu)
+    lines = invoke("env").stdout.splitlines()
+    assert f"GPU: 2 x {gpu.name}, compute capability 9.0, 132 multiprocessors" in lines
+    assert f"plans: {len(document['plans'])} that ship for {gpu.name}, 0 of your own" in lines
+    assert not any(line.startswith("kernels") for line in lines), "nothing speaks against them"
+
+
+def test_what_other_libraries_say_of_themselves_is_not_printed():
+    result = subprocess.run(COMMAND, capture_output=True, text=True)
+    json.loads(result.stdout)
+    assert result.stderr == ""
+
+
 COMMAND = [sys.executable, "-m", "hf_fused_mlp", "list", "--model-type", "llama", "--json"]
 
 
@@ -257,6 +312,8 @@ def test_run_with_nothing_fusable(tmp_path):
     result = invoke("run", tmp_path)
     assert result.exit_code == 2
     assert "no MLP of this model was fused" in result.output
+    result = invoke("run", tmp_path, "--json")
+    assert result.stdout == "" and "GPT2MLP" in result.stderr, "the table that the error speaks of"
 
 
 @pytest.mark.parametrize(

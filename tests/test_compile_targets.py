@@ -4,15 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import linear, random_mlp
+from numerics import linear, quantized_mlp, random_mlp
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.kernels import describe_launch, norm
+from hf_fused_mlp.kernels import describe_launch, fp8_gemm, norm
+from hf_fused_mlp.kernels import linear as launch_linear
 from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb
 from hf_fused_mlp.ops.dispatch import act_mul_backward_cuda, act_mul_cuda
 from hf_fused_mlp.reading.norm import FORMS
 from hf_fused_mlp.tuning import cache
-from hf_fused_mlp.types import GPU, ExpertsForm, TileConfig
+from hf_fused_mlp.types import GPU, ExpertsForm, Matrix, TileConfig
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -37,6 +38,8 @@ TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -124,6 +127,37 @@ def test_rms_norm_compiles(form, hidden, target, monkeypatch):
     call = describe_launch(x, weight[None], False, "identity")
     (kernel,) = compiled(lambda: norm.rms_norm(call, 1e-6, form)(x, weight), TARGETS[target], monkeypatch)
     assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
+
+
+FP8_CONFIGS = {
+    "fp8_gemv": TileConfig("fp8_gemv", block_n=1, block_k=4096),
+    "fp8_skinny": TileConfig("fp8_skinny", block_m=16, block_n=64, block_k=128, num_stages=4),
+    "split fp8_skinny": TileConfig("fp8_skinny", block_m=16, block_n=64, block_k=128, num_stages=4, split_k=2),
+    "fp8_dequantized": TileConfig("fp8_dequantized"),
+    "fp8_gemm": TileConfig("fp8_gemm"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scales", ["fp32", "e8m0"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("family", FP8_CONFIGS)
+def test_fp8_compiles(family, gated, scales, target, monkeypatch):
+    """GPUs that know no FP8 read bytes; the library's block-scaled GEMM exists on Hopper alone."""
+    if family == "fp8_gemm" and target != "sm_90":
+        pytest.skip("made for Hopper")
+    gate, up, _, gate_bias, up_bias, _, _, *factors = quantized_mlp(
+        512, 512, gated, True, torch.bfloat16, scales=scales
+    )
+    gate_scale, up_scale, _ = factors
+    x = torch.randn(16, 512, dtype=torch.bfloat16)
+    weight, gate = Matrix(up, up_scale, up_bias), Matrix(gate, gate_scale, gate_bias)
+    monkeypatch.setattr(fp8_gemm, "scaled_mm", lambda *_: torch.empty(16, 512, dtype=torch.bfloat16))
+    call = partial(launch_linear, x, weight, gate, "silu", FP8_CONFIGS[family])
+    first, *rest = compiled(call, TARGETS[target], monkeypatch)
+    codes = [kernel.asm["ptx" if target.startswith("sm") else "amdgcn"] for kernel in (first, *rest)]
+    assert all(codes)
+    assert ("e4m3x2" in codes[0]) == (target in ("sm_90", "sm_100"))
 
 
 FORMS_OF_EXPERTS = {

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -13,10 +13,10 @@ from rich.table import Table
 from hf_fused_mlp.cli.console import console, fail, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.profiling.audit import audit as measure
 from hf_fused_mlp.profiling.figures import PHASE_FIGURES, form_figures, shown
-from hf_fused_mlp.profiling.page import page
-from hf_fused_mlp.profiling.report import AuditReport
+
+if TYPE_CHECKING:
+    from hf_fused_mlp.profiling.report import AuditReport
 
 
 def audit(
@@ -42,6 +42,10 @@ def audit(
     """Profile prefill and decode, original and fused, and say what would make them faster."""
     if gpu_price is not None and not 0 < gpu_price < math.inf:
         fail(f"gpu-price {gpu_price}: expected dollars an hour, more than 0")
+
+    from hf_fused_mlp.profiling.audit import audit as measure
+    from hf_fused_mlp.profiling.page import page
+
     network = load_model(model, dtype, device_map)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def audit(
             output.print(f"written: {path}", soft_wrap=True, markup=False)
 
 
-def print_report(report: AuditReport) -> None:
+def print_report(report: "AuditReport") -> None:
     document = report.to_dict()
     prompts = f"{report.batch} x {report.prompt_tokens} tokens, {report.new_tokens} new"
     output.print(f"[bold]{escape(report.model)}[/], {escape(report.device)}, {report.dtype}; {prompts}")
@@ -77,7 +81,7 @@ def print_report(report: AuditReport) -> None:
         output.print(f"- {escape(sentence)}")
 
 
-def form_table(report: AuditReport, phase: dict) -> Table:
+def form_table(report: "AuditReport", phase: dict) -> Table:
     """A line a figure and a column a form."""
     table = Table(phase["name"], "original", "fused", title_justify="left")
     for column in table.columns[1:]:

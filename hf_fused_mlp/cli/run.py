@@ -4,22 +4,20 @@ import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from hf_fused_mlp.cli.console import console, fail, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
-from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.numerics.logits import first_difference
 from hf_fused_mlp.report import FusionReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROUNDS = 3
 
@@ -42,12 +40,19 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Load a model with use_fused_mlp=True, and generate an answer with it and with the original."""
+    import torch
+
+    from hf_fused_mlp.fuse import fusion_report
+    from hf_fused_mlp.numerics.logits import first_difference
+
     network = load_model(model, dtype, device_map, use_fused_mlp=True)
     tokenizer = load_tokenizer(model)
     report = fusion_report(network)
     if not as_json:
         output.print(report_table(report))
     if not report.select("fused"):
+        if as_json:
+            console.print(report_table(report))
         fail("no MLP of this model was fused; the table says why")
 
     fused, original = compare(network, tokenizer, encode(tokenizer, prompt).to(network.device), max_new_tokens)
@@ -67,7 +72,7 @@ def run(
         print_answers(result)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str):
     """The prompt as the model expects it: a chat turn where there is a template."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")
@@ -75,8 +80,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def compare(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int) -> tuple[Answer, Answer]:
+def compare(network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int) -> tuple[Answer, Answer]:
     """The greedy answers of the fused and of the original model, on a GPU timed in turn."""
+    from hf_fused_mlp.fuse import fuse_model, unfuse_model
+
     on_gpu = network.device.type == "cuda"
     forms = {"fused": fuse_model, "original": unfuse_model}
     answers: dict[str, list[int]] = {}
@@ -99,7 +106,9 @@ def compare(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int) ->
     return fused, original
 
 
-def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, label: str) -> tuple[list[int], float]:
+def generate(
+    network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int, label: str
+) -> tuple[list[int], float]:
     """The greedy answer's tokens, and the seconds they took."""
     with progress() as bars:
         bar = bars.add_task(f"generating, {label}", total=max_new_tokens)
@@ -116,24 +125,24 @@ def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, l
         return new, time.perf_counter() - start
 
 
-class Ticker(BaseStreamer):
-    """Advances a progress bar by each generated token; the first put is the prompt."""
+class Ticker:
+    """A streamer of `generate` that advances a progress bar by each token; the first put is the prompt."""
 
     def __init__(self, bars: Progress, bar: TaskID):
         self.bars, self.bar, self.seen_prompt = bars, bar, False
 
-    def put(self, value):
+    def put(self, value: Any) -> None:
         if self.seen_prompt:
             self.bars.advance(self.bar)
         self.seen_prompt = True
 
-    def end(self):
+    def end(self) -> None:
         pass
 
 
 def progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def report_table(report: FusionReport) -> Table:

@@ -6,16 +6,22 @@ tensors is computed there, once, so that little is left to do in a call.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 from torch import Tensor
 
-from hf_fused_mlp.kernels import elementwise, gemm, gemv, skinny
+from hf_fused_mlp.kernels import elementwise, fp8_dequantized, fp8_gemm, fp8_gemv, fp8_skinny, gemm, gemv, skinny
 from hf_fused_mlp.kernels._launch import Linear
-from hf_fused_mlp.reference import linear_ref
+from hf_fused_mlp.reference import dequantize, linear_ref
 from hf_fused_mlp.types import ABSENT, GPU, TORCH, LinearCall, Matrix, MLPOperands, Plan, TileConfig
 
-KERNELS: dict[str, ModuleType] = {"gemv": gemv, "skinny": skinny, "gemm": gemm, "elementwise": elementwise}
+KERNELS: dict[str, ModuleType] = {
+    kernel.__name__.rpartition(".")[2]: kernel
+    for kernel in (gemv, skinny, gemm, elementwise, fp8_gemv, fp8_skinny, fp8_gemm, fp8_dequantized)
+}
+# of which, if it runs both launches of an MLP, the first gives FP8 to the second
+HANDS_OVER_FP8 = "fp8_gemm"
 
 # what `prepare` makes: the function of x, gate, up and down that gives the MLP's output
 MLP = Callable[[Tensor, Matrix, Matrix, Matrix], Tensor]
@@ -25,7 +31,10 @@ def _torch(call: LinearCall, config: TileConfig) -> Linear:
     """PyTorch's GEMMs and activation."""
 
     def run(x, weight, gate):
-        (weight, _, bias), (gate, _, gate_bias) = weight, gate
+        (weight, scale, bias), (gate, gate_scale, gate_bias) = weight, gate
+        if scale is not None:
+            weight = dequantize(weight, scale, x.dtype)
+            gate = None if gate is None else dequantize(gate, gate_scale, x.dtype)
         return linear_ref(x, weight, bias, gate, gate_bias, call.activation)
 
     return run
@@ -61,6 +70,8 @@ def prepare(plan: Plan, x: Tensor, operands: MLPOperands) -> MLP:
     """
     gate, up, down, activation = operands
     call = describe_launch(x, up.data, gate.data is not None, activation)
+    if hands_over := down.data is not None and plan.up.kernel == plan.down.kernel == HANDS_OVER_FP8:
+        call = replace(call, gives_fp8=True)
     run_up = LAUNCHERS[plan.up.kernel](call, plan.up)
     if down.data is None:
         return lambda x, gate, up, down: run_up(x, up, gate)
@@ -68,7 +79,8 @@ def prepare(plan: Plan, x: Tensor, operands: MLPOperands) -> MLP:
     # down may load its weights before h is ready: whatever wrote them had finished when up began
     overlap = plan.up != TORCH and GPU.of(x.device).can_overlap
     n = down.data.shape[0]
-    call = LinearCall(call.lead, call.m, n, call.n, call.n, False, "identity", x.dtype, x.device, overlap)
+    sizes = call.lead, call.m, n, call.n, call.n
+    call = LinearCall(*sizes, False, "identity", x.dtype, x.device, overlap, reads_fp8=hands_over)
     run_down = LAUNCHERS[plan.down.kernel](call, plan.down)
     return lambda x, gate, up, down: run_down(run_up(x, up, gate), down, ABSENT)
 

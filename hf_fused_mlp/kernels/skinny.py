@@ -7,9 +7,12 @@ they found, in a fixed order: two calls give the same bits.
 Launches: 1, or 2 with `split_k`. Bytes: the weights once for every `block_m` tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate, add_bias
@@ -21,6 +24,8 @@ SUM_BLOCK = 512
 
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
+    if key.storage != "float":
+        return f"made for weights that are floats, not {key.storage}"
     if key.dtype not in (torch.float16, torch.bfloat16):
         return f"made for fp16 and bf16, not {key.dtype}"
     return None if 2 <= key.m <= 128 else "made for M of 2 to 128"
@@ -153,22 +158,33 @@ def skinny(call: LinearCall, config: TileConfig) -> Linear:
 
     if split_k == 1:
         return run
-    empty_parts = allocator((split_k, M, N), torch.float32, call.device)
-    add = launcher(
-        _sum_kernel,
-        call.device,
-        (-(-M * N // SUM_BLOCK), 1, 1),
-        (M, N, call.activation, split_k, SUM_BLOCK, can_overlap),
-        overlap=can_overlap,
-        num_warps=4,
-    )
+    empty_parts, add = allocator((split_k, M, N), torch.float32, call.device), adder(call, split_k)
 
     def run_split(x, weight, gate):
         weight, _, bias = weight
         parts = empty_parts()
         launch((x, weight, None, None, None, parts))
+        return add(parts, bias)
+
+    return run_split
+
+
+def adder(call: LinearCall, split_k: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The launch of ``act(parts.sum(0) + bias)``: a function of `parts`, fp32 `[split_k, m, n]`, and `bias`."""
+    empty = allocator((*call.lead, call.n), call.dtype, call.device)
+    can_overlap = GPU.of(call.device).can_overlap
+    add = launcher(
+        _sum_kernel,
+        call.device,
+        (-(-call.m * call.n // SUM_BLOCK), 1, 1),
+        (call.m, call.n, call.activation, split_k, SUM_BLOCK, can_overlap),
+        overlap=can_overlap,
+        num_warps=4,
+    )
+
+    def run(parts, bias):
         out = empty()
         add((parts, bias, out))
         return out
 
-    return run_split
+    return run

@@ -7,7 +7,7 @@ from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.modes import runs_now
 from hf_fused_mlp.ops.library import define, gradients, on_gpu
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.types import MLPOperands
+from hf_fused_mlp.types import FP8, MLPOperands, has_block_scales
 
 
 def mlp(
@@ -19,6 +19,9 @@ def mlp(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` if `gate` is None.
 
@@ -28,15 +31,18 @@ def mlp(
         down: `[O, I]`; None for the hidden activation, the input of down.
         gate_bias, up_bias: `[I]`; down_bias: `[O]`.
         activation: a key of `hf_fused_mlp.activations.ACTIVATIONS`.
+        gate_scale, up_scale, down_scale: if the weights are FP8 (e4m3), a scale for each 128 x 128 block of them:
+            `[ceil(I / 128), ceil(H / 128)]` and `[ceil(O / 128), ceil(I / 128)]`, fp32 or e8m0.
 
     Returns:
-        `[..., O]`, or `[..., I]` without `down`; dtype of `x`, contiguous. Differentiable in all tensors.
+        `[..., O]`, or `[..., I]` without `down`; dtype of `x`, contiguous. Differentiable in all tensors but FP8
+        weights and their scales.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
         KeyError: unknown activation.
     """
-    operands = gate, up, down, gate_bias, up_bias, down_bias, activation
+    operands = gate, up, down, gate_bias, up_bias, down_bias, activation, gate_scale, up_scale, down_scale
     if (out := mlp_if_fits(x, MLPOperands.of(*operands))) is None:
         _check(x, *operands)
     return out
@@ -50,21 +56,28 @@ def mlp_if_fits(x: Tensor, operands: MLPOperands) -> Tensor | None:
     return on_gpu().mlp_cuda(x, operands) if runs_now(x) else torch.ops.hf_fused_mlp.mlp(x, *flat)
 
 
-def _fits(x, gate, up, down, gate_bias, up_bias, down_bias, activation) -> bool:
+def _fits(
+    x, gate, up, down, gate_bias, up_bias, down_bias, activation, gate_scale=None, up_scale=None, down_scale=None
+) -> bool:
     """True if the tensors fit together; otherwise a kernel would read beyond them."""
     dtype, device, shape, dim = x.dtype, x.device, up.shape, x.dim()
-    if len(shape) != 2 or dim == 0 or x.shape[-1] != shape[1] or up.dtype != dtype or up.device != device:
+    stored = dtype if up_scale is None else FP8
+    if len(shape) != 2 or dim == 0 or x.shape[-1] != shape[1] or up.dtype != stored or up.device != device:
         return False
     if gate is not None:
-        if gate.shape != shape or gate.dtype != dtype or gate.device != device:
+        if gate.shape != shape or gate.dtype != stored or gate.device != device:
             return False
     elif gate_bias is not None:
         return False
     if down is not None:
-        if down.dim() != 2 or down.shape[1] != shape[0] or down.dtype != dtype or down.device != device:
+        if down.dim() != 2 or down.shape[1] != shape[0] or down.dtype != stored or down.device != device:
             return False
     elif down_bias is not None:
         return False
+    if up_scale is not None or gate_scale is not None or down_scale is not None:
+        for scale, weight in ((gate_scale, gate), (up_scale, up), (down_scale, down)):
+            if not (scale is None if weight is None else has_block_scales(weight, scale)):
+                return False
     if gate_bias is None and up_bias is None and down_bias is None:
         return activation in ACTIVATIONS
     for bias, weight in ((gate_bias, up), (up_bias, up), (down_bias, down)):
@@ -73,17 +86,18 @@ def _fits(x, gate, up, down, gate_bias, up_bias, down_bias, activation) -> bool:
     return activation in ACTIVATIONS
 
 
-def _check(*operands):
+def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation, *scales):
     """The operator's own checks, for callers who do not go through `mlp`."""
-    if _fits(*operands):
+    tensors = gate, up, down, gate_bias, up_bias, down_bias
+    if _fits(x, *tensors, activation, *scales):
         return
-    *tensors, activation = operands
     if activation not in ACTIVATIONS:
         raise KeyError(f"hf_fused_mlp.mlp: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
-    found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors if t is not None)
+    found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in (x, *tensors, *scales) if t is not None)
     raise ValueError(
         "hf_fused_mlp.mlp: expected x [..., H], gate and up [I, H], down [O, I], biases [I] or [O], "
-        f"all of one dtype and device; got {found}"
+        "all of one dtype and device, or weights in float8_e4m3fn with a scale for each block of 128 x 128; "
+        f"got {found}"
     )
 
 
@@ -97,28 +111,36 @@ def _mlp_cuda(x, *operands):
     return on_gpu().mlp_cuda(x, MLPOperands.of(*operands))
 
 
-def _mlp_fake(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
-    _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
+def _mlp_fake(x, gate, up, down, *rest):
+    _check(x, gate, up, down, *rest)
     return x.new_empty((*x.shape[:-1], (up if down is None else down).shape[0]))
 
 
+_ACTIVATION = 7  # its place among the arguments
+
+
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.activation = inputs[_ACTIVATION]
+    ctx.save_for_backward(*inputs[:_ACTIVATION], *inputs[_ACTIVATION + 1 :])
 
 
 def _backward(ctx, grad):
-    """Gradients of the reference, recomputed from the inputs, so that nothing of size `[M, I]` is kept for them."""
+    """Gradients of the reference, recomputed from the inputs, so that nothing of size `[M, I]` is kept for them.
+
+    FP8 weights and scales get none, as in Transformers.
+    """
     tensors = ctx.saved_tensors
-    wanted = [i for i in range(len(tensors)) if ctx.needs_input_grad[i]]
-    grads = gradients(lambda *tensors: mlp_ref(*tensors, ctx.activation), tensors, wanted, grad)
+    before, after = tensors[:_ACTIVATION], tensors[_ACTIVATION:]
+    needed = [*ctx.needs_input_grad[:_ACTIVATION]]
+    wanted = [i for i, tensor in enumerate(before) if needed[i] and tensor.dtype != FP8]
+    grads = gradients(lambda *before: mlp_ref(*before, ctx.activation, *after), before, wanted, grad)
     found = dict(zip(wanted, grads, strict=True))
-    return *(found.get(i) for i in range(len(tensors))), None
+    return *(found.get(i) for i in range(len(before))), None, *(None for _ in after)
 
 
 define(
     "mlp(Tensor x, Tensor? gate, Tensor up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, "
-    "str activation) -> Tensor",
+    "str activation, Tensor? gate_scale=None, Tensor? up_scale=None, Tensor? down_scale=None) -> Tensor",
     _mlp_cpu,
     _mlp_cuda,
     _mlp_fake,

@@ -3,7 +3,6 @@
 Imports Triton, so it is imported at the first call on a GPU.
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -14,13 +13,12 @@ from hf_fused_mlp.kernels import describe_launch, has_rows, norm, prepare
 from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
 from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb, without_sorting
 from hf_fused_mlp.launch_cache import answer, experts_kind, mlp_kind, remember
+from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.types import GPU, UNFUSED, ExpertsOperands, MLPOperands, Plan, ProblemKey, next_power_of_two
 from hf_fused_mlp.weights import is_packed
-
-logger = logging.getLogger("hf_fused_mlp")
 
 # asked in turn; the last knows every problem
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]
@@ -32,11 +30,14 @@ def find_plan(key: ProblemKey) -> Plan:
     return UNFUSED if plan in unusable else plan
 
 
-def problem_key(m: int, operands: MLPOperands) -> ProblemKey:
-    """The problem of `m` tokens and an MLP's weights."""
+def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None) -> ProblemKey:
+    """The problem of `m` tokens of `dtype`, which is that of weights that are floats, and an MLP's weights."""
     gate, up, down, activation = operands
     first: Tensor = up.data if gate.data is None else gate.data
     aligned = first.data_ptr() % 16 == 0 and (down.data is None or down.data.data_ptr() % 16 == 0)
+    packed = gate.data is None or is_packed(gate.data, up.data)
+    if gate.scale is not None:
+        packed = packed and is_packed(gate.scale, up.scale)
     return ProblemKey(
         m=next_power_of_two(m),
         hidden=up.data.shape[1],
@@ -44,10 +45,11 @@ def problem_key(m: int, operands: MLPOperands) -> ProblemKey:
         out=0 if down.data is None else down.data.shape[0],
         gated=gate.data is not None,
         activation=activation,
-        dtype=up.data.dtype,
+        dtype=dtype or up.data.dtype,
         bias=any(matrix.bias is not None for matrix in (gate, up, down)),
-        one_block=aligned and (gate.data is None or is_packed(gate.data, up.data)),
+        one_block=aligned and packed,
         gpu=GPU.of(up.data.device),
+        storage=operands.storage,
     )
 
 
@@ -77,7 +79,7 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows
         return mlp_cuda(rows, operands) if has_rows(rows) else mlp_ref(x, *operands.flat())
 
-    plan = find_plan(problem_key(x.numel() // x.shape[-1], operands))
+    plan = find_plan(problem_key(x.numel() // x.shape[-1], operands, x.dtype))
     try:
         run = prepare(plan, x, operands)
         out = run(x, gate, up, down)

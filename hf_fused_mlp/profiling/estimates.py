@@ -3,12 +3,12 @@
 import torch
 from torch.utils.benchmark import Timer
 
-from hf_fused_mlp.profiling.report import Roofline
+from hf_fused_mlp.profiling.report import Bound, Roofline
 
 HOST_BOUND_BELOW = 0.7
 
 
-def bound_of(gpu_busy_share: float | None, flops_per_byte: float, ridge: float) -> str:
+def bound_of(gpu_busy_share: float | None, flops_per_byte: float, ridge: float) -> Bound:
     """What a phase waits for.
 
     The host, if the GPU works less than 70 % of the time. Otherwise what its MLPs wait for: memory where they do fewer

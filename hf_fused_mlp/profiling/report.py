@@ -1,9 +1,13 @@
 """What an audit found, as values that print, and that JSON can hold."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+from hf_fused_mlp.report import State
 
 DIGITS = 4  # significant ones in `to_dict`, and so in every output
+
+Bound = Literal["host-bound", "memory-bound", "compute-bound"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Form:
     mlp_kernels: tuple[Kernel, ...]
     top_kernels: tuple[Kernel, ...]
 
-    def mlp_share(self, bound: str) -> float:
+    def mlp_share(self, bound: Bound) -> float:
         """The part of a step that fusing can shorten: where the GPU waits for the host, of the host's time."""
         return self.mlp_host_share if bound == "host-bound" else self.mlp_wall_share
 
@@ -67,7 +71,7 @@ class Phase:
 
     Args:
         tokens: in a step, the batch's together.
-        bound: `"host-bound"`, `"memory-bound"` or `"compute-bound"`; see `estimates.bound_of`.
+        bound: what the phase waits for; see `estimates.bound_of`.
         flops_per_byte: of the MLPs, weights counted as the bytes.
         measured_gain: how many times shorter fusing made a step, wall clock.
         gain_limit: what it would be if MLPs cost nothing.
@@ -75,7 +79,7 @@ class Phase:
 
     name: str
     tokens: int
-    bound: str
+    bound: Bound
     flops_per_byte: float
     predicted: Prediction
     measured_gain: float
@@ -103,7 +107,7 @@ class MLPGroup:
 
     class_name: str
     count: int
-    state: str
+    state: State
     reason: str | None
 
 

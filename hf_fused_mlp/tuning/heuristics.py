@@ -5,8 +5,8 @@ memory, and so are picked on every GPU that can run them; the one for many is pi
 PyTorch's GEMMs with one kernel for the rest.
 """
 
-from hf_fused_mlp.kernels import gemm
-from hf_fused_mlp.types import TORCH, LinearKey, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.kernels import fp8_gemm, gemm
+from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
 
 
 def heuristic_plan(key: ProblemKey) -> Plan:
@@ -17,6 +17,8 @@ def heuristic_plan(key: ProblemKey) -> Plan:
 def _linear(key: LinearKey) -> TileConfig:
     if key.gpu.capability < (8, 0) or key.dtype.itemsize > 4:
         return TORCH
+    if key.storage == "fp8":
+        return _fp8(key)
     half = key.dtype.itemsize == 2  # fp32 without tf32 is what the library is best at
     if key.m == 1 or (key.m == 2 and half):
         return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
@@ -29,6 +31,21 @@ def _linear(key: LinearKey) -> TileConfig:
         if key.gated or _rounds_filled(key, tile) > 0.8:
             return tile
     return TileConfig("elementwise") if key.gated else TORCH
+
+
+def _fp8(key: LinearKey) -> TileConfig:
+    """For weights in FP8; nothing was measured for these yet but prototypes (docs/notes-kernels.md)."""
+    if key.m == 1:
+        return TileConfig("fp8_gemv", block_n=1, block_k=min(4096, next_power_of_two(key.k)), num_warps=4)
+    if key.dtype.itemsize == 2 and key.m <= 64:
+        block_m, block_n, split_k = max(16, key.m), 64, 1
+        programs = -(-key.n // block_n)
+        while split_k < 4 and not key.gated and programs < key.gpu.num_sms:
+            split_k, programs = split_k * 2, programs * 2
+        stage_bytes = (2 * block_m + block_n * (2 if key.gated else 1)) * SCALE_BLOCK
+        stages = min(6, max(1, key.gpu.shared_memory // stage_bytes))
+        return TileConfig("fp8_skinny", block_m, block_n, SCALE_BLOCK, num_stages=stages, split_k=split_k)
+    return TileConfig("fp8_gemm" if fp8_gemm.supports(key) is None else "fp8_dequantized")
 
 
 def _rounds_filled(key: LinearKey, tile: TileConfig) -> float:

@@ -4,7 +4,6 @@ Most configurations are far from the best, which few measurements show; those th
 the best pair of launches is compared, as a whole MLP, with what it would replace.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from hf_fused_mlp.kernels import KERNELS, LAUNCHERS, describe_launch, linear, prepare
+from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reference import linear_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan
@@ -35,8 +35,6 @@ CHECKED_ROWS = 256  # of the output; at up to 16384 tokens every tile of 64 rows
 
 K = TypeVar("K")
 Calls = list[Callable[[], Tensor]]
-
-logger = logging.getLogger("hf_fused_mlp")
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from hf_fused_mlp.calls import class_path, has_hooks, has_own_forward, is_hooked, only_aligns
+from hf_fused_mlp.calls import class_path, has_hooks, has_own_forward, is_hooked, is_wrapped, only_aligns
 from hf_fused_mlp.originals import LINEAR, runs_own_forward
-from hf_fused_mlp.types import Matrix
+from hf_fused_mlp.types import FP8, SCALE_BLOCK, Matrix, has_block_scales
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # while torch.export traces, fake tensors stand for the parameters
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
 _NN_LINEAR = "torch.nn.modules.linear.Linear"
 _LINEARS = {_NN_LINEAR, "transformers.models.falcon.modeling_falcon.FalconLinear"}
+_FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def read(linear: nn.Module | None) -> Matrix | None:
 
 
 def _is_for_kernels(matrix: Matrix) -> bool:
-    return matrix.scale is None and not matrix.data.is_meta  # no kernel takes scales yet
+    data, scale, _ = matrix
+    return not data.is_meta and (scale is None or has_block_scales(data, scale))
 
 
 def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Matrix | None:
@@ -189,19 +191,107 @@ def _facts(forward: FunctionType) -> list:
     return originals + [(style.use_local_output, style.input_layouts, style.output_layouts) for style in styles]
 
 
+def is_fp8_linear(linear: nn.Module) -> bool:
+    """True for Transformers' `FP8Linear`, fused or not: a fused form has its class's name."""
+    return class_path(type(linear)) == _FP8_LINEAR
+
+
+def read_fp8(linear: nn.Module) -> Matrix | None:
+    """Format 3: FP8 with a scale for each block. A call quantizes its input too, which the kernels need not do."""
+    if not is_fp8_linear(linear) or is_wrapped(linear) or not runs_own_forward(_original_class(linear)):
+        return None
+    if torch.compiler.is_compiling():
+        _ = linear.forward  # guards against a forward that is put on the instance later
+    return fp8_matrix(linear)
+
+
+def _original_class(linear: nn.Module) -> type[nn.Module]:
+    cls: Any = type(linear)
+    return getattr(cls, "original_class", cls)
+
+
+def fp8_matrix(linear: nn.Module) -> Matrix | None:
+    """The matrix of an `FP8Linear`, whatever its hooks; None if it has other scales, or something else beside it."""
+    own = linear.__dict__
+    parameters, block_size = own["_parameters"], own["block_size"]
+    weight, scale = parameters.get("weight"), parameters.get("weight_scale_inv")
+    is_block_scaled = (
+        type(weight) in _PARAMETERS
+        and type(scale) in _PARAMETERS
+        and weight.layout is scale.layout is torch.strided
+        and weight.dim() == 2
+        and has_block_scales(weight, scale)
+        and block_size is not None
+        and tuple(block_size) == (SCALE_BLOCK, SCALE_BLOCK)
+        and parameters.get("activation_scale", False) is None
+        and _has_plain_bias(parameters, weight)
+        and len(parameters) == 4
+    )
+    return Matrix(weight, scale, parameters["bias"]) if is_block_scaled else None
+
+
+def _glance_at_fp8(linear: nn.Module) -> Matrix | None:
+    own: Any = linear.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
+        return read_fp8(linear)
+    return fp8_matrix(linear) if runs_own_forward(_original_class(linear)) else None
+
+
+def why_not_fp8(linear: nn.Module) -> str | None:
+    """Why `fp8_matrix` is None or without data, with the remedy; None if that is no matter of the format."""
+    parameters: Any = linear._parameters
+    weight, scale = parameters.get("weight"), parameters.get("weight_scale_inv")
+    block_size: Any = linear.__dict__["block_size"]
+    if weight is not None and weight.dtype != FP8:
+        return f"has a weight of {weight.dtype}, expected {FP8}; load the checkpoint as it was quantized"
+    if block_size is None or tuple(block_size) != (SCALE_BLOCK, SCALE_BLOCK):
+        return (
+            f"has a scale for each block of {block_size} weights, expected [128, 128]; "
+            "load a checkpoint of such blocks, or pass exclude=[...]"
+        )
+    if parameters.get("activation_scale") is not None:
+        return (
+            "quantizes its input by a scale that the checkpoint gives, expected dynamic ones; "
+            "load a checkpoint without them, or pass exclude=[...]"
+        )
+    if weight is not None and scale is not None and not has_block_scales(weight, scale):
+        return (
+            f"has scales {list(scale.shape)} of {scale.dtype} for a weight {list(weight.shape)}, expected one for "
+            "each block of 128 x 128; load the checkpoint as it was quantized"
+        )
+    if weight is not None and weight.is_meta:
+        return "has its weight on meta (offloaded, or not loaded yet); load with a device_map that keeps it in memory"
+    return None
+
+
+def unusable_scales(matrix: Matrix) -> str | None:
+    """What is wrong with the scales of a matrix, which this reads and so waits for the GPU; None if they are fine."""
+    if matrix.scale is None or matrix.scale.is_meta:
+        return None
+    scale = matrix.scale.detach().float()
+    if bad := int((~scale.isfinite() | (scale == 0)).sum()):
+        return f"has {bad} of {scale.numel()} scales that are zero or not finite; load it again, or pass exclude=[...]"
+    return None
+
+
 def is_partial(linear: nn.Module) -> bool:
     """True if `read` gives this process's rows only, so that nothing after the activation may be read."""
     return hasattr(linear._parameters.get("weight"), "_local_tensor")
 
 
+def can_be_halved(matrix: tuple) -> bool:
+    """False if the two halves of a packed projection share scales, or a bias has no half for each."""
+    data, scale, bias = matrix
+    return (scale is None or data.shape[0] % (2 * SCALE_BLOCK) == 0) and (bias is None or bias.shape == data.shape[:1])
+
+
 def halves(matrix: tuple, first: int, second: int) -> tuple[tuple, tuple]:
     """The two matrices, as bare tuples, that a packed projection holds, in the order of the given indices."""
-    data, _, bias = matrix
+    data, scale, bias = matrix
     both = data.chunk(2)
-    if bias is None:
-        return (both[first], None, None), (both[second], None, None)
-    biases = bias.chunk(2)
-    return (both[first], None, biases[first]), (both[second], None, biases[second])
+    scales = (None, None) if scale is None else scale.chunk(2)
+    biases = (None, None) if bias is None else bias.chunk(2)
+    return (both[first], scales[first], biases[first]), (both[second], scales[second], biases[second])
 
 
 def is_loaded(projection: nn.Module) -> bool:
@@ -224,6 +314,8 @@ def why_called(linear: nn.Module) -> str:
         return (
             "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
         )
+    if path == "transformers.pytorch_utils.Conv1D":
+        return f"is {path}, expected nn.Linear; no kernel reads its transposed weight, so it runs as it always did"
     return (
         f"is {path}, expected nn.Linear; load without quantization_config, "
         "merge or unload the adapter, or pass exclude=[...]"
@@ -258,6 +350,7 @@ def _why_not_plain(linear: nn.Module) -> str | None:
 FORMATS: tuple[Format, ...] = (
     Format(frozenset(_LINEARS), read_plain, _why_not_plain),
     Format(frozenset({_NN_LINEAR}), read_column_shard),
+    Format(frozenset({_FP8_LINEAR}), read_fp8, why_not_fp8, _glance_at_fp8),
 )
 _READERS = tuple(row.read for row in FORMATS)
 

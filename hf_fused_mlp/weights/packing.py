@@ -5,6 +5,7 @@ and every way of saving see no shared storage. Only a weight that alone owns its
 buffer, shared memory and tied weights stay where their owner put them.
 """
 
+import ctypes
 import sys
 from collections.abc import Iterable
 
@@ -29,6 +30,24 @@ def is_packed(gate: Tensor, up: Tensor) -> bool:
         and up.is_contiguous()
         and gate.data_ptr() + gate.nbytes == up.data_ptr()
     )
+
+
+def as_one(gate: Tensor, up: Tensor) -> Tensor:
+    """Two tensors that are packed (`[I, H]`) as one `[2 * I, H]` over their memory, which the two have to outlive."""
+    bytes_ = gate.nbytes + up.nbytes
+    if gate.is_cuda:
+        # storages end where the halves do, so that no view of one reaches the other
+        memory = type("Memory", (), {})()
+        memory.__cuda_array_interface__ = {
+            "shape": (bytes_,),
+            "typestr": "|u1",
+            "data": (gate.data_ptr(), False),
+            "version": 3,
+        }
+        flat = torch.as_tensor(memory, device=gate.device)
+    else:
+        flat = torch.frombuffer((ctypes.c_uint8 * bytes_).from_address(gate.data_ptr()), dtype=torch.uint8)
+    return flat.view(gate.dtype).view(gate.shape[0] + up.shape[0], *gate.shape[1:])
 
 
 def pack(gate: nn.Parameter, up: nn.Parameter) -> list[Tensor]:
@@ -132,9 +151,10 @@ def _side_by_side(like: Tensor) -> tuple[Tensor, Tensor]:
     """Two new tensors like `like`, each with a storage of its own, the second beginning where the first ends."""
     if (halves := _two_allocations(like)) is not None:
         return halves
-    block = torch.empty((2, *like.shape), dtype=like.dtype, device=like.device)
+    block = torch.empty((2, like.nbytes), dtype=torch.uint8, device=like.device)
     # through dlpack each half gets a storage of its own, which keeps the block alive but cannot be resized
-    return torch.from_dlpack(block[0]), torch.from_dlpack(block[1])
+    first, second = (torch.from_dlpack(half).view(like.dtype).view(like.shape) for half in block)
+    return first, second
 
 
 def _two_allocations(like: Tensor) -> tuple[Tensor, Tensor] | None:

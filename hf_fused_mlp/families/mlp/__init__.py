@@ -4,6 +4,7 @@ import re
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_fused_mlp.families.base import Family
@@ -64,10 +65,11 @@ class MLPFamily(Family):
             out=down.data.shape[0],
             gated=spec.kind is not MLPKind.PLAIN,
             activation=activation,
-            dtype=up.data.dtype,
+            dtype=up.data.dtype if up.scale is None else torch.bfloat16,
             bias=any(matrix.bias is not None for matrix in matrices),
             one_block=not spec.up_first and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
             gpu=gpu,
+            storage="float" if up.scale is None else "fp8",
         )
 
 

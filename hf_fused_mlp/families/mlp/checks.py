@@ -11,7 +11,7 @@ from hf_fused_mlp.originals import IDENTITIES, why_functions_are_not_own
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason, was_patched_since
 from hf_fused_mlp.types import ABSENT, Matrix
-from hf_fused_mlp.weights.formats import is_loaded, is_partial, read, why_called
+from hf_fused_mlp.weights.formats import can_be_halved, is_loaded, is_partial, read, unusable_scales, why_called
 
 
 class Projections(NamedTuple):
@@ -40,7 +40,7 @@ def read_projections(module: nn.Module, spec: MLPSpec) -> Projections:
     """Reads the projections that need not be called. Builds no messages, so it is cheap enough for calls."""
     children = module._modules
     gate, up = (ABSENT if name is None else read(children.get(name)) for name in (spec.gate, spec.up))
-    if gate is None or up is None:
+    if gate is None or up is None or (spec.halves is not None and not can_be_halved(up)):
         return Projections(None, None, None, False)
     partial = [is_partial(children[name]) for name in spec.first]
     if any(partial):
@@ -108,8 +108,13 @@ def unknown_activation_reason(name: str, activation: nn.Module) -> str:
 def called_reason(module: nn.Module, spec: MLPSpec) -> str | None:
     """Which projection must be called and why, with the remedy; None if all may be read."""
     for name in spec.projections:
-        if _read_whole(module._modules[name]) is None:
+        if (matrix := _read_whole(module._modules[name])) is None:
             return f"{name} {why_called(module._modules[name])}"
+        if spec.halves is not None and name == spec.up and not can_be_halved(matrix):
+            return (
+                f"{name} packs gate and up {list(matrix.data.shape)}, whose halves share scales; "
+                "pass exclude=[...] to leave it as it is"
+            )
     return None
 
 
@@ -131,19 +136,22 @@ def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
     if reason := called_reason(module, spec):
         loaded = all(is_loaded(projection) for projection in projections.values())
         return None if loaded and can_call(module, spec, read_projections(module, spec)) else reason
-    matrices = (read(projection) for projection in projections.values())
-    return _mismatch(dict(zip(projections, matrices, strict=True)), spec)
+    matrices: dict[str, Any] = {name: read(projection) for name, projection in projections.items()}
+    for name, matrix in matrices.items():
+        if reason := unusable_scales(matrix):
+            return f"{name} {reason}"
+    return _mismatch(matrices, spec)
 
 
 def _mismatch(matrices: dict[str, Any], spec: MLPSpec) -> str | None:
     """In which dtype, device or shape the projections do not fit together, or None if they do."""
-    tensors = {
-        f"{name}.{kind}": tensor
-        for name, (data, _, bias) in matrices.items()
-        for kind, tensor in (("weight", data), ("bias", bias))
-        if tensor is not None
-    }
-    for attribute, remedy in (("dtype", "load with one dtype=..."), ("device", "keep each layer on one device")):
+    weights = {f"{name}.weight": data for name, (data, _, _) in matrices.items()}
+    biases = {f"{name}.bias": bias for name, (_, _, bias) in matrices.items() if bias is not None}
+    are_floats = all(scale is None for _, scale, _ in matrices.values())
+    everything = weights | biases
+    of_one_dtype = (everything,) if are_floats else (weights, biases)
+    rules = [("dtype", tensors, "load with one dtype=...") for tensors in of_one_dtype]
+    for attribute, tensors, remedy in (*rules, ("device", everything, "keep each layer on one device")):
         values = {name: getattr(tensor, attribute) for name, tensor in tensors.items()}
         if len(set(values.values())) > 1:
             found = ", ".join(f"{name} {value}" for name, value in values.items())

@@ -38,7 +38,7 @@ from hf_fused_mlp.swap import Fused, Runs, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
 from hf_fused_mlp.types import ABSENT, Matrix, MLPOperands
 from hf_fused_mlp.weights import pack, unpack, why_not_packed
-from hf_fused_mlp.weights.formats import glance, halves, may_be_read, read
+from hf_fused_mlp.weights.formats import can_be_halved, glance, halves, may_be_read, read
 
 # Elements of `x` up to which the original forward runs at once if kernels could only compute the product, between
 # layers that are called. On an H100 (`hf-fused-mlp bench wrapped`) 512 tokens of Llama-3-8B gain nothing, 4096 do.
@@ -149,27 +149,36 @@ class FusedGatedMLP(FusedMLP):
         return module._modules[spec.gate](x), module._modules[spec.up](x)
 
     def why_not_packed(self) -> str | None:
-        weights = self._weights_to_pack()
-        if weights is None:
-            return None
-        if not _are_parameters(self, weights):
-            return "gate and up are no parameters that could be moved, and stay where their format keeps them"
-        return why_not_packed(*weights)
+        for weights in self._pairs_to_pack():
+            if not _are_parameters(self, weights):
+                return "gate and up are no parameters that could be moved, and stay where their format keeps them"
+            if reason := why_not_packed(*weights):
+                return reason
+        return None
 
     def _pack(self) -> list[Tensor]:
-        weights = self._weights_to_pack()
-        # packing gains nothing where the original forward runs
-        if weights is None or modes.no_kernels(weights[0].device) is not None or not _are_parameters(self, weights):
-            return []
-        return pack(*weights)
+        replaced = []
+        for weights in self._pairs_to_pack():
+            # packing gains nothing where the original forward runs
+            if modes.no_kernels(weights[0].device) is None and _are_parameters(self, weights):
+                replaced += pack(*weights)
+        return replaced
 
     def _unpack(self) -> list[Tensor]:
         return unpack(_local_parameters(self))
 
-    def _weights_to_pack(self) -> tuple[Any, Any] | None:
-        """Gate and up; None if one was wrapped or quantized after fusing, since then nothing reads both."""
+    def _pairs_to_pack(self) -> list[tuple[Any, Any]]:
+        """The weights of gate and up, and their scales if there are any.
+
+        Nothing if one layer was wrapped or quantized after fusing, since then nothing reads both.
+        """
         found = read_projections(self, self.fused_spec)
-        return (found.gate.data, found.up.data) if found.gate is not None and found.up is not None else None
+        if found.gate is None or found.up is None:
+            return []
+        pairs = [(found.gate.data, found.up.data)]
+        if found.gate.scale is not None and found.up.scale is not None and found.gate.scale.nbytes % 16 == 0:
+            pairs.append((found.gate.scale, found.up.scale))  # where both would be aligned
+        return pairs
 
 
 def _local_parameters(module: FusedMLP) -> list[Any]:
@@ -358,7 +367,7 @@ def _usual_operands(
     if named is not None and wrapped_besides(module, named) is not None:
         return None
     if order is not None:
-        if up[2] is not None and up[2].shape != up[0].shape[:1]:
-            return None  # a bias that cannot be halved
+        if not can_be_halved(up):
+            return None
         gate, up = halves(up, *order)
     return gate, up, down, function

@@ -1,0 +1,121 @@
+"""FP8 weights with a scale for each block: kernels against float64, and modules from checkpoint to launch."""
+
+import pytest
+import torch
+from numerics import assert_accurate, quantized_mlp, run_plan
+
+from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.kernels import describe_launch, fp8_dequantized, fp8_gemm
+from hf_fused_mlp.reference import dequantize, fp8_linear_ref, mlp_ref, quantize_ref
+from hf_fused_mlp.types import Plan, TileConfig
+from hf_fused_mlp.validation import Errors
+
+CONFIGS = {
+    "gemv": TileConfig("fp8_gemv", block_n=2, block_k=256, num_warps=4),
+    "skinny": TileConfig("fp8_skinny", block_m=16, block_n=32, block_k=128),
+    "split": TileConfig("fp8_skinny", block_m=16, block_n=32, block_k=128, split_k=2),
+    "dequantized": TileConfig("fp8_dequantized"),
+    "torch": TileConfig("torch"),
+}
+
+
+def baseline(x, gate, up, down, gate_bias, up_bias, down_bias, activation, gate_scale, up_scale, down_scale):
+    """An MLP of Transformers' `FP8Linear`s."""
+    h = fp8_linear_ref(x, up, up_scale, up_bias)
+    activate = ACTIVATIONS[activation].function
+    h = activate(h) if gate is None else activate(fp8_linear_ref(x, gate, gate_scale, gate_bias)) * h
+    return fp8_linear_ref(h, down, down_scale, down_bias)
+
+
+def oracle(x, *operands):
+    *weights, activation, gate_scale, up_scale, down_scale = operands
+    doubled = (t if t is None or t.dtype == torch.float8_e4m3fn else t.double() for t in weights)
+    return mlp_ref(x.double(), *doubled, activation, gate_scale, up_scale, down_scale)
+
+
+@pytest.mark.parametrize("scales", ["fp32", "e8m0"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("sizes", [(256, 384), (200, 136), (576, 192)], ids=str)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_kernels(family, sizes, gated, bias, scales, device):
+    H, I = sizes
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
+    m = 1 if family == "gemv" else 5
+    operands = quantized_mlp(H, I, gated, bias, dtype, device, scales=scales)
+    x = torch.randn(m, H, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    config = CONFIGS[family]
+    assert_accurate(run_plan(Plan(config, config), x, *operands), baseline(x, *operands), oracle(x, *operands))
+
+
+def reference_mm(data, scale, weight, weight_scale):
+    """What `torch._scaled_mm` computes on Hopper."""
+    x = data.float() * scale.t().repeat_interleave(128, 1)
+    return (x @ dequantize(weight, weight_scale, torch.float32).t()).to(torch.bfloat16)
+
+
+@pytest.fixture
+def gemm_of(device, monkeypatch):
+    if device.type == "cpu":
+        monkeypatch.setattr(fp8_gemm, "scaled_mm", reference_mm)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the block-scaled GEMM is there on Hopper only")
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "apart"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("plan", [("fp8_gemm", "fp8_gemm"), ("fp8_gemm", "torch"), ("torch", "fp8_gemm")], ids=str)
+@pytest.mark.parametrize("m", [16, 21])
+def test_gemm(m, plan, gated, bias, packed, device, gemm_of):
+    """Up hands FP8 over to down if that reads it, and 16-bit numbers otherwise."""
+    H, I = 512, 1024
+    gate, up, *rest, gate_scale, up_scale, down_scale = quantized_mlp(H, I, gated, bias, torch.bfloat16, device)
+    if packed and gated:
+        gate, up = torch.cat((gate, up)).chunk(2)
+        gate_scale, up_scale = torch.cat((gate_scale, up_scale)).chunk(2)
+    operands = gate, up, *rest, gate_scale, up_scale, down_scale
+    x = torch.randn(m, H, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    out = run_plan(Plan(*map(TileConfig, plan)), x, *operands)
+    assert out.is_contiguous()
+    error, allowed = (Errors.of(y, oracle(x, *operands)) for y in (out, baseline(x, *operands)))
+    assert error.largest < 2 * allowed.largest
+    assert error.relative_rms < 1.1 * allowed.relative_rms < 0.1
+
+
+def test_quantizing(device):
+    """Data and scales are those of Transformers, those of a row of zeros and of extremes included."""
+    x = torch.randn(5, 1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 5)[:, None]
+    x[2, :128], x[3, 130] = 0, 1e30
+    x = x.to(device, torch.bfloat16)
+    call = describe_launch(x, torch.empty(8, 1024), False, "identity")
+    data, scale = fp8_gemm._activation(call, 1024, 1024, "identity", True)(x, None, None, None)
+    expected, factors = quantize_ref(x)
+    assert data.shape == (16, 1024)
+    assert scale.shape == (8, 16)
+    torch.testing.assert_close(scale[:, :5].t(), factors, rtol=1e-6, atol=0)
+    got, wanted = data[:5].float(), expected.float()
+    differ = got != wanted  # where a quotient is between two numbers, the last bit of a scale decides
+    assert differ.float().mean() < 1e-3
+    torch.testing.assert_close(got, wanted, rtol=0.13, atol=0)
+
+
+@pytest.mark.parametrize("as_bytes", [True, False], ids=["bytes", "fp8"])
+def test_every_number_is_decoded(as_bytes, device):
+    """All 256 of e4m3, as FP8 and as the bytes that GPUs without FP8 read, and all 256 of e8m0."""
+    if device.type == "cuda" and not as_bytes and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 on this GPU")
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+
+    def dequantized(weight, scale):
+        out = torch.empty(weight.numel(), device=device)
+        grid = (-(-weight.numel() // 128), 1, 1)
+        fp8_dequantized._dequantize_kernel[grid](weight, scale, out, 1, weight.numel(), 128, 32)
+        return out
+
+    numbers = codes if as_bytes else codes.view(torch.float8_e4m3fn)
+    out = dequantized(numbers, torch.ones(2, device=device))
+    torch.testing.assert_close(out, codes.view(torch.float8_e4m3fn).float(), rtol=0, atol=0, equal_nan=True)
+    one = torch.ones(256 * 128, device=device).to(torch.float8_e4m3fn)
+    out = dequantized(one.view(torch.uint8) if as_bytes else one, codes)[::128]
+    torch.testing.assert_close(out, codes.view(torch.float8_e8m0fnu).float(), rtol=0, atol=0, equal_nan=True)
