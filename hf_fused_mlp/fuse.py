@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_fused_mlp.calls import device_of
+from hf_fused_mlp.calls import device_of, why_adapted
 from hf_fused_mlp.families import FAMILIES, Family
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.modes import no_kernels
@@ -117,7 +117,7 @@ def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
     found: dict[str, Examined] = {}
     for name, module in modules.items():
         for family in FAMILIES:
-            if (finding := _finding(family, module)) is not None:
+            if (finding := _finding(family, name, modules)) is not None:
                 found[name] = Examined(name, module, family, finding)
                 break
     for family in FAMILIES:
@@ -132,10 +132,13 @@ def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
     return [found[name] for name in modules if name in found]
 
 
-def _finding(family: Family, module: nn.Module) -> Finding | None:
+def _finding(family: Family, name: str, modules: dict[str, nn.Module]) -> Finding | None:
+    module = modules[name]
     if not isinstance(module, Fused):
         return family.examine(module)
-    return Finding("fused", _remark(module)) if isinstance(module, family.mixin) else None
+    if not isinstance(module, family.mixin):
+        return None
+    return Finding("fused", why_adapted(name, modules) or _remark(module))
 
 
 def _remark(module: Fused) -> str | None:

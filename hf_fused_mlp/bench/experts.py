@@ -70,7 +70,7 @@ def build(shape: Experts) -> nn.Module:
             made = MixtralExperts(MixtralConfig(**sizes, hidden_act=shape.activation)).bfloat16()
     for parameter in made.requires_grad_(False).parameters():
         parameter.normal_(0, shape.hidden**-0.5)
-    return made
+    return made.eval()
 
 
 def routing(kind: str, shape: Experts, m: int) -> Tensor:
