@@ -65,7 +65,7 @@ def test_code_runs(page, namespace, tmp_path, capsys):
     for number, block in enumerate(blocks(page, "python")):
         if "from peft" in block:
             pytest.importorskip("peft")
-        block = block.replace('"Qwen/Qwen3-8B", dtype="bfloat16"', "path")
+        block = block.replace('"Qwen/Qwen3-8B", dtype="bfloat16", device_map="cuda"', "path")
         run(block, tmp_path / f"{page.stem}_{number}.py", namespace)
         if page.name == "README.md" and "exclude=" in block:
             assert [isinstance(layer.mlp, FusedMLP) for layer in namespace["model"].model.layers] == [False, True]
