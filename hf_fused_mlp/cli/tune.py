@@ -121,7 +121,9 @@ def report(tuned: "list[TunedPlan]") -> Iterator[Table]:
 def describe_problem(key: ProblemKey) -> str:
     kind = "gated" if key.gated else "plain"
     bias = ", bias" if key.bias else ""
-    return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {str(key.dtype).removeprefix('torch.')}"
+    dtype = str(key.dtype).removeprefix("torch.")
+    storage = "" if key.storage == "float" else f", {key.storage}"
+    return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {dtype}{storage}"
 
 
 def describe_config(config: TileConfig) -> str:

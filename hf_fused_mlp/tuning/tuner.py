@@ -104,8 +104,10 @@ class Launch:
             return torch.randn(shape, dtype=key.dtype, device=device)
 
         planes = 2 if key.gated else 1
-        # a third plane keeps the two apart
-        blocks = [normal(planes if key.one_block else 2 * planes - 1, key.n, key.k).mul_(key.k**-0.5)]
+        kept = planes if key.one_block else 2 * planes - 1  # a third plane keeps the two apart
+        is_transposed = key.storage == "transposed"
+        block = normal(kept, key.k, key.n).mT if is_transposed else normal(kept, key.n, key.k)
+        blocks = [block.mul_(key.k**-0.5)]
         if key.m <= GRAPHS_UP_TO:
             blocks += [blocks[0].clone() for _ in range(weight_copies(blocks[0].nbytes) - 1)]
         biases = normal(planes, key.n).mul_(0.5) if bias else [None, None]
