@@ -102,6 +102,14 @@ def test_the_rule_and_every_candidate(shape, m, dtype):
         assert_accurate(run_plan(plan, x, *operands, "gelu_tanh"), expected, oracle)
 
 
+def test_a_gate_is_for_any_storage(device):
+    """PyTorch's GEMMs take what is stored in either order, and one kernel does the rest."""
+    operands = transposed_mlp(72, 104, True, True, torch.float16, device)
+    x = tokens(5, 72, torch.float16, device)
+    out = run_plan(Plan(TileConfig("elementwise"), TORCH), x, *operands, "silu")
+    assert_accurate(out, mlp_ref(x, *operands, "silu"), oracle_of(x, operands, "silu"))
+
+
 def test_how_weights_are_stored(device, monkeypatch):
     """One way for a whole MLP; what lies in another, or in two, PyTorch's operations compute."""
     if device.type == "cpu":
