@@ -452,7 +452,7 @@ def test_what_cannot_be_read_is_called(change, when, monkeypatch, by_kernels):
     assert isinstance(mlp, FusedMLP) == (when == "after")
 
 
-def test_a_patched_addmm_does_not_concern_linear_layers(monkeypatch):
+def test_a_patched_addmm_does_not_stop_calls_of_linear_layers(monkeypatch):
     monkeypatch.setattr(torch, "addmm", doubled(torch.addmm))
     assert functions_are_own()
     assert formats.read(nn.Linear(4, 4)) is not None
