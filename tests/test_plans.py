@@ -424,4 +424,4 @@ def test_a_look_up_takes_no_time(monkeypatch):
     operands = MLPOperands.of(*operands, "silu")
     remember(x, operands, lambda *operands: "the answer")
     assert look_up(x, operands) == "the answer"
-    assert min(timeit.repeat(lambda: look_up(x, operands), number=1000, repeat=20)) / 1000 < 10e-6
+    assert min(timeit.repeat(lambda: look_up(x, operands), number=1000, repeat=20)) / 1000 < 30e-6
