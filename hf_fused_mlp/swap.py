@@ -8,6 +8,7 @@ ours. Unfusing gives the original class back.
 import copyreg
 import functools
 import inspect
+import operator
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     original_class: ClassVar[type[nn.Module]]
     original_forward: ClassVar[Callable]
     original_code: ClassVar[CodeType | None]
+    # all that the spec was read from: the forward, its code, and what `_also_read` gives
+    was_read: ClassVar[tuple]
     # the name of the forward's first argument, if it may be passed by name
     input_name: ClassVar[str | None]
     _made_of: ClassVar[tuple]
@@ -63,6 +66,21 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         """The output of the original forward."""
         return self.original_class.forward(self, *inputs)
 
+    @staticmethod
+    def exact_output(exact: nn.Module, *inputs: Tensor) -> Tensor:
+        """The output of a copy in float64 of a module with the original class, which may be of other code."""
+        return type(exact).forward(exact, *inputs)
+
+    @staticmethod
+    def read_again(module: nn.Module) -> Any:
+        """What a module of the original class computes now, in the words of `fused_spec`; anything else if unknown."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _also_read(original: Any) -> tuple:
+        """What a spec rests on besides the forward of the class, each function followed by its code."""
+        return ()
+
     @classmethod
     def fused_recipe(cls) -> tuple[type["Fused"], Any]:
         """The mixin and the spec that `fuse` takes to make the module what it is."""
@@ -87,7 +105,7 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         return f"Fused{type(self).__name__}"
 
     def __reduce_ex__(self, protocol):
-        # copy and pickle the module as one of the original class, then give it a generated class again
+        # copy and pickle the module as one of the original class; `_restore` gives it a generated class again
         cls = type(self)  # read once: another thread may unfuse the module meanwhile
         if not issubclass(cls, Fused):
             return cls.__reduce_ex__(self, protocol)
@@ -97,7 +115,8 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         mixin, original, spec = cls._made_of
         make, arguments, *state = (original if part is cls else part for part in reduced)
         arguments = tuple(original if argument is cls else argument for argument in arguments)
-        return (_restore, (mixin, original, spec, make, arguments), *state)
+        complete = not state or state[0] is None
+        return (_restore, (mixin, original, spec, make, arguments, complete), *state)
 
 
 class _FusedType(type):
@@ -139,10 +158,10 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
     """
     made_of = mixin, original, spec
     with LOCK:
+        code = getattr(original.forward, "__code__", None)
+        was_read = original.forward, code, *mixin._also_read(original)
         for known in generated_classes(original):
-            code = getattr(original.forward, "__code__", None)
-            same = known.original_forward is original.forward and known.original_code is code
-            if same and known._made_of == made_of:
+            if known._made_of == made_of and all(map(operator.is_, known.was_read, was_read)):
                 return known
         parameters = list(inspect.signature(original.forward).parameters.values())
         by_name = len(parameters) > 1 and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -150,7 +169,8 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
             "fused_spec": spec,
             "original_class": original,
             "original_forward": staticmethod(original.forward),
-            "original_code": getattr(original.forward, "__code__", None),
+            "original_code": code,
+            "was_read": was_read,
             "input_name": parameters[1].name if by_name else None,
             "forward": _like(original.forward, mixin.forward),
             "_made_of": made_of,
@@ -176,11 +196,31 @@ def _like(original: Callable, forward: Any) -> Callable:
     return functools.update_wrapper(copied, original)
 
 
-def _restore(mixin: type[Fused], original: type[nn.Module], spec: Any, make: Callable, arguments: tuple) -> nn.Module:
+def _restore(
+    mixin: type[Fused], original: type[nn.Module], spec: Any, make: Callable, arguments: tuple, complete: bool = False
+) -> nn.Module:
+    """A copy of a fused module, or one from a pickle, which is fused again as soon as it has its state."""
     module = make(*arguments)
-    if type(module) is original:
-        module.__class__ = fused_class(mixin, original, spec)
+    if type(module) is not original:
+        return module
+    if complete:
+        _fuse_if_the_same(module, mixin, spec)
+    else:
+        # copying and unpickling look this up on the object that was made
+        module.__dict__["__setstate__"] = functools.partial(_set_state, module, mixin, spec)
     return module
+
+
+def _set_state(module: nn.Module, mixin: type[Fused], spec: Any, state: Any) -> None:
+    del module.__dict__["__setstate__"]
+    module.__setstate__(state)
+    _fuse_if_the_same(module, mixin, spec)
+
+
+def _fuse_if_the_same(module: nn.Module, mixin: type[Fused], spec: Any) -> None:
+    """Fuses `module` if it still computes `spec`: its class may have been patched since."""
+    if mixin.read_again(module) == spec:
+        fuse(module, mixin, spec)
 
 
 def why_not_swappable(module: nn.Module, mixin: type[Fused], spec: Any) -> str | None:

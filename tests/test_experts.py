@@ -76,7 +76,7 @@ def make(path, dtype=torch.float32):
 
 def inputs(experts, tokens=9, top_k=3, dtype=torch.float32):
     torch.manual_seed(1)
-    spec = find_experts(experts)
+    spec = getattr(experts, "fused_spec", None) or find_experts(experts)
     weight = experts.down_proj
     planes = isinstance(spec, str) or spec.form.layout == "planes"
     hidden, count = weight.shape[1 if planes else 2], weight.shape[0]
@@ -304,10 +304,14 @@ def test_fp8_experts_are_refused():
         ALL_FP8_EXPERTS_FUNCTIONS["hf_fused_mlp"](None)
 
 
-def test_uninstall():
+def test_a_live_model_outlives_uninstall():
+    """Its config names an implementation that must not vanish."""
+    model = tiny()
+    model.set_experts_implementation("hf_fused_mlp")
     try:
         hf_fused_mlp.uninstall()
-        assert "hf_fused_mlp" not in moe.ALL_EXPERTS_FUNCTIONS
+        with torch.no_grad():
+            model(torch.arange(6)[None])
     finally:
         hf_fused_mlp.install()
     assert "hf_fused_mlp" in moe.ALL_EXPERTS_FUNCTIONS

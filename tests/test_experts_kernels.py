@@ -102,6 +102,19 @@ def test_types(plan, device):
     check(run(PLANS[plan], operands, PLANES), operands, PLANES)
 
 
+@pytest.mark.parametrize("tokens", [16, 17, 40])
+def test_more_programs_than_a_grid_holds(tokens, device, monkeypatch):
+    """Tokens are computed in parts, also where rows are apart."""
+    from hf_fused_mlp.kernels import experts
+
+    monkeypatch.setattr(experts, "MOST_PROGRAMS", 6 * 19)  # of 19 tokens: three pairs of two programs each
+    x, *rest = problem(PLANES, device, torch.float16, tokens)
+    apart = torch.zeros(len(x), 2 * x.shape[1], dtype=x.dtype, device=device)[:, : x.shape[1]].copy_(x)
+    plan = ExpertsPlan("pairs", 1, replace(ROW, block_n=32), replace(ROW, block_n=32))
+    for operands in ((x, *rest), (apart, *rest)):
+        check(run(plan, operands, PLANES), operands, PLANES)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 20])
 @pytest.mark.parametrize("change", ["none", "strided weights", "unaligned", "rows apart", "fails"])
 def test_dispatch(change, tokens, device, monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -374,3 +375,24 @@ def test_exclude_may_be_an_iterator():
 def test_a_function_that_no_kernel_computes():
     with pytest.raises(ValueError, match=r"MLPSpec\(function='tanh'\): expected one of silu, gelu"):
         MLPSpec("plain", up="up", down="down", function="tanh")
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@torch.no_grad()
+def test_copies_follow_a_patch(registered, monkeypatch):
+    """A copy is of the class as it is now, not of what was read before the patch."""
+    as_on_gpu(monkeypatch)
+    mlp = first_mlp(tiny_model())
+    if registered:
+        register_mlp(LlamaMLP, MLPSpec("gated", "up_proj", "down_proj", "act_fn", "gate_proj"))
+    try:
+        fuse_model(mlp, strict=True)
+        blob, old = pickle.dumps(mlp), LlamaMLP.forward
+        monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: old(self, x) * 2)
+        x = torch.randn(3, 64)
+        for again in (copy.deepcopy(mlp), pickle.loads(blob)):
+            torch.testing.assert_close(again(x), old(mlp, x) * 2)
+        monkeypatch.setattr(LlamaMLP, "forward", old)
+        assert isinstance(pickle.loads(blob), FusedMLP)
+    finally:
+        MLP_SPECS.pop(LlamaMLP, None)

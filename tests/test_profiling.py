@@ -155,6 +155,15 @@ def test_prediction(monkeypatch):
     assert "replaced on the instance" in predict(mlps, 16, "memory-bound", step, 500.0).basis
 
 
+def test_prediction_of_routed_experts(monkeypatch):
+    """`tune` measures none, so it is not advised."""
+    as_on_gpu(monkeypatch)
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    experts = fuse_model(tiny_model("mixtral", **sizes), strict=True).model.layers[0].mlp.experts
+    found = predict({"a": experts}, 16, "memory-bound", a_step(a=100.0), 500.0)
+    assert found.gain is None and "no plans are measured for modules like a" in found.basis
+
+
 def test_prediction_asks_the_plans(plan_cache):
     with pytest.MonkeyPatch.context() as patch:
         as_on_gpu(patch)

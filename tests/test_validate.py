@@ -49,6 +49,38 @@ def test_fused_models_pass(model_type, dtype, path, monkeypatch):
     assert ("on cpu, where the original forward runs" in str(report)) == (path == "operator")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", ["fused", "operator"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_routed_experts(model_type, path, dtype, monkeypatch):
+    """They pass, and one whose kernel or weight is wrong is named."""
+    if path == "fused":
+        as_on_gpu(monkeypatch)
+        monkeypatch.setattr("hf_fused_mlp.modes.runs_now", lambda x: True)
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
+    model, reference = (tiny_model(model_type, dtype=dtype, **sizes) for _ in range(2))
+    fuse_model(model, strict=True)
+    for source in (None, reference):
+        report = validate(model, IDS, reference=source, new_tokens=2)
+        assert report.passed, str(report)
+        assert [layer.path for layer in report.layers] == [path, path]
+        assert all(layer.oracle == "float64" and layer.fused.relative_rms > 0 for layer in report.layers)
+    name = "model.layers.1.mlp.experts"
+    wrong = model.get_submodule(name)
+    operator = ops.experts_if_fits
+
+    def doubled(x, ids, weights, operands):
+        return operator(x, ids, weights * (2 if operands.up is wrong.gate_up_proj else 1), operands)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "experts_if_fits", doubled)
+        patch.setattr(ops, "experts", doubled)
+        assert failing(validate(model, IDS, new_tokens=0)) == [name]
+    with torch.no_grad():
+        wrong.down_proj[2, 3, 5] += 0.5
+    assert failing(validate(model, IDS, reference=reference, new_tokens=0)) == [name]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])

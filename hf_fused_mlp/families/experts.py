@@ -9,35 +9,45 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import modes, ops
 from hf_fused_mlp.calls import OWN_FORWARD, device_of, has_own_forward
 from hf_fused_mlp.families.base import Family
 from hf_fused_mlp.launch_cache import answer, experts_kind
+from hf_fused_mlp.ops.experts import DTYPES, stacks_fit
 from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
-from hf_fused_mlp.reading.experts import ExpertsSpec, activation_of, find_experts, gate_of, original_of
+from hf_fused_mlp.reading.experts import (
+    ExpertsSpec,
+    activation_of,
+    find_experts,
+    form_of,
+    has_own_gate,
+    interface_of,
+    original_of,
+)
+from hf_fused_mlp.reading.implementations import implementation_of, runs_transformers_own
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
 from hf_fused_mlp.types import GPU, ExpertsOperands
-
-DTYPES = torch.float16, torch.bfloat16, torch.float32
 
 
 class FusedExperts(Fused):
     """Routed experts whose forward is our operator if the caller needs only the output, and else the original."""
 
     fused_spec: ClassVar[ExpertsSpec]
-    _gate_read: ClassVar[Any]
+    # where the original forward looks up what its config names
+    _interface: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs):
-        if original := vars(cls).get("original_class"):
-            type.__setattr__(cls, "_gate_read", gate_of(original))
+        if "original_class" in vars(cls):
+            type.__setattr__(cls, "_interface", interface_of(cls.original_forward))
 
     def forward(self, *args, **kwargs):
         cls: Any = type(self)  # read once: another thread may unfuse the module meanwhile
         if not issubclass(cls, FusedExperts):
             return cls.forward(self, *args, **kwargs)
-        if len(args) == 3 and not kwargs and _keeps_code(self, cls):
+        if len(args) == 3 and not kwargs and _keeps_code(self, cls) and runs_transformers_own(self, cls._interface):
             out = fused_output(self, cls.fused_spec, *args)
             if out is not None:
                 return out
@@ -46,16 +56,30 @@ class FusedExperts(Fused):
     def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
         if has_own_forward(self) or not _keeps_code(self, type(self)):
             return Runs("its forward or its gate was replaced since it was fused, and what took its place runs")
-        if operands_of(self, self.fused_spec) is None:
-            return Runs("its weights or attributes are no longer those that were read, so the original forward runs")
-        reason = None if functions_are_own() else why_functions_are_not_own()
-        if self.training:
+        reason = why_not_kernels(self, self.fused_spec) or _other_implementation(self, self._interface)
+        if reason is None and not functions_are_own():
+            reason = why_functions_are_not_own()
+        if reason is None and self.training:
             reason = "in training mode, where the original forward runs"
         return Runs(reason or modes.no_kernels(device or device_of(self)))
 
     def call_inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
         usual = len(args) == 3 and not kwargs and all(type(value) is Tensor for value in args)
         return args if usual else None
+
+    @staticmethod
+    def read_again(module: nn.Module) -> ExpertsSpec | str | None:
+        return find_experts(module)
+
+    @staticmethod
+    def _also_read(original: Any) -> tuple:
+        loop, gate = original_of(original.forward), getattr(original, "_apply_gate", None)
+        return loop, getattr(loop, "__code__", None), gate, getattr(gate, "__code__", None)
+
+    @staticmethod
+    def exact_output(exact: nn.Module, *inputs: Tensor) -> Tensor:
+        # the class's loop, since other implementations take no float64
+        return (original_of(type(exact).forward) or type(exact).forward)(exact, *inputs)
 
     def by_operator(self, *inputs: Tensor) -> Tensor:
         x, ids, weights = inputs
@@ -66,14 +90,16 @@ class FusedExperts(Fused):
 
 
 def _keeps_code(module: FusedExperts, cls: type[FusedExperts]) -> bool:
-    """True if forward and `_apply_gate` are those that were read."""
+    """True if forward, loop and `_apply_gate` are those that were read."""
     original: Any = cls.original_class
-    forward = original.forward
+    forward, code, loop, loop_code, gate, gate_code = cls.was_read
     return (
-        forward is cls.original_forward
-        and forward.__code__ is cls.original_code
-        and gate_of(original) is cls._gate_read
-        and "_apply_gate" not in module.__dict__
+        original.forward is forward
+        and forward.__code__ is code
+        and getattr(loop, "__code__", None) is loop_code
+        and getattr(original, "_apply_gate", None) is gate
+        and getattr(gate, "__code__", None) is gate_code
+        and not has_own_gate(module)
     )
 
 
@@ -88,6 +114,8 @@ def fused_output(module: nn.Module, spec: ExpertsSpec, x: Any, ids: Any, weights
         return None
     # in training mode too, since reentrant checkpointing turns gradients off and computes the outputs again later
     if torch.is_grad_enabled() or module.training or not functions_are_own():
+        return None
+    if spec.act_fn and _has_any_global_hook():
         return None
     if (operands := operands_of(module, spec)) is None:
         return None
@@ -104,22 +132,63 @@ def fused_output(module: nn.Module, spec: ExpertsSpec, x: Any, ids: Any, weights
     return out
 
 
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+
+
 def operands_of(module: nn.Module, spec: ExpertsSpec) -> ExpertsOperands | None:
     """The weights, if module and weights are as they were read."""
     own = module.__dict__
-    for name, value in spec.held:
-        if own.get(name) != value:
+    for name, value in spec.flags:
+        if own.get(name) is not value:
             return None
-    if spec.act_fn and activation_of(module) != spec.form.activation:
+    if (form := form_of(module, spec)) is None or (spec.act_fn and activation_of(module) != form.activation):
         return None
     parameters = own["_parameters"]
     up, down = parameters.get(spec.up), parameters.get(spec.down)
-    up_bias = None if spec.up_bias is None else parameters.get(spec.up_bias)
-    down_bias = None if spec.down_bias is None else parameters.get(spec.down_bias)
-    for tensor in (up, down) if spec.up_bias is None else (up, down, up_bias, down_bias):
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:  # expert parallelism puts tensors there
+    up_bias = down_bias = None
+    # expert parallelism puts bare tensors there; and what an instance has under the name hides the parameter
+    if not (_is_plain(up) and _is_plain(down)) or spec.up in own or spec.down in own:
+        return None
+    if spec.up_bias is not None:
+        up_bias, down_bias = parameters.get(spec.up_bias), parameters.get(spec.down_bias)
+        if not (_is_plain(up_bias) and _is_plain(down_bias)) or spec.up_bias in own or spec.down_bias in own:
             return None
-    return ExpertsOperands(up, down, up_bias, down_bias, spec.form)  # type: ignore[arg-type]
+    count = own.get("num_experts")
+    if (
+        type(count) is not int
+        or up.dim() == 0
+        or count != up.shape[0]
+        or (spec.in_fp32 and up.dtype is not torch.float32)
+    ):
+        return None
+    return ExpertsOperands(up, down, up_bias, down_bias, form)  # type: ignore[arg-type]
+
+
+def why_not_kernels(module: nn.Module, spec: ExpertsSpec) -> str | None:
+    """Why no call of `module` can run kernels, as far as its weights and attributes tell; None if some can."""
+    parameters = {name: module._parameters.get(name) for name in spec.parameters}
+    given: list[Any] = [parameter for parameter in parameters.values() if _is_plain(parameter)]
+    if spec.in_fp32 and any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in given):
+        return f"{type(module).__name__} computes in fp32, whatever the dtype of its weights; load it in fp32"
+    count = module.__dict__.get("num_experts")
+    if other := [parameter for parameter in given if parameter.dim() and len(parameter) != count]:
+        return f"num_experts is {count!r}, and its weights are those of {len(other[0])} experts"
+    if (operands := operands_of(module, spec)) is None:
+        return "its weights or attributes are no longer those that were read, so the original forward runs"
+    if not stacks_fit(*operands):
+        found = ", ".join(
+            f"{name} {list(p.shape)} {p.dtype} {p.device}" for name, p in parameters.items() if p is not None
+        )
+        return f"its weights do not fit together ({found}); load with one dtype of fp16, bf16 and fp32, on one device"
+    return None
+
+
+def _other_implementation(module: nn.Module, interface: Any) -> str | None:
+    """The reason if the original forward would run a function that is neither Transformers' nor ours."""
+    if runs_transformers_own(module, interface):
+        return None
+    return f"experts_implementation={implementation_of(module)!r} is not one of Transformers' own, and runs as it is"
 
 
 class ExpertsFamily(Family):
@@ -130,8 +199,6 @@ class ExpertsFamily(Family):
     mixin = FusedExperts
 
     def examine(self, module: nn.Module) -> Finding | None:
-        if isinstance(module, FusedExperts):
-            return Finding("fused", module.runs().original)
         spec = find_experts(module)
         if spec is None:
             return None
@@ -160,7 +227,10 @@ def _reject_reason(module: nn.Module, spec: ExpertsSpec) -> str | None:
             "its forward was replaced on the instance, as expert and tensor parallelism do; "
             'experts_implementation="hf_fused_mlp" fuses what that calls; or pass exclude=[...]'
         )
-    return _why_not_plain(module, filter(None, (spec.up, spec.down, spec.up_bias, spec.down_bias)))
+    if reason := _why_not_plain(module, spec.parameters):
+        return reason
+    forward: Any = type(module).forward
+    return why_not_kernels(module, spec) or _other_implementation(module, interface_of(forward))
 
 
 def _why_not_plain(module: nn.Module, names: Iterable[str]) -> str | None:

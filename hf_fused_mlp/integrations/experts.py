@@ -4,16 +4,20 @@ Transformers calls the function that is registered under a model's `experts_impl
 its routed experts. Imported at the first of these calls.
 """
 
+import sys
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from hf_fused_mlp.families.experts import fused_output
+from hf_fused_mlp.families.experts import fused_output, why_not_kernels
 from hf_fused_mlp.logs import logger
-from hf_fused_mlp.reading.experts import find_experts
+from hf_fused_mlp.reading.experts import ExpertsSpec, find_experts
 
 NAME = "hf_fused_mlp"
 _told: set[str] = set()
+_defaults: WeakKeyDictionary[type, str] = WeakKeyDictionary()
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -26,23 +30,49 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     spec = find_experts(self)
-    out = None
-    if isinstance(spec, str):
-        _tell(f"{spec}; grouped_mm runs")
-    elif spec is not None:
+    if isinstance(spec, ExpertsSpec):
         out = fused_output(self, spec, hidden_states, top_k_index, top_k_weights)
-    if out is None:
-        out = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
-    return out
+        if out is not None:
+            return out
+    name = hf_fused_mlp_default_experts(type(self))
+    if spec is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _tell(self, spec, name)
+    if name == "eager":
+        cls: Any = getattr(type(self), "original_class", type(self))
+        return cls.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+    return ALL_EXPERTS_FUNCTIONS[name](self, hidden_states, top_k_index, top_k_weights)
 
 
-def _tell(message: str) -> None:
-    """Logs a warning once."""
-    import torch
+def _tell(module: nn.Module, spec: ExpertsSpec | str, instead: str) -> None:
+    """Logs once why no call of `module` runs kernels, if that is so."""
+    reason = spec if isinstance(spec, str) else why_not_kernels(module, spec)
+    if reason is not None and reason not in _told:
+        _told.add(reason)
+        logger.warning("%s; %s runs", reason, instead)
 
-    if not torch.compiler.is_compiling() and message not in _told:
-        _told.add(message)
-        logger.warning(message)
+
+# compiled code keeps the answer among the globals of the compiled module, under this name, so it must be unique
+@torch.compiler.assume_constant_result
+def hf_fused_mlp_default_experts(cls: type) -> str:
+    """The implementation that Transformers runs for experts of `cls` if nobody names one.
+
+    Models say so, not their experts: the first model of the module that defines the experts is asked.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    if cls not in _defaults:
+        around = vars(sys.modules.get(cls.__module__, sys)).values()
+        classes = [c for c in around if isinstance(c, type) and c.__module__ == cls.__module__]
+        models = [c for c in classes if issubclass(c, PreTrainedModel)]
+        _defaults[cls] = _default_of(models[0]) if models else "grouped_mm"
+    return _defaults[cls]
+
+
+def _default_of(model_class: Any) -> str:
+    try:
+        return model_class.get_correct_experts_implementation(object.__new__(model_class), None)
+    except Exception:  # of a model that needs its config for an answer
+        return "grouped_mm"
 
 
 def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -51,6 +51,8 @@ def install() -> None:
 def uninstall() -> None:
     """Restores the loaders of Transformers, or stops waiting for its import. Fused models stay fused.
 
+    `experts_implementation="hf_fused_mlp"` stays known, since configs of live models may name it.
+
     Raises:
         RuntimeError: another library has wrapped the loaders since; nothing is changed.
     """
@@ -62,9 +64,6 @@ def uninstall() -> None:
         for finder in _waiting.values():
             finder.stop()
         _waiting.clear()
-        for name, interface in _EXPERTS.items():
-            if name in sys.modules:
-                getattr(sys.modules[name], interface)._global_mapping.pop("hf_fused_mlp", None)
         for (owner, name), original in _originals.items():
             setattr(owner, name, original)
         _originals.clear()
@@ -79,10 +78,10 @@ def _register_experts(module: ModuleType) -> None:
             getattr(module, _EXPERTS[module.__name__]).register("hf_fused_mlp", forward)
 
 
-def _experts_forward(self: Any, *args: Any) -> Any:
+def _experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     from hf_fused_mlp.integrations.experts import experts_forward
 
-    return experts_forward(self, *args)
+    return experts_forward(self, *args, **kwargs)
 
 
 def _fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Each fused MLP against a float64 copy of its original, on the tokens that the model hands it."""
+"""Each fused module against a float64 copy of its original, on the tokens that the model hands it."""
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -29,11 +30,10 @@ def judge_calls(name: str, module: Fused, twin: nn.Module, layers: dict[str, Lay
     def hook(module, args, kwargs, output):
         if (inputs := module.call_inputs(args, kwargs)) is None:
             return
-        (x,) = inputs
-        if x.dim() == 1:
-            x, output = x[None], output[None]
-        if x.numel():
-            found = _judge(name, module, twin, x, output)
+        if inputs[0].dim() == 1:
+            inputs, output = tuple(tensor[None] for tensor in inputs), output[None]
+        if inputs[0].numel():
+            found = _judge(name, module, twin, inputs, output)
             if changed:
                 found = replace(found, failure=f"{found.failure}; {changed}" if found.failure else changed)
             layers[name] = max(layers.get(name, found), found, key=severity)
@@ -41,28 +41,39 @@ def judge_calls(name: str, module: Fused, twin: nn.Module, layers: dict[str, Lay
     return hook
 
 
-def _judge(name: str, module: Fused, twin: nn.Module, x: Tensor, output: Tensor) -> LayerNumerics:
-    """`output`, the answer of `module` to `x` `[..., H]`, and its answers to a few of the tokens."""
-    path, remark = _path(module, x)
+def _judge(name: str, module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> LayerNumerics:
+    """`output`, the answer of `module` to `inputs`, each `[..., N]`, and its answers to a few of the tokens."""
+    path, remark = _path(module, inputs[0])
     answer = module.by_operator if path == "operator" else module.forward
-    tokens = x.shape[:-1].numel()
-    calls = [(tokens, x, output)]
+    tokens = inputs[0].shape[:-1].numel()
+    calls = [(tokens, inputs, output)]
     if path == "operator":
-        calls.append((tokens, x, answer(x)))
+        calls.append((tokens, inputs, answer(*inputs)))
     if path != "original forward":
-        few = x.flatten(0, -2)[: max(SMALL_CALLS)].view(*(1,) * (x.dim() - 2), -1, x.shape[-1])
-        calls += [(m, few, torch.cat([answer(part) for part in few.split(m, -2)], -2)) for m in SMALL_CALLS]
+        few = tuple(map(_first_tokens, inputs))
+        calls += [(m, few, _in_parts(answer, m, few)) for m in SMALL_CALLS]
     layer = LayerNumerics(name, module.original_class.__name__, path, remark, tokens, "float64", None, None, None)
     try:
-        oracle, precision = _oracle(twin, x)
+        oracle, precision = _oracle(module, twin, inputs)
     except Exception as error:  # of whatever a quantizer or adapter calls
         return replace(layer, oracle="none", failure=f"cannot be judged: {type(error).__name__}: {error}")
     layer = replace(layer, oracle=precision)
     judged = []
     for m, given, got in calls:
-        eager = torch.cat([_original(twin, part) for part in given.split(m, -2)], -2)
+        eager = _in_parts(partial(_original, twin), m, given)
         judged.append(replace(layer, tokens=m, **_verdict(got, eager, oracle)))
     return max(judged, key=severity)
+
+
+def _first_tokens(tensor: Tensor) -> Tensor:
+    """A few of the tokens of one input `[..., N]`, with as many dimensions."""
+    return tensor.flatten(0, -2)[: max(SMALL_CALLS)].view(*(1,) * (tensor.dim() - 2), -1, tensor.shape[-1])
+
+
+def _in_parts(answer: Callable[..., Tensor], m: int, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The answers to `m` tokens of all `inputs` at a time."""
+    parts = zip(*(tensor.split(m, -2) for tensor in inputs), strict=True)
+    return torch.cat([answer(*part) for part in parts], -2)
 
 
 def _changed_weights(twin: nn.Module, module: Fused) -> str | None:
@@ -86,24 +97,29 @@ def _path(module: Fused, x: Tensor) -> tuple[str, str | None]:
     return ("operator" if only_the_device else "original forward"), original
 
 
-def _original(twin: nn.Module, x: Tensor) -> Tensor:
-    """What the original forward of `twin`, fused or not, makes of `x`."""
-    place = next((p.device for p in twin.parameters() if not p.is_meta), x.device)
-    if isinstance(twin, Fused):
-        return twin.original_output(x.to(place))
-    return twin.forward(x.to(place))
+def _original(twin: nn.Module, *inputs: Tensor) -> Tensor:
+    """What the original forward of `twin`, fused or not, makes of `inputs`."""
+    place = next((p.device for p in twin.parameters() if not p.is_meta), inputs[0].device)
+    moved = (tensor.to(place) for tensor in inputs)
+    return twin.original_output(*moved) if isinstance(twin, Fused) else twin.forward(*moved)
 
 
-def _oracle(twin: nn.Module, x: Tensor) -> tuple[Tensor, str]:
+def _oracle(module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, str]:
     """The original forward in float64, `[M, O]`; in fp32, projections as they are, where weights cannot be cast."""
     if reason := _why_not_cast(twin):
-        return _original(twin, x.float()).flatten(0, -2), f"float32 ({reason})"
+        return _original(twin, *_cast(inputs, torch.float32)).flatten(0, -2), f"float32 ({reason})"
     # MPS has no float64
-    place = "cpu" if x.device.type == "mps" else x.device
+    place = "cpu" if inputs[0].device.type == "mps" else inputs[0].device
     doubled = {id(p): nn.Parameter(p.to(place).double(), requires_grad=False) for p in twin.parameters()}
     with original_form([twin] if isinstance(twin, Fused) else []):
         exact = copy.deepcopy(twin, doubled).to(place).double()
-    return type(exact).forward(exact, x.to(place).double()).flatten(0, -2), "float64"
+    moved = (tensor.to(place) for tensor in inputs)
+    return module.exact_output(exact, *_cast(moved, torch.float64)).flatten(0, -2), "float64"
+
+
+def _cast(inputs: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`inputs`, with floats in `dtype`; indices stay what they are."""
+    return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs]
 
 
 def _why_not_cast(twin: nn.Module) -> str | None:

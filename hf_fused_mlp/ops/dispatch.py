@@ -58,16 +58,16 @@ def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None)
 def mlp_cuda(x: Tensor, operands: MLPOperands) -> Tensor:
     """`hf_fused_mlp.ops.mlp` on a GPU, for tensors that fit together."""
     gate, up, down, _ = operands
-    out = answer(_kind(operands), (x, *gate, *up, *down), (x, gate, up, down))
+    kind = _kind(mlp_kind(*operands))
+    out = answer(kind, (x, *gate, *up, *down), (x, gate, up, down))
     if out is None:
         with torch.cuda.device_of(x):  # kernels launch on the current device
             out = _first_call(x, operands)
     return out
 
 
-def _kind(operands: MLPOperands):
-    """Differs from `mlp_kind`, which modules look up, under autocast: modules cast then, and the operator does not."""
-    kind = mlp_kind(*operands)
+def _kind(kind):
+    """Differs from `kind`, which modules look up, under autocast: modules cast then, and operators do not."""
     return ("under autocast", kind) if torch._C._is_any_autocast_enabled() else kind
 
 
@@ -96,7 +96,7 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         unusable.add(plan)
         run = prepare(UNFUSED, x, operands)
         out = run(x, gate, up, down)
-    remember(_kind(operands), (x, *tensors), run)
+    remember(_kind(mlp_kind(*operands)), (x, *tensors), run)
     return out
 
 
@@ -104,36 +104,55 @@ def experts_cuda(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOpera
     """`hf_fused_mlp.ops.experts` on a GPU, for tensors that fit together."""
     *stacks, form = operands
     tensors = x, ids, weights, *stacks
-    out = answer(experts_kind(operands), tensors, tensors)
+    kind = _kind(experts_kind(operands))
+    out = answer(kind, tensors, tensors)
     if out is None:
         with torch.cuda.device_of(x):
-            out = _first_experts(tensors, form)
+            out = _first_experts(kind, tensors, form)
     return out
 
 
-def _first_experts(tensors, form):
-    """Plans calls like this one, runs it, and remembers the launches."""
-    x, ids, weights, up, down, up_bias, down_bias = tensors
+def _first_experts(kind, tensors, form):
+    """Plans calls like this one, runs it, and remembers the launches if they succeeded."""
+    x, ids, weights, *stacks = tensors
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    rest = ids, weights, up, down, up_bias, down_bias
-    usual = has_rows(x) and all(tensor is None or tensor.is_contiguous() for tensor in rest)
+    if not (has_rows(x) and _is_usual(ids) and _is_usual(weights)):
+        # where tokens go is little to copy, and so only x and the stacks decide the plan
+        x = x if has_rows(x) else x.clone(memory_format=torch.contiguous_format)
+        ids, weights = (t.clone(memory_format=torch.contiguous_format) for t in (ids, weights))
+        tensors = x, ids, weights, *stacks
+        if (out := answer(kind, tensors, tensors)) is not None:
+            return out
+    usual = all(tensor is None or tensor.is_contiguous() for tensor in stacks)
     if not usual:  # copies of weights are made for this call only, which happens nowhere in Transformers
-        tensors = x.contiguous(), *(None if tensor is None else tensor.contiguous() for tensor in rest)
-    x, ids, _, up, down, *_ = tensors
+        tensors = x, ids, weights, *(None if tensor is None else tensor.contiguous() for tensor in stacks)
+    *_, up, down, _, _ = tensors
     call = describe_experts(x, ids, up, down, form)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    plan = rule_of_thumb(call) if aligned else without_sorting(call)
+    slowest = without_sorting(call)
+    plan = rule_of_thumb(call) if aligned else slowest
+    if plan in unusable:
+        plan = slowest
     try:
         run = prepare_experts(plan, call)
         out = run(*tensors)
-    except TritonError as error:
+    except torch.OutOfMemoryError:  # not the plan's fault
+        raise
+    except Exception as error:
+        if plan == slowest:
+            raise
         logger.warning("%s does not run here (%s); a slower plan does", plan, error)
-        run = prepare_experts(without_sorting(call), call)
+        unusable.add(plan)
+        run = prepare_experts(slowest, call)
         out = run(*tensors)
     if usual:
-        remember(experts_kind(ExpertsOperands(*tensors[3:], form)), tensors, run)
+        remember(kind, tensors, run)
     return out
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:

@@ -10,6 +10,7 @@ from hf_fused_mlp.reference import experts_ref
 from hf_fused_mlp.types import ExpertsForm, ExpertsOperands
 
 LAYOUTS = "planes", "transposed", "interleaved"
+DTYPES = torch.float16, torch.bfloat16, torch.float32
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOperands) -> Tensor:
@@ -45,24 +46,35 @@ def experts_if_fits(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOp
 
 def _fits(x, ids, weights, up, down, up_bias, down_bias, form: ExpertsForm) -> bool:
     """True if the tensors fit together; otherwise a kernel would read beyond them."""
-    if x.dim() != 2 or up.dim() != 3 or down.dim() != 3 or ids.dim() != 2 or ids.shape[1] == 0:
-        return False
-    width, hidden = (up.shape[1], up.shape[2]) if form.layout == "planes" else (up.shape[2], up.shape[1])
-    out, intermediate = (down.shape[1], down.shape[2]) if form.layout == "planes" else (down.shape[2], down.shape[1])
-    given = [tensor for tensor in (up, down, up_bias, down_bias) if tensor is not None]
     return (
-        form.layout in LAYOUTS
-        and form.activation in ACTIVATIONS
-        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and x.shape[1] == hidden == out
-        and width == (2 if form.gated else 1) * intermediate
-        and up.shape[0] == down.shape[0] > 0
-        and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in given)
+        x.dim() == ids.dim() == 2
+        and ids.shape[1] > 0
+        and stacks_fit(up, down, up_bias, down_bias, form)
+        and x.shape[1] == up.shape[2 if form.layout == "planes" else 1]
+        and x.dtype == up.dtype
         and ids.shape == weights.shape
         and ids.shape[0] == x.shape[0]
         and ids.dtype in (torch.int32, torch.int64)
         and weights.is_floating_point()
-        and ids.device == weights.device == x.device
+        and ids.device == weights.device == x.device == up.device
+    )
+
+
+def stacks_fit(up, down, up_bias, down_bias, form: ExpertsForm) -> bool:
+    """True if the weights fit together, so that tokens can be found that fit them."""
+    if up.dim() != 3 or down.dim() != 3:
+        return False
+    width, hidden = (up.shape[1], up.shape[2]) if form.layout == "planes" else (up.shape[2], up.shape[1])
+    out, intermediate = (down.shape[1], down.shape[2]) if form.layout == "planes" else (down.shape[2], down.shape[1])
+    given = [tensor for tensor in (down, up_bias, down_bias) if tensor is not None]
+    return (
+        form.layout in LAYOUTS
+        and form.activation in ACTIVATIONS
+        and up.dtype in DTYPES
+        and hidden == out
+        and width == (2 if form.gated else 1) * intermediate
+        and up.shape[0] == down.shape[0] > 0
+        and all(tensor.dtype == up.dtype and tensor.device == up.device for tensor in given)
         and (up_bias is None or up_bias.shape == (up.shape[0], width))
         and (down_bias is None or down_bias.shape == (up.shape[0], out))
     )

@@ -8,7 +8,7 @@ from hf_fused_mlp.profiling.estimates import amdahl
 from hf_fused_mlp.profiling.report import Bound, Prediction
 from hf_fused_mlp.profiling.trace import Breakdown
 from hf_fused_mlp.swap import Fused
-from hf_fused_mlp.types import GPU
+from hf_fused_mlp.types import GPU, ProblemKey
 
 
 def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdown, wall_us: float) -> Prediction:
@@ -34,6 +34,8 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
         if called and not instead:
             return Prediction(None, f"plans are measured for kernels alone, and {name} calls projections: {called}")
         gain = 1.0 if instead else _gain_alone(module, m)
+        if gain is None and _problem(module, m) is None:
+            return Prediction(None, f"no plans are measured for modules like {name}; a rule of thumb chooses them")
         if gain is None:
             return Prediction(
                 None,
@@ -48,11 +50,16 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
     return Prediction(amdahl(share, before / after), "the MLPs' share of the time, and what their plans gained alone")
 
 
+def _problem(module: Fused, m: int) -> ProblemKey | None:
+    """What a plan for `m` tokens would be measured for; None where none is."""
+    family = next(family for family in FAMILIES if isinstance(module, family.mixin))
+    return family.problem(module, module.fused_spec, m, GPU.of(device_of(module)))
+
+
 def _gain_alone(module: Fused, m: int) -> float | None:
     """How many times faster than PyTorch's own kernels its plan for `m` tokens was measured to be; None: never."""
     from hf_fused_mlp.tuning.cache import tuned_plan  # imports Triton
 
-    family = next(family for family in FAMILIES if isinstance(module, family.mixin))
-    key = family.problem(module, module.fused_spec, m, GPU.of(device_of(module)))
+    key = _problem(module, m)
     tuned = None if key is None else tuned_plan(key)
     return None if tuned is None else tuned.unfused_us / tuned.plan_us

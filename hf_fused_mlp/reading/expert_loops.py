@@ -189,13 +189,17 @@ def _clamped_last(self, gate_up):
 
 @dataclass(frozen=True)
 class Loop:
-    """An eager forward: whether it takes transposed stacks, biases and a gate, and calls `_apply_gate` for that."""
+    """An eager forward: whether it takes transposed stacks, biases and a gate, and calls `_apply_gate` for that.
+
+    `in_fp32` says that it computes in fp32 whatever the dtype of its weights.
+    """
 
     text: object
     transposed: bool = False
     bias: bool = False
     gated: bool = True
     by_gate: bool = False
+    in_fp32: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ LOOPS = (
     Loop(_by_gate, by_gate=True),
     Loop(_transposed, transposed=True),
     Loop(_with_biases, transposed=True, bias=True, by_gate=True),
-    Loop(_in_fp32, transposed=True, bias=True, by_gate=True),
+    Loop(_in_fp32, transposed=True, bias=True, by_gate=True, in_fp32=True),
     Loop(_ungated, gated=False),
 )
 GATES = (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import inf
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +14,32 @@ from torch import nn
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.calls import is_bare, runs_class_forward
-from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.activations import activation_at_a_glance, find_activation
 from hf_fused_mlp.reading.expert_loops import GATES, LOOPS, Gate, Loop
 from hf_fused_mlp.reading.source import Unreadable, meaning_of, source_of
 from hf_fused_mlp.types import ExpertsForm
 
 _MODULE = "transformers.integrations.moe"
 _FLAGS = "has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"
-_NUMBERS = "limit", "swiglu_limit", "alpha", "swiglu_alpha"
+_PARAMETERS = "gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"
 _SPELLINGS = {"nn.functional": "F", "torch.nn.functional": "F"}
 _MEANINGS = {"torch": torch, "nn": nn, "F": F}
+_NUMBERS = float, int
 # what `_apply_gate` multiplies gate by inside of its sigmoid
-_BY_ALPHA = {1.0: "silu", 1.702: "quick_gelu"}
+_SILU, _QUICK_GELU = 1.0, 1.702
 
 
 class ExpertsSpec(NamedTuple):
     """What a module of routed experts computes, and what of the module says so.
 
     Args:
+        form: but for what `limit` and `alpha` say.
         up, down, up_bias, down_bias: names of parameters.
-        held: attributes of the instance with the values that were read; if one changes, the equation does.
+        flags: attributes of the instance with the values that were read; if one changes, the equation does.
+        limit, alpha: names of attributes that hold numbers, which are read in each call, or None.
         act_fn: whether the activation is the attribute `act_fn`, which is looked at again in each call.
+        in_fp32: whether the loop computes in fp32 whatever the dtype of its weights, as our kernels do not.
+        clamps_last: whether gate is clamped after its activation; no kernel does that, so the limit must be infinite.
     """
 
     form: ExpertsForm
@@ -42,40 +47,110 @@ class ExpertsSpec(NamedTuple):
     down: str
     up_bias: str | None
     down_bias: str | None
-    held: tuple[tuple[str, Any], ...]
+    flags: tuple[tuple[str, bool | None], ...]
+    limit: str | None
+    alpha: str | None
     act_fn: bool
+    in_fp32: bool
+    clamps_last: bool
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of all parameters."""
+        return tuple(filter(None, (self.up, self.down, self.up_bias, self.down_bias)))
 
 
 def find_experts(module: nn.Module) -> ExpertsSpec | str | None:
     """What `module` computes, or why that is not known; None if its class has no decorator and no known loop."""
     own = module.__dict__
-    attributes = tuple((name, own.get(name)) for name in (*_FLAGS, *_NUMBERS))
-    spec = hf_fused_mlp_experts_spec(type(module), attributes, activation_of(module))
-    if spec is not None and "_apply_gate" in own:
+    flags = tuple((name, _flag(own.get(name))) for name in _FLAGS)
+    spec = hf_fused_mlp_experts_spec(type(module), flags, activation_of(module))
+    if not isinstance(spec, ExpertsSpec):
+        return spec
+    if has_own_gate(module):
         return f"{type(module).__name__} has a gate of its own on the instance, which is not read"
+    # compiled code has no text for what it knows as a symbol, and looks at the numbers later
+    if spec.limit is not None and not torch.compiler.is_compiling() and form_of(module, spec) is None:
+        return _number_reason(module, spec)
     return spec
+
+
+def _flag(value: Any) -> Any:
+    return value if value is None or type(value) is bool else "neither"
+
+
+def has_own_gate(module: nn.Module) -> bool:
+    """True if `_apply_gate` of the instance is not that of its class."""
+    if "_apply_gate" in module.__dict__:
+        return True
+    if torch.compiler.is_compiling():
+        getattr(module, "_apply_gate", None)  # guards against one that is put there later
+    return False
+
+
+def form_of(module: nn.Module, spec: ExpertsSpec) -> ExpertsForm | None:
+    """`spec.form` with what the numbers on the instance say; None if no kernel computes that."""
+    form = spec.form
+    if spec.limit is None:
+        return form
+    own = module.__dict__
+    limit, activation = own.get(spec.limit), form.activation
+    if type(limit) not in _NUMBERS or not limit > 0 or (spec.clamps_last and limit != inf):
+        return None
+    if spec.alpha is not None:
+        alpha = own.get(spec.alpha)
+        # compiled code may know the number as a symbol, which can be compared but not looked up
+        if type(alpha) not in _NUMBERS:
+            return None
+        activation = "silu" if alpha == _SILU else "quick_gelu" if alpha == _QUICK_GELU else ""
+        if not activation:
+            return None
+    return ExpertsForm(form.layout, form.gated, activation, 0.0 if limit == inf else float(limit), form.up_offset)
+
+
+def _number_reason(module: nn.Module, spec: ExpertsSpec) -> str:
+    own, name = module.__dict__, type(module).__name__
+    limit, alpha = own.get(str(spec.limit)), own.get(str(spec.alpha))
+    if type(limit) not in _NUMBERS or not limit > 0:
+        return f"the limit of {name} is {limit!r}, expected a number above 0"
+    if spec.clamps_last and limit != inf:
+        return f"{name} clamps what its activation gives, which no kernel does"
+    return f"alpha of {name} is {alpha!r}, expected {_SILU} or {_QUICK_GELU}"
+
+
+class _Kept(NamedTuple):
+    """The specs of a forward; its code and that of its loop tell whether they still hold. Refers to no class."""
+
+    code: CodeType
+    loop: ref[Any]
+    loop_code: CodeType
+    # by gate and what else decides: the gate's code and the spec
+    specs: dict[tuple, tuple[CodeType | None, ExpertsSpec | str]]
 
 
 # compiled code keeps the answer among the globals of the compiled module, under this name, so it must be unique
 @torch.compiler.assume_constant_result
-def hf_fused_mlp_experts_spec(cls: Any, attributes: tuple, activation: str | None) -> ExpertsSpec | str | None:
-    """The same, of a class whose instance has these attributes and this activation."""
-    forward = cls.forward
+def hf_fused_mlp_experts_spec(cls: Any, flags: tuple, activation: str | None) -> ExpertsSpec | str | None:
+    """The same, of a class whose instance has these flags and this activation, whatever its numbers."""
+    forward, gate = cls.forward, getattr(cls, "_apply_gate", None)
     if type(forward) is not FunctionType:
         return None
-    if (kept := _specs.get(forward)) is None:
-        if original_of(forward) is None and _loop_of(forward) is None:
+    kept = _specs.get(forward)
+    if kept is None or kept.code is not forward.__code__ or kept.loop_code is not getattr(kept.loop(), "__code__", 0):
+        loop = original_of(forward)
+        if loop is None and _loop_of(forward) is not None:
+            loop = forward  # a class without the decorator
+        if type(loop) is not FunctionType:
             return None
-        kept = _specs[forward] = {}
-    key = gate_of(cls), attributes, activation
-    if key not in kept:
-        kept[key] = _spec_of(cls, dict(attributes), activation)
-    return kept[key]
-
-
-def gate_of(cls: type) -> Any:
-    """The class's `_apply_gate`; None for a class without the decorator that has none."""
-    return getattr(cls, "_apply_gate", None)
+        kept = _specs[forward] = _Kept(forward.__code__, ref(loop), loop.__code__, {})
+    gate, code = (gate, gate.__code__) if type(gate) is FunctionType else (None, None)
+    hidden = next((name for name in _PARAMETERS if hasattr(cls, name)), None)
+    key = gate and ref(gate), hidden, flags, activation
+    gate_code, spec = kept.specs.get(key, (None, None))
+    if spec is None or gate_code is not code:
+        spec = _spec_of(cls, kept.loop(), gate, hidden, dict(flags), activation)
+        kept.specs[key] = code, spec
+    return spec
 
 
 def _loop_of(forward: Any) -> Loop | None:
@@ -85,40 +160,44 @@ def _loop_of(forward: Any) -> Loop | None:
     return next((loop for loop in LOOPS if _are_alike(loop.text, forward)), None)
 
 
-def _spec_of(cls: Any, own: dict[str, Any], activation: str | None) -> ExpertsSpec | str:
+def _spec_of(
+    cls: Any, original: Any, apply_gate: Any, hidden: str | None, own: dict, activation: str | None
+) -> ExpertsSpec | str:
+    if hidden is not None:
+        return f"{cls.__name__} has {hidden!r} as an attribute of the class, which hides the parameter of that name"
     if own["has_post_expert_norm"]:  # unknown to earlier versions of Transformers
         return f"{cls.__name__} has a norm after each expert, which no kernel computes"
-    original = original_of(cls.forward)
-    loop = _loop_of(original or cls.forward)
-    if loop is None or (original and any(own[name] is None for name in _FLAGS[:-1])):
+    loop = _loop_of(original)
+    decorated = original is not cls.forward
+    if loop is None:
         return f"{cls.__name__} does something in its forward that the known loops over experts do not"
     # without the decorator nothing but the forward counts; with it, functions that go by the flags run in its place
     flags = own["is_transposed"], own["has_bias"], own["has_gate"]
-    if original and flags != (loop.transposed, loop.bias, loop.gated):
+    if decorated and flags != (loop.transposed, loop.bias, loop.gated):
         return f"{cls.__name__} is marked as something else than its forward computes"
     gate: Gate | None = GATES[0]
-    if loop.by_gate or (original and loop.gated):
-        gate = next((gate for gate in GATES if _are_alike(gate.text, gate_of(cls))), None)
-    if gate is None or not (loop.by_gate or gate is GATES[0]) or gate.interleaved == own["is_concatenated"]:
+    if loop.by_gate or (decorated and loop.gated):
+        gate = next((gate for gate in GATES if _are_alike(gate.text, apply_gate)), None)
+    is_known = gate is not None and (loop.by_gate or gate is GATES[0])
+    if gate is None or not is_known or (decorated and own["is_concatenated"] is not (not gate.interleaved)):
         return f"{cls.__name__} makes something of gate and up that no kernel computes"
-    limit = own[gate.limit] if gate.limit else inf
-    if not (type(limit) in (int, float) and limit > 0):
-        return f"the limit of {cls.__name__} is {limit!r}, expected a number above 0"
-    if gate.clamps_last and limit != inf:
-        return f"{cls.__name__} clamps what its activation gives, which no kernel does"
-    name = _BY_ALPHA.get(own[gate.alpha]) if gate.alpha else gate.activation or activation
-    if name is None:
+    act_fn = gate.alpha is None and gate.activation is None
+    if act_fn and activation is None:
         return f"the activation of {cls.__name__} is not one of {', '.join(ACTIVATIONS)}"
     layout = "planes" if not loop.transposed else "interleaved" if gate.interleaved else "transposed"
     up = "gate_up_proj" if loop.gated else "up_proj"
     return ExpertsSpec(
-        ExpertsForm(layout, loop.gated, name, 0.0 if limit == inf else float(limit), gate.up_offset),
+        ExpertsForm(layout, loop.gated, (activation if act_fn else gate.activation) or "", 0.0, gate.up_offset),
         up,
         "down_proj",
         f"{up}_bias" if loop.bias else None,
         "down_proj_bias" if loop.bias else None,
-        tuple((name, own[name]) for name in (*_FLAGS, gate.limit, gate.alpha) if name),
-        gate.alpha is None and gate.activation is None,
+        tuple(own.items()),
+        gate.limit,
+        gate.alpha,
+        act_fn,
+        loop.in_fp32,
+        gate.clamps_last,
     )
 
 
@@ -126,19 +205,30 @@ def activation_of(module: nn.Module) -> str | None:
     """The key in `ACTIVATIONS` of what `act_fn` computes, a module or a function; None if that is unknown."""
     child = module._modules.get("act_fn")
     if child is not None:
-        usual = is_bare(child) if torch.compiler.is_compiling() else runs_class_forward(child) or is_bare(child)
-        return find_activation(child) if usual else None
+        if not torch.compiler.is_compiling() and runs_class_forward(child):
+            return activation_at_a_glance(child)
+        return find_activation(child) if is_bare(child) else None
     function = module.__dict__.get("act_fn")
     return next((row.name for row in ACTIVATIONS.values() if row.function is function), None)
 
 
 def original_of(forward: Any) -> Callable | None:
     """The loop that Transformers' decorator wrapped; None for a forward that it did not make."""
+    return _cells_of(forward).get("original_forward")
+
+
+def interface_of(forward: Any) -> Any:
+    """Where such a forward looks up which implementation the config names."""
+    return _cells_of(forward).get("experts_interface")
+
+
+def _cells_of(forward: Any) -> dict[str, Any]:
+    """What the forward that Transformers' decorator made refers to, by name."""
     decorator = getattr(sys.modules.get(_MODULE), "use_experts_implementation", None)
     if type(forward) is not FunctionType or decorator is None or forward.__code__ not in _codes(decorator.__code__):
-        return None
-    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
-    return cells["original_forward"].cell_contents if "original_forward" in cells else None
+        return {}
+    cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells}
 
 
 def _codes(code: CodeType) -> list[CodeType]:
@@ -147,9 +237,9 @@ def _codes(code: CodeType) -> list[CodeType]:
     return inner + [found for const in inner for found in _codes(const)]
 
 
-# by forward, and in it by what else decides; by function
-_specs: WeakKeyDictionary[Any, dict[tuple, ExpertsSpec | str]] = WeakKeyDictionary()
-_texts: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+# by forward; by function, with its code then
+_specs: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+_texts: WeakKeyDictionary[Any, tuple[CodeType, str | None]] = WeakKeyDictionary()
 
 
 def _are_alike(function: Any, other: Any) -> bool:
@@ -162,9 +252,11 @@ def _text(function: Any) -> str | None:
     """The body of `function` with its local variables numbered; None if it cannot be read, or names mean otherwise."""
     if type(function) is not FunctionType:
         return None
-    if function not in _texts:
-        _texts[function] = _canonical(function)
-    return _texts[function]
+    code, text = _texts.get(function, (None, None))
+    if code is not function.__code__:
+        text = _canonical(function)
+        _texts[function] = function.__code__, text
+    return text
 
 
 def _canonical(function: FunctionType) -> str | None:

@@ -33,7 +33,7 @@ from hf_fused_mlp.originals import (
 )
 from hf_fused_mlp.reading.activations import activation_at_a_glance, find_activation
 from hf_fused_mlp.reading.expression import reading_of
-from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason
+from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, patched_reason, was_patched_since
 from hf_fused_mlp.swap import Fused, Runs, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
 from hf_fused_mlp.types import ABSENT, Matrix, MLPOperands
@@ -136,9 +136,9 @@ class FusedMLP(Fused):
         FusedMLP.repack(self)
         return self
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.repack()
+    @staticmethod
+    def read_again(module: nn.Module) -> MLPSpec | None:
+        return None if was_patched_since(type(module)) else find_spec(module)
 
 
 class FusedGatedMLP(FusedMLP):

@@ -1,6 +1,7 @@
 """The kernels for routed experts, one file for each way to run them, and the rule that chooses."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from hf_fused_mlp.kernels.experts import grouped, pairs
 from hf_fused_mlp.types import GPU, ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
 
 FEW_PAIRS = 32
+MOST_PROGRAMS = (1 << 31) - 1  # in the first dimension of a grid, by CUDA
 
 
 def describe_experts(x: Tensor, ids: Tensor, up: Tensor, down: Tensor, form) -> ExpertsCall:
@@ -69,6 +71,19 @@ def _grouped(call: ExpertsCall, order: str, rows: int, *tiles: tuple[int, int, i
 
 def prepare_experts(plan: ExpertsPlan, call: ExpertsCall) -> Callable[..., Tensor]:
     """The function of x, ids, weights, up, down, up_bias and down_bias that runs `plan` on calls like this one."""
-    if plan.order == "pairs":
-        return pairs.pairs(call, plan.up, plan.down)
-    return grouped.grouped(call, plan.rows, plan.up, plan.down)
+    if plan.order != "pairs":
+        return grouped.grouped(call, plan.rows, plan.up, plan.down)
+    most = MOST_PROGRAMS // pairs.programs_of_a_token(call, plan.up, plan.down)
+    return pairs.pairs(call, plan.up, plan.down) if call.tokens <= most else _in_parts(plan, call, most // 16 * 16)
+
+
+def _in_parts(plan: ExpertsPlan, call: ExpertsCall, tokens: int) -> Callable[..., Tensor]:
+    """The same, for `tokens` at a time, a multiple of 16 so that addresses stay aligned."""
+    whole, rest = divmod(call.tokens, tokens)
+    runs = [prepare_experts(plan, replace(call, tokens=m)) for m in (*(tokens,) * whole, rest) if m]
+
+    def run(x, ids, weights, *stacks):
+        parts = zip(runs, x.split(tokens), ids.split(tokens), weights.split(tokens), strict=True)
+        return torch.cat([part(*given, *stacks) for part, *given in parts])
+
+    return run

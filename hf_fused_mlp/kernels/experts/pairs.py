@@ -125,6 +125,11 @@ def _down_kernel(
     tl.store(out_ptr + token * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
+def programs_of_a_token(call: ExpertsCall, up: TileConfig, down: TileConfig) -> int:
+    """How many programs the larger of the two launches has for each token."""
+    return max(call.top_k * -(-call.intermediate // up.block_n), -(-call.hidden // down.block_n))
+
+
 def pairs(call: ExpertsCall, up: TileConfig, down: TileConfig):
     """The two launches: a function of x, ids, weights, up, down and their biases that gives `[tokens, hidden]`."""
     form, H, I, m, k = call.form, call.hidden, call.intermediate, call.tokens, call.top_k
