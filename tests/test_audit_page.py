@@ -135,7 +135,8 @@ def in_browser(file, directory, *options):
 
 
 # a window may be wider than it was asked for, a frame is not
-FRAME = """<!DOCTYPE html><title></title><iframe width="{width}" height="900" style="border: 0" srcdoc="{page}"></iframe>
+FRAME = """<!DOCTYPE html><title></title>
+<iframe width="{width}" height="900" style="border: 0" srcdoc="{page}"></iframe>
 <script>
 onload = () => {{
   const page = document.querySelector("iframe").contentDocument;

@@ -1,10 +1,10 @@
-"""`hf-fused-mlp run`: load a model fused, see what was fused, and compare its answer with the original's."""
+"""`hf-fused-mlp run`: load a model fused, see what was fused, and compare its answer and speed with the original's."""
 
 import json
-import statistics
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from statistics import median
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,23 +14,37 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.cli.console import console, fail, note, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
 from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations import demo
 from hf_fused_mlp.numerics.logits import first_difference
+from hf_fused_mlp.profiling.estimates import speedup
+from hf_fused_mlp.profiling.figures import shown, shown_speedup
+from hf_fused_mlp.profiling.measure import as_it_came, forms_of, time_forms
+from hf_fused_mlp.profiling.report import Speedup
+from hf_fused_mlp.profiling.request import make_request
 from hf_fused_mlp.report import FusionReport
 
-ROUNDS = 3
+FORMS = ("original", "fused_norms")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one form of the model gave; `tokens_per_s` is None on a CPU, where both run the same arithmetic."""
+    """What one form of the model gave."""
 
     text: str
     tokens: list[int]
-    tokens_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step of one phase: microseconds of eager and of fused + norms, medians of paired rounds."""
+
+    phase: str
+    original_us: float
+    fused_norms_us: float
+    speedup: Speedup
 
 
 def run(
@@ -41,8 +55,8 @@ def run(
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained; the first GPU, or the CPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Load a model with use_fused_mlp=True, and generate an answer with it and with the original."""
-    network = load_model(model, dtype, device_map, use_fused_mlp=True)
+    """Load a model fused, and compare its answer and, on a GPU, its speed with the original's."""
+    network = load_model(model, dtype, device_map, use_fused_mlp={"norms": True})
     tokenizer = load_tokenizer(model)
     report = fusion_report(network)
     if not as_json:
@@ -50,16 +64,18 @@ def run(
     if not report.select("fused"):
         fail("no MLP of this model was fused; the table says why")
 
+    on_gpu = network.device.type == "cuda"
     fused, original = compare(network, tokenizer, encode(tokenizer, prompt).to(network.device), max_new_tokens)
     result = {
         "model": model or demo.NAME,
-        "device": torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(network.device) if on_gpu else "cpu",
         "dtype": str(network.dtype).removeprefix("torch."),
         "prompt": prompt,
         "report": report.to_dict(),
         "fused": asdict(fused),
         "original": asdict(original),
         "first_difference": first_difference(fused.tokens, original.tokens),
+        "speed": [asdict(row) for row in measure(network)] if on_gpu else [],
     }
     if as_json:
         print(json.dumps(result, indent=1))
@@ -76,34 +92,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
 
 
 def compare(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int) -> tuple[Answer, Answer]:
-    """The greedy answers of the fused and of the original model, on a GPU timed in turn."""
-    on_gpu = network.device.type == "cuda"
-    forms = {"fused": fuse_model, "original": unfuse_model}
-    answers: dict[str, list[int]] = {}
-    rates: dict[str, list[float]] = {name: [] for name in forms}
-    # the first round compiles kernels, so its times do not count
-    for round_ in range(1 + ROUNDS if on_gpu else 1):
-        for name, change in forms.items():
-            change(network)
-            answers[name], seconds = generate(network, tokenizer, inputs, max_new_tokens, name)
-            if round_:
-                rates[name].append(len(answers[name]) / seconds)
-    fused, original = (
-        Answer(
-            text=tokenizer.decode(answers[name], skip_special_tokens=True),
-            tokens=answers[name],
-            tokens_per_s=round(statistics.median(rates[name]), 1) if on_gpu else None,
-        )
-        for name in forms
-    )
-    return fused, original
+    """The greedy answers of the fused and of the original model."""
+    answers = {}
+    for name in ("fused", "original"):
+        fuse_model(network, norms=True) if name == "fused" else unfuse_model(network)
+        tokens = generate(network, tokenizer, inputs, max_new_tokens, name)
+        answers[name] = Answer(tokenizer.decode(tokens, skip_special_tokens=True), tokens)
+    return answers["fused"], answers["original"]
 
 
-def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, label: str) -> tuple[list[int], float]:
-    """The greedy answer's tokens, and the seconds they took."""
+def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, label: str) -> list[int]:
+    """The greedy answer's tokens."""
     with progress() as bars:
         bar = bars.add_task(f"generating, {label}", total=max_new_tokens)
-        start = time.perf_counter()
         tokens = network.generate(  # type: ignore[operator]  # models that generate mix it in
             **inputs,
             do_sample=False,
@@ -112,8 +113,36 @@ def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, l
             eos_token_id=tokenizer.eos_token_id,
             streamer=Ticker(bars, bar),
         )
-        new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
-        return new, time.perf_counter() - start
+        return tokens[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def measure(network: PreTrainedModel) -> list[Timed]:
+    """Prefill and decode of `audit`'s request, eager and fused + norms in turn; empty for a model without a cache."""
+    try:
+        request = make_request(network, 1, None, None, None)
+    except (TypeError, ValueError) as error:
+        note(f"speed was not measured: {error}")
+        return []
+    with as_it_came(network), torch.no_grad(), progress() as bars:
+        bar = bars.add_task("timing", total=(1 + request.rounds) * len(FORMS))
+        walls = time_forms(
+            request,
+            forms_of(network),
+            FORMS,
+            lambda step: bars.update(bar, advance=1, description=f"timing, {step}"),
+        )
+    prompt = request.ids.shape[1]
+    names = {"prefill": f"prefill, {prompt} tokens", "decode": f"decode, one token after {prompt}"}
+    return timed({names[phase]: rounds for phase, rounds in walls.items()})
+
+
+def timed(walls: dict[str, dict[str, list[float]]]) -> list[Timed]:
+    """A row a phase, from the times of `time_forms`."""
+    rows = []
+    for phase, rounds in walls.items():
+        original, fused = (rounds[form] for form in FORMS)
+        rows.append(Timed(phase, median(original), median(fused), speedup(original, fused)))
+    return rows
 
 
 class Ticker(BaseStreamer):
@@ -154,11 +183,24 @@ def print_answers(result: dict) -> None:
     else:
         output.print(f"[yellow]fused and original differ from token {split} on[/]: {escape(original['text'])}")
         output.print(f"in {result['dtype']} a near tie can fall either way; --dtype float32 tells rounding from error")
-    if fused["tokens_per_s"]:
-        gain = fused["tokens_per_s"] / original["tokens_per_s"]
+    if result["device"] == "cpu":
+        output.print("Speed needs a GPU: on a CPU both run PyTorch's own arithmetic.")
+    elif result["speed"]:
+        output.print(speed_table(result["device"], result["speed"]))
+        # compiling takes minutes, so it is not timed here
         output.print(
-            f"{escape(result['device'])}: {fused['tokens_per_s']} tokens/s fused, "
-            f"{original['tokens_per_s']} original ({gain:.2f}x), one request, eager"
+            "Both ran in eager mode. With a static cache and torch.compile, decode waits less for the host; "
+            "hf-fused-mlp bench generate MODEL --mode static-compile times that.",
+            soft_wrap=True,
         )
-    else:
-        output.print("no GPU here: both ran PyTorch's own arithmetic, and there is no speed to compare")
+
+
+def speed_table(device: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """A line a phase; `rows` are `Timed`, as dicts."""
+    table = Table(escape(device), "eager", "fused + norms", "speedup", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        times = (shown(row[f"{form}_us"], "us") for form in FORMS)
+        table.add_row(row["phase"], *times, shown_speedup(Speedup(**row["speedup"])))
+    return table

@@ -27,20 +27,17 @@ def _about_model(report: AuditReport) -> Iterator[str]:
 
 def _about_phase(report: AuditReport, phase: Phase) -> Iterator[str]:
     name = phase.name.capitalize()
-    share, busy = phase.original.mlp_share(phase.bound), phase.original.gpu_busy_share
-    limit = f"MLPs take {share:.0%} of its time"
-    if report.on_gpu:
-        limit += f", so fusing them cannot gain more than {phase.gain_limit:.2f}x"
+    busy = phase.original.gpu_busy_share
     if phase.bound == "host-bound" and busy is not None:
         yield (
             f"{name} is host-bound: the GPU works {busy:.0%} of the time. A static cache with "
             f"torch.compile(mode='reduce-overhead'), or CUDA graphs, would gain up to {1 / busy:.2f}x."
         )
-        yield f"{name}, while it is host-bound: {limit}."
-    else:
-        yield f"{name} is {phase.bound}: {limit}."
     if phase.bound == "memory-bound" and phase.name == "decode":
-        yield "A larger batch reads each weight once for more tokens; weights of fewer bits are read sooner."
+        yield (
+            "Decode is memory-bound: a larger batch reads each weight once for more tokens, and weights of fewer bits "
+            "are read sooner."
+        )
     if report.on_gpu and phase.predicted.gain is None:
         yield f"{name}: {phase.predicted.basis}."
     form = phase.forms.get(report.verdict.form or "original")
