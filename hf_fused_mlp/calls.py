@@ -4,6 +4,7 @@ The class alone does not tell: adapters, hooks and parallelism wrap a layer and 
 """
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -102,6 +103,29 @@ def runs_class_forward(module: nn.Module | None) -> bool:
         return False
     own = module.__dict__  # weights.glance repeats this line: a call would cost as much as the line
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
+
+
+def why_adapted(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why the module of that name meets other weights in a call than those that it holds between calls, or None.
+
+    PEFT's `target_parameters` parametrizes a module for each call, and keeps nothing in it meanwhile.
+
+    Args:
+        modules: all modules of the model, by name.
+    """
+    while name.rpartition(".")[2] == "base_layer":
+        name = name.rpartition(".")[0]
+        around: Any = modules[name]
+        if (
+            class_path(type(around)) == "peft.tuners.lora.layer.ParamWrapper"
+            and not (around.disable_adapters or around.merged)
+            and any(adapter in around.lora_A for adapter in around.active_adapters)
+        ):
+            return (
+                f"PEFT adapts {around.parameter_name} in each call, so the original forward runs; merge, disable or "
+                "unload the adapter"
+            )
+    return None
 
 
 def device_of(module: nn.Module) -> torch.device:

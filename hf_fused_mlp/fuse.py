@@ -1,21 +1,22 @@
 """Fusing a model in place, undoing it, and reporting what is fused. Knows no family: each is asked once a module."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
 
+from hf_fused_mlp.calls import device_of, why_adapted
 from hf_fused_mlp.families import FAMILIES, Family
-from hf_fused_mlp.options import FusionOptions
+from hf_fused_mlp.logs import logger
+from hf_fused_mlp.modes import no_kernels
+from hf_fused_mlp.options import FusionError, FusionOptions
 from hf_fused_mlp.report import FamilyReport, Finding, FusionReport, ModuleStatus
 from hf_fused_mlp.swap import Fused, fuse, unfuse_module, was_changed
 from hf_fused_mlp.threads import LOCK
-
-logger = logging.getLogger("hf_fused_mlp")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,7 +43,7 @@ def fuse_model(
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exclude` is a string.
-        ValueError: an `exclude` that matches nothing; with `strict`, an MLP that cannot be fused, or none at all. The
+        FusionError: an `exclude` that matches nothing; with `strict`, an MLP that cannot be fused, or none at all. The
             model is unchanged.
     """
     return fuse_with(model, FusionOptions(strict, exclude, norms, fp8_linears))
@@ -65,6 +66,10 @@ def fuse_with(model: M, options: FusionOptions) -> M:
                 module.repack()
         report = fusion_report(model)
     _log(_selected(report, wanted, options), options)
+    if options.strict:
+        reasons = {no_kernels(device_of(module)) or "" for module in model.modules() if isinstance(module, Fused)}
+        if reasons and "" not in reasons:
+            _warn_of_no_kernels(", ".join(sorted(reasons)))
     return model
 
 
@@ -72,13 +77,13 @@ def unfuse_model(model: M) -> M:
     """Undoes `fuse_model` in place, bit for bit; moves only weights that fusing moved. Returns `model`.
 
     Raises:
-        ValueError: a fused module was given another class since; the model is unchanged.
+        FusionError: a fused module was given another class since; the model is unchanged.
     """
     with LOCK:
         fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
         for name, module in fused.items():
             if was_changed(module):
-                raise ValueError(
+                raise FusionError(
                     f"unfuse_model: {name or 'the model'} has become a {type(module).__name__} since it was fused, by "
                     "FSDP or a parametrization, for example; undo that first"
                 )
@@ -112,7 +117,7 @@ def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
     found: dict[str, Examined] = {}
     for name, module in modules.items():
         for family in FAMILIES:
-            if (finding := _finding(family, module)) is not None:
+            if (finding := _finding(family, name, modules)) is not None:
                 found[name] = Examined(name, module, family, finding)
                 break
     for family in FAMILIES:
@@ -127,10 +132,13 @@ def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
     return [found[name] for name in modules if name in found]
 
 
-def _finding(family: Family, module: nn.Module) -> Finding | None:
+def _finding(family: Family, name: str, modules: dict[str, nn.Module]) -> Finding | None:
+    module = modules[name]
     if not isinstance(module, Fused):
         return family.examine(module)
-    return Finding("fused", _remark(module)) if isinstance(module, family.mixin) else None
+    if not isinstance(module, family.mixin):
+        return None
+    return Finding("fused", why_adapted(name, modules) or _remark(module))
 
 
 def _remark(module: Fused) -> str | None:
@@ -175,7 +183,7 @@ def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions
     """The part of a report that the options are about: families that are wanted, without excluded modules.
 
     Raises:
-        ValueError: an excluded name matches nothing.
+        FusionError: an excluded name matches nothing.
     """
     groups = [report.of(family.name) for family in wanted]
     for pattern in options.exclude:
@@ -183,11 +191,11 @@ def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions
             for family in FAMILIES:
                 if any(_matches(module, pattern) for module in report.of(family.name).modules):
                     what = f"{family.noun}s, which are fused with {family.option}=True only"
-                    raise ValueError(f"exclude: {pattern!r} matches {what}; pass that too, or leave out the name")
+                    raise FusionError(f"exclude: {pattern!r} matches {what}; pass that too, or leave out the name")
             held = [group for group in groups if group.modules] or groups[:1]
             what = " or ".join(group.noun for group in held)
             names = ", ".join(module.name for group in held for module in group.modules[:3]) or "none"
-            raise ValueError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
+            raise FusionError(f"exclude: {pattern!r} matches no {what} of this model; its {what}s are {names}, ...")
 
     def kept(group: FamilyReport) -> FamilyReport:
         excluded = options.exclude
@@ -198,22 +206,22 @@ def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions
 
 
 def _require_fusable(found: list[Examined], report: FusionReport, wanted: list[Family]) -> None:
-    """Raises ValueError if the model has nothing to fuse, or if a selected module cannot be fused."""
+    """Raises FusionError if the model has nothing to fuse, or if a selected module cannot be fused."""
     families = [entry.family for entry in found]
     default = [family for family in wanted if family.option is None]
     if not any(family in families for family in default):
         others = Counter(entry.family for entry in found if entry.finding.state == "fusable")
         hints = (f"; without strict, {f.option}=True fuses its {count} {f.noun}s" for f, count in others.items())
-        raise ValueError(default[0].none_found + "".join(hints))
+        raise FusionError(default[0].none_found + "".join(hints))
     for family in wanted:
         if family.option is not None and family not in families:
-            raise ValueError(family.none_found)
+            raise FusionError(family.none_found)
     for group in report.families:
         if skipped := group.select("skipped"):
             listed = "\n".join(f"  {module.name} ({module.class_name}): {module.reason}" for module in skipped[:5])
             more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
             nouns = f"{group.noun}s"
-            raise ValueError(
+            raise FusionError(
                 f"strict: {len(skipped)} of {len(group.modules)} {nouns} cannot be fused; nothing was changed\n"
                 f"{listed}{more}"
             )
@@ -233,8 +241,18 @@ def _fuse_all(entries: list[Examined]) -> None:
 
 
 def _log(report: FusionReport, options: FusionOptions) -> None:
-    """Logs the report: a warning if something is unfused, unless everything was excluded or there is none to fuse on
-    request."""
+    """Logs the report as a warning if something is unfused, unless everything was excluded or there is none to fuse on
+    request; otherwise a line."""
     groups = [group for group in report.shown if group.modules or not options.exclude]
     complete = all((group.modules or group.optional) and not group.select("skipped") for group in groups)
-    logger.log(logging.INFO if complete else logging.WARNING, "\n".join(map(str, groups)))
+    if not complete:
+        logger.warning("\n".join(map(str, groups)))
+    elif groups:
+        counts = (f"{len(group.select('fused'))} of {len(group.modules)} {group.noun}s" for group in groups)
+        logger.info("fused %s", ", ".join(counts))
+
+
+@cache
+def _warn_of_no_kernels(reason: str) -> None:
+    """Logs a warning once: `strict` is about what can be fused, wherever the model is."""
+    logger.warning("strict: fused, but no kernel runs: %s", reason)

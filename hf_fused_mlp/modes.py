@@ -22,10 +22,10 @@ HAS_TRITON = find_spec("triton") is not None
 
 def no_kernels(device: torch.device) -> str | None:
     """The reason why no kernel of ours runs on `device`, or None."""
-    if not HAS_TRITON:
-        return "Triton is not installed; install triton for your platform"
     if device.type != "cuda":
         return f"on {device}, where the original forward runs; move the model to a GPU"
+    if not HAS_TRITON:
+        return "Triton is not installed; install triton for your platform"
     # not asked while compiling, where it would break the graph; the operator then runs PyTorch's GEMMs
     if torch.compiler.is_compiling():
         return None

@@ -5,6 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 
+class FusionError(ValueError):
+    """A model does not allow what the options of `fuse_model` or `use_fused_mlp` ask for; the message says why."""
+
+
 @dataclass(frozen=True)
 class FusionOptions:
     """What to fuse; the arguments of `fuse_model`, which documents them.
@@ -36,7 +40,7 @@ class FusionOptions:
         """The options that a flag such as `use_fused_mlp=...` stands for; None: fuse nothing.
 
         Raises:
-            ValueError: the flag is none of True, False, None, `"strict"` and a dict, or the dict has an unknown key.
+            FusionError: the flag is none of True, False, None, `"strict"` and a dict, or the dict has an unknown key.
             TypeError: an option has a value of a wrong type.
         """
         # identity, not equality: 1 and 0 are not valid values
@@ -48,7 +52,7 @@ class FusionOptions:
             return FusionOptions(strict=True)
         known = [field.name for field in fields(FusionOptions)]
         if not isinstance(flag, dict):
-            raise ValueError(f'{name}={flag!r}: expected True, False, "strict" or a dict of {", ".join(known)}')
+            raise FusionError(f'{name}={flag!r}: expected True, False, "strict" or a dict of {", ".join(known)}')
         if unknown := [key for key in flag if key not in known]:
-            raise ValueError(f"{name}: unknown option {unknown[0]!r}; the options are {', '.join(known)}")
+            raise FusionError(f"{name}: unknown option {unknown[0]!r}; the options are {', '.join(known)}")
         return FusionOptions(**flag)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.types import FP8, SCALE_BLOCK, ExpertsForm
+from hf_fused_mlp.types import ABSENT, FP8, SCALE_BLOCK, ExpertsForm, Matrix
 
 
 def linear_ref(
@@ -100,21 +100,38 @@ def quantize_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     return (blocks / scale[..., None]).to(FP8).flatten(-2)[..., : x.shape[-1]], scale
 
 
-def fp8_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` as Transformers' `FP8Linear` computes it: both sides in FP8, products and sums in fp32.
+def quantize_weight_ref(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` `[N, K]` in FP8, as Transformers quantizes it: e4m3 `[N, K]` and the scales of a `Matrix`, in fp32."""
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % SCALE_BLOCK, 0, -rows % SCALE_BLOCK))
+    blocks = padded.unflatten(0, (-1, SCALE_BLOCK)).unflatten(2, (-1, SCALE_BLOCK))
+    scale = blocks.abs().amax((1, 3)) / torch.finfo(FP8).max
+    scale = scale.where(scale != 0, 1)
+    data = (blocks / scale[:, None, :, None]).to(FP8)
+    return data.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale
+
+
+def fp8_linear_ref(x: Tensor, weight: Matrix, gate: Matrix = ABSENT, activation: str = "identity") -> Tensor:
+    """`linear_ref` of FP8 matrices as Transformers' `FP8Linear` computes it: both sides in FP8, and products in fp32.
 
     Args:
         x: `[..., K]`, any float dtype.
-        weight, scale: see `Matrix`.
-        bias: `[N]`, dtype of `x`.
+        weight, gate: `[N, K]`; the biases have the dtype of `x`.
+        activation: a key of `ACTIVATIONS`.
 
     Returns:
         `[..., N]`, dtype of `x`.
     """
-    data, factors = quantize_ref(x)
-    rounded = data.float() * factors.repeat_interleave(SCALE_BLOCK, -1)[..., : x.shape[-1]]
-    out = F.linear(rounded, dequantize(weight, scale, torch.float32)).to(x.dtype)
-    return out if bias is None else out + bias
+    data, scale = quantize_ref(x)
+    rounded = data.float() * scale.repeat_interleave(SCALE_BLOCK, -1)[..., : x.shape[-1]]
+
+    def product(matrix: Matrix) -> Tensor:
+        data, scale, bias = matrix
+        out = F.linear(rounded, dequantize(data, scale, torch.float32)).to(x.dtype)  # type: ignore[arg-type]
+        return out if bias is None else out + bias
+
+    activate = ACTIVATIONS[activation].function
+    return activate(product(weight)) if gate.data is None else activate(product(gate)) * product(weight)
 
 
 def experts_ref(

@@ -4,7 +4,8 @@ import statistics
 from dataclasses import replace
 
 from hf_fused_mlp.profiling.advice import advise
-from hf_fused_mlp.profiling.estimates import dollars_per_1m_tokens, speedup
+from hf_fused_mlp.profiling.estimates import dollars_per_1m_tokens
+from hf_fused_mlp.profiling.intervals import speedup
 from hf_fused_mlp.profiling.report import AuditReport, Form, Kernel, MLPGroup, Phase, Prediction, Roofline
 from hf_fused_mlp.profiling.verdict import judge
 

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_fused_mlp import fuse_model, modes
+from hf_fused_mlp import fuse_model, modes, ops
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.reading.mlp import recognise
 
@@ -56,6 +56,13 @@ def tiny_model(model_type="llama", dtype=torch.float32, **changes):
     return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype).eval()
 
 
+def tiny_moe(model_type="qwen3_moe", **changes):
+    """The same with six routed experts, of which a token takes two."""
+    count = "num_local_experts" if model_type == "mixtral" else "num_experts"
+    sizes = {count: 6, "num_experts_per_tok": 2, "intermediate_size": 48, "moe_intermediate_size": 48}
+    return tiny_model(model_type, **sizes | changes)
+
+
 def mlp_class(path):
     module, name = path.rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
@@ -78,6 +85,22 @@ def token_ids(*shape):
 def as_on_gpu(monkeypatch):
     """Lets fused modules on a CPU call the operators, unless more than the device forbids it."""
     monkeypatch.setattr(modes, "no_kernels", lambda device: None)
+
+
+def experts_as_on_gpu(monkeypatch):
+    """The same for routed experts, eager ones too; returns the list of the operator's calls."""
+    as_on_gpu(monkeypatch)
+    runs_now = lambda x: modes.needs_only_output(x) and not torch._C._is_any_autocast_enabled()  # noqa: E731
+    monkeypatch.setattr(modes, "runs_now", runs_now)
+    calls, operator = [], ops.experts_if_fits
+
+    def counted(*args):
+        out = operator(*args)
+        calls.extend([] if out is None else [args])
+        return out
+
+    monkeypatch.setattr(ops, "experts_if_fits", counted)
+    return calls
 
 
 class Doubling(TorchFunctionMode):

@@ -1,9 +1,8 @@
 """The tolerance rule, and the random problems it is applied to."""
 
 import torch
-import torch.nn.functional as F
 
-from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.reference import dequantize, mlp_ref, quantize_weight_ref
 from hf_fused_mlp.types import Matrix, MLPOperands
 from hf_fused_mlp.validation import inaccuracy
 
@@ -77,13 +76,13 @@ def random_mlp(H, I, gated, bias, dtype, device="cpu", seed=0):
 
 def quantize_weight(weight, scales="fp32"):
     """`weight` `[N, K]` as e4m3 and its scales, fp32 or powers of two, of blocks of 128 x 128."""
-    rows, columns = weight.shape
-    padded = F.pad(weight.float(), (0, -columns % 128, 0, -rows % 128)).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
-    scale = padded.abs().amax((1, 3)) / 448
-    if scales == "e8m0":
-        scale = scale.log2().ceil().exp2().to(torch.float8_e8m0fnu)
-    data = (padded / scale.float()[:, None, :, None]).to(torch.float8_e4m3fn)
-    return data.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale.to(weight.device)
+    data, scale = quantize_weight_ref(weight)
+    if scales == "fp32":
+        return data, scale
+    numbers, scale = dequantize(data, scale, torch.float32), scale.log2().ceil().exp2()
+    # ones in place of its numbers make the matrix of scales
+    data = numbers / dequantize(torch.ones_like(numbers).to(data.dtype), scale, torch.float32)
+    return data.to(torch.float8_e4m3fn), scale.to(torch.float8_e8m0fnu)
 
 
 def quantized_mlp(H, I, gated, bias, dtype, device="cpu", activation="silu", scales="fp32"):

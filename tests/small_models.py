@@ -60,6 +60,7 @@ OVERRIDES: dict[str, dict] = {
     "hunyuan_vl_text": {"head_dim": HEAD_DIM},
     "ministral": {"head_dim": HEAD_DIM},
     "lfm2_moe": {"layer_types": ["full_attention"] * 2},
+    "step3p7": {"text_config": {"sliding_window": 8, "mlp_layer_types": ["sparse"] * 2, "swiglu_limits": [0.0, 0.5]}},
     "nemotron": {"num_key_value_heads": KV_HEADS},
     "audio-spectrogram-transformer": {"max_length": 64},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
@@ -69,8 +70,11 @@ _TOKEN = re.compile(r"(_token_id|_token_index|_start_id|_end_id)$")
 
 
 def small_config(model_type: str) -> PretrainedConfig:
-    config_class, override = CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {})
-    config = config_class(**cut_down(config_class().to_dict()) | override)
+    config_class = CONFIG_MAPPING[model_type]
+    changes = cut_down(config_class().to_dict())
+    for key, value in OVERRIDES.get(model_type, {}).items():
+        changes[key] = changes[key] | value if isinstance(value, dict) else value
+    config = config_class(**changes)
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
             part.use_cache = False

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import typer
 from made_up import rounds_us
 from models import tiny_model
@@ -19,11 +20,16 @@ from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.console import fail, output
 from hf_fused_mlp.cli.list import table as list_table
 from hf_fused_mlp.cli.model_types import Entry, Found
-from hf_fused_mlp.cli.run import first_difference, measure, print_answers, report_table, timed
+from hf_fused_mlp.cli.run import measure, print_answers, report_table
 from hf_fused_mlp.cli.validate import layer_table
+from hf_fused_mlp.numerics.logits import first_difference
 from hf_fused_mlp.numerics.report import LayerNumerics
+from hf_fused_mlp.profiling.speed import timed
 from hf_fused_mlp.report import FamilyReport, FusionReport, ModuleStatus
 from hf_fused_mlp.swap import Fused
+from hf_fused_mlp.tuning import cache
+from hf_fused_mlp.types import GPU
+from hf_fused_mlp.version import __version__
 
 
 def invoke(*args):
@@ -37,6 +43,7 @@ def test_run_without_arguments_is_the_demo():
     assert "30 of 30 MLPs are fused" in result.stdout
     assert "The capital of France is Paris." in result.stdout
     assert "fused and original agree on all" in result.stdout
+    assert result.stderr == ""
 
 
 @pytest.mark.slow
@@ -72,9 +79,9 @@ def test_run_times_prefill_and_decode(capsys):
     """On a CPU, where both forms run the same, for the code's sake."""
     model = tiny_model()
     rows = measure(model)
-    assert [row.phase for row in rows] == ["prefill, 111 tokens", "decode, one token after 111"]
+    assert [row["phase"] for row in rows] == ["prefill, 111 tokens", "decode, one token after 111"]
     for row in rows:
-        assert row.speedup.low <= row.speedup.median <= row.speedup.high
+        assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
     assert not any(isinstance(module, Fused) for module in model.modules())
     assert measure(torch.nn.Linear(2, 2)) == []
     assert "note: speed was not measured: audit: Linear is not a model" in capsys.readouterr().err
@@ -246,6 +253,54 @@ def test_a_traceback_where_it_is_asked_for(saved, monkeypatch):
     assert isinstance(result.exception, KeyError) and result.exit_code == 1
 
 
+HELP = """
+import sys
+from typer.testing import CliRunner
+from hf_fused_mlp.cli import BENCH, COMMANDS, app
+commands = [[], ["bench"], *([row.name] for row in COMMANDS), *(["bench", row.name] for row in BENCH)]
+for arguments in [["--version"], *([*command, "--help"] for command in commands)]:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and len(result.stdout) > 10, result.output
+print({"torch", "transformers", "triton", "numpy", "jinja2"} & sys.modules.keys())
+"""
+
+
+def test_help_imports_nothing_that_takes_time():
+    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr
+
+
+def test_version():
+    assert invoke("--version").stdout == f"hf-fused-mlp {__version__}\n"
+
+
+def test_env(plan_cache):
+    lines = dict(line.split(": ", 1) for line in invoke("env").stdout.splitlines())
+    assert lines["hf-fused-mlp"] == __version__
+    assert lines["torch"] == torch.__version__
+    assert lines["transformers"] == transformers.__version__
+    assert lines["plan cache"] == str(plan_cache)
+    assert "GPU" in lines and "driver" in lines
+
+
+def test_env_on_gpus(monkeypatch):
+    document = json.loads((cache.SHIPPED / "nvidia-h100-80gb-hbm3-132.json").read_text())
+    gpu = GPU(document["gpu"], document["num_sms"], (9, 0), 1 << 18)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(GPU, "of", lambda device: gpu)
+    lines = invoke("env").stdout.splitlines()
+    assert f"GPU: 2 x {gpu.name}, compute capability 9.0, 132 multiprocessors" in lines
+    assert f"plans: {len(document['plans'])} that ship for {gpu.name}, 0 of your own" in lines
+    assert not any(line.startswith("kernels") for line in lines), "nothing speaks against them"
+
+
+def test_what_other_libraries_say_of_themselves_is_not_printed():
+    result = subprocess.run(COMMAND, capture_output=True, text=True)
+    json.loads(result.stdout)
+    assert result.stderr == ""
+
+
 COMMAND = [sys.executable, "-m", "hf_fused_mlp", "list", "--model-type", "llama", "--json"]
 
 
@@ -295,6 +350,8 @@ def test_run_with_nothing_fusable(tmp_path):
     result = invoke("run", tmp_path)
     assert result.exit_code == 2
     assert "no MLP of this model was fused" in result.output
+    result = invoke("run", tmp_path, "--json")
+    assert result.stdout == "" and "GPT2MLP" in result.stderr, "the table that the error speaks of"
 
 
 @pytest.mark.parametrize(

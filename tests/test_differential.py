@@ -1,4 +1,4 @@
-"""Every model class of Transformers with MLPs that fuse, made small, against itself unfused.
+"""Every model class of Transformers with MLPs or routed experts that fuse, made small, against itself unfused.
 
 In evaluation, in evaluation with gradients and in training: the same outputs, and the same gradient for every
 parameter. Once as on any CPU, and once as on a GPU, with the operators.
@@ -11,19 +11,19 @@ import warnings
 import pytest
 import torch
 import transformers
-from models import as_on_gpu
+from models import experts_as_on_gpu
 from small_models import inputs_for, model_classes, small_config, small_model
 from transformers.utils import ModelOutput, logging
 
 from hf_fused_mlp import fuse_model, fusion_report
 from hf_fused_mlp.cli.model_types import MODEL_TYPES
-from hf_fused_mlp.families.mlp.fused import FusedMLP
+from hf_fused_mlp.swap import Fused
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # as many model types are compared, or more; earlier versions of Transformers have fewer
 NEWEST = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-FLOOR = 335 if NEWEST else 270
+FLOOR = 365 if NEWEST else 270
 MODES = ("evaluation", "gradients", "training")
 
 
@@ -62,8 +62,8 @@ def test_fused_and_unfused(model_type, monkeypatch, results):
         reasons.append(f"no small config: {_line(error)}")
     reason = "" if pairs else "; ".join(reasons) or "no Auto class builds it"
     (results / model_type).write_text(reason)
-    for model, inputs in pairs:
-        compare(model, inputs, monkeypatch)
+    for pair in pairs:
+        compare(*pair, monkeypatch)
     if reason:
         pytest.skip(reason)
 
@@ -85,14 +85,14 @@ def test_how_many_are_covered(results):
 
 
 def build(model_class, model_type):
-    """A small model with fusable MLPs that its inputs reach, and those inputs; or why there is none."""
+    """A small model, inputs, and the names of what they reach and can be fused; or why there is none."""
     try:
         model = small_model(model_class, small_config(model_type))
     except Exception as error:
         return f"not built: {_line(error)}"
     fusable = [status.name for status in fusion_report(model).select("fusable")]
     if not fusable:
-        return "no MLP of it fuses"
+        return "nothing of it fuses"
     reached, errors = set(), []
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda *args, name=name: reached.add(name)) for name in fusable
@@ -104,7 +104,7 @@ def build(model_class, model_type):
             except Exception as error:
                 errors.append(f"{', '.join(inputs)}: {_line(error)}")
             else:
-                return (model, inputs) if reached else f"{', '.join(inputs)} reach no MLP that fuses"
+                return (model, inputs, reached) if reached else f"{', '.join(inputs)} reach nothing that fuses"
     except Exception as error:
         errors.append(f"no inputs: {_line(error)}")
     finally:
@@ -113,7 +113,8 @@ def build(model_class, model_type):
     return f"not called: {' | '.join(errors)}"
 
 
-def compare(model, inputs, monkeypatch):
+def compare(model, inputs, reached, monkeypatch):
+    experts = reached.intersection(status.name for status in fusion_report(model).experts)
     for mode in MODES:
         try:
             expected = run(copy.deepcopy(model), inputs, mode)
@@ -122,15 +123,17 @@ def compare(model, inputs, monkeypatch):
                 raise
             continue  # not differentiable, or not to be trained like this
         for kernels in (False, True):
+            calls = []
             with monkeypatch.context() as patch:
                 if kernels:
-                    as_on_gpu(patch)
+                    calls = experts_as_on_gpu(patch)
                 fused = fuse_model(copy.deepcopy(model))
                 statuses = fusion_report(fused).select("fused")
                 assert statuses
-                assert len(statuses) == sum(isinstance(module, FusedMLP) for module in fused.modules())
+                assert len(statuses) == sum(isinstance(module, Fused) for module in fused.modules())
                 assert kernels == (not any("on cpu" in (status.reason or "") for status in statuses))
                 actual = run(fused, inputs, mode)
+            assert bool(calls) == bool(kernels and experts and mode == "evaluation")
             where = f"{type(model).__name__}, {mode}, {'with' if kernels else 'without'} the operators"
             if problem := difference(actual, expected):
                 if difference(run(copy.deepcopy(model), inputs, mode), expected):

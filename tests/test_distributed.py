@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import as_on_gpu, tiny_model, token_ids
+from models import as_on_gpu, experts_as_on_gpu, tiny_model, tiny_moe, token_ids
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_fused_mlp import fuse_model, fusion_report, launch_cache, ops, unfuse_model
 from hf_fused_mlp.weights import is_packed
@@ -152,6 +153,16 @@ def fsdp(where, before):
     for (name, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
         torch.testing.assert_close(whole_of(q), whole_of(p), msg=name)
 
+    plain = sharded(tiny_moe().to(where).eval())
+    model = tiny_moe().to(where).eval()
+    model = fuse_model(sharded(model)) if before else sharded(fuse_model(model, strict=True))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        calls = experts_as_on_gpu(patch)
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+        assert len(calls) == (0 if before else 2)  # of gathered weights
+    if before:
+        assert all("fuse before weights are sharded" in experts.reason for experts in fusion_report(model).experts)
+
 
 @pytest.mark.gpu
 @GPUS
@@ -172,3 +183,61 @@ def test_layers_on_two_gpus(order, tmp_path):
         with torch.cuda.device(current):
             torch.testing.assert_close(fused(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
             assert torch.equal(fused.generate(ids, max_new_tokens=8), plain.generate(ids, max_new_tokens=8))
+
+
+@DEVICES
+def test_parallel_experts(where, tmp_path):
+    if not hasattr(DistributedConfig, "ep_size"):
+        pytest.skip("this Transformers shards experts in another way")
+    for model_type in ("mixtral", "qwen3_moe"):
+        tiny_moe(model_type, num_key_value_heads=4).save_pretrained(tmp_path / model_type)
+    run(tensor_and_expert_parallel, where, str(tmp_path))
+
+
+def tensor_and_expert_parallel(where, directory):
+    parallel_experts(where, directory / "mixtral", {"tp_size": WORLD})
+    # "auto" masks the ids of the other process's experts, and exchanges tokens where gradients are needed
+    for implementation in ("auto", "all_to_all"):
+        config = {"tp_size": WORLD, "ep_size": WORLD, "ep_implementation": implementation}
+        parallel_experts(where, directory / "qwen3_moe", config)
+
+
+def parallel_experts(where, path, config):
+    """Each process's own experts, or its part of each, run fused by Transformers' door; by ours they say why not."""
+    ids = token_ids(2, 7).to(where)
+
+    def load(**options):
+        distributed = DistributedConfig(**config)
+        return AutoModelForCausalLM.from_pretrained(path, distributed_config=distributed, **options).eval()
+
+    plain, by_flag, fused = load(), load(use_fused_mlp=True), load(experts_implementation="hf_fused_mlp")
+    report = fusion_report(by_flag).experts
+    assert all("as expert and tensor parallelism do" in experts.reason for experts in report), report
+    assert [experts.state for experts in report] == ["skipped"] * 2
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        calls = experts_as_on_gpu(patch)
+        expected = plain(ids).logits
+        whole = AutoModelForCausalLM.from_pretrained(path).to(where)(ids).logits
+        torch.testing.assert_close(expected, whole, atol=1e-4, rtol=1e-4)
+        assert torch.equal(by_flag(ids).logits, expected)
+        assert not calls
+        torch.testing.assert_close(fused(ids).logits, expected, atol=1e-5, rtol=1e-5)
+        assert len(calls) == 2
+        for _, routed, _, (up, *_) in calls:
+            assert up.shape == ((3, 96, 64) if "ep_size" in config else (6, 96 // WORLD, 64))
+            assert (routed == len(up)).any() == (config.get("ep_implementation") == "auto"), "ids of another process"
+    grads = []
+    for model in (plain, by_flag, fused):
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        grads.append({name: whole_of(parameter.grad) for name, parameter in model.named_parameters()})
+    for name, grad in grads[0].items():
+        for other in grads[1:]:
+            torch.testing.assert_close(other[name], grad, atol=1e-6, rtol=1e-4, msg=name)
+    saved = path.parent / "saved"
+    for name, model in (("plain", plain), ("by flag", by_flag), ("fused", fused)):
+        model.save_pretrained(saved / name)
+    dist.barrier()
+    files = [(saved / name / "model.safetensors").read_bytes() for name in ("plain", "by flag", "fused")]
+    assert files[0] == files[1] == files[2]
+    dist.barrier()

@@ -1,4 +1,4 @@
-"""Real trained models: SmolLM2 as Llama and, with the same weights, as Mistral; and a small GPT-NeoX.
+"""Real trained models: SmolLM2 as Llama and, with the same weights, as Mistral; a small GPT-NeoX and a small Mixtral.
 
 On the CPU a fused module runs the original forward, so the CPU tests also send the models through the operator.
 """
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import as_on_gpu, tiny_model
+from models import as_on_gpu, experts_as_on_gpu, tiny_model
 from numerics import assert_accurate, run_plan
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp import fuse_model, fusion_report, launch_cache, ops, unfuse_model
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.integrations import demo
 
 BYTE_NEOX = Path(__file__).parent / "data" / "byte_neox"
+BYTE_MIXTRAL = Path(__file__).parent / "data" / "byte_mixtral"
 PROMPTS = [
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -198,6 +199,54 @@ def test_byte_neox(where, monkeypatch):
     assert bytes(tokens).decode().isascii()
     assert abs(loss - perplexity(model, ids)) <= 1e-4
     assert loss < 40, "far from the 256 of a guess: it has learned"
+
+
+@DEVICES
+@pytest.mark.parametrize("door", ["class", "interface"])
+def test_byte_mixtral(door, where, monkeypatch):
+    """A Mixtral trained on Python source (see data/train_byte_mixtral.py), loaded by either flag."""
+    flag = {"use_fused_mlp": "strict"} if door == "class" else {"experts_implementation": "hf_fused_mlp"}
+    model = AutoModelForCausalLM.from_pretrained(BYTE_MIXTRAL, dtype=torch.float32, **flag).to(where)
+    ids = torch.tensor([list(TEXT.encode()[:400])], device=where)
+    start = torch.tensor([list(b'def main():\n    """')], device=where)
+    calls = experts_as_on_gpu(monkeypatch) if where == "cpu" else []
+    tokens, loss = greedy(model, start), perplexity(model, ids)
+    assert len(calls) == (3 * 65 if where == "cpu" else 0)
+    unfuse_model(model).set_experts_implementation("eager")
+    assert tokens == greedy(model, start)
+    assert bytes(tokens).decode().isascii()
+    assert abs(loss - perplexity(model, ids)) <= 1e-4
+    assert loss < 40, "far from the 256 of a guess: it has learned"
+    assert len(calls) == (3 * 65 if where == "cpu" else 0)
+
+
+@pytest.mark.parametrize("order, rows", [("pairs", 1), ("sorted", 16), ("gathered", 64)])
+@torch.no_grad()
+def test_byte_mixtral_through_the_kernels(order, rows, device, monkeypatch):
+    """Interpreted ones, or a GPU's, in each order that plans have, with real routing: in fp32, the same logits."""
+    from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts
+    from hf_fused_mlp.types import ExpertsPlan, TileConfig
+
+    tile = TileConfig("pairs" if order == "pairs" else "grouped", block_n=64, block_k=64, num_stages=2)
+    calls = []
+
+    def run(x, ids, weights, operands):
+        *stacks, form = operands
+        call = describe_experts(x, ids, *stacks[:2], form)
+        calls.append(call)
+        return prepare_experts(ExpertsPlan(order, rows, tile, tile), call)(x, ids, weights, *stacks)
+
+    model = AutoModelForCausalLM.from_pretrained(BYTE_MIXTRAL, dtype=torch.float32, use_fused_mlp=True).to(device)
+    ids = torch.tensor([list(b"def main():")], device=device)
+    expected = unfuse_model(model)(ids).logits
+    fuse_model(model, strict=True)
+    experts_as_on_gpu(monkeypatch)
+    monkeypatch.setattr(ops, "experts_if_fits", run)
+    launch_cache.remembered.clear()
+    logits = model(ids).logits
+    assert len(calls) == 3
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from models import experts_as_on_gpu
 from torch import nn
 from transformers.integrations import moe
 
@@ -109,6 +110,45 @@ def test_how_many_classes_fuse():
     assert sum(path.endswith(tuple(REFUSED)) for path in decorated()) <= 0.05 * len(decorated())
 
 
+def test_without_the_decorator(on_cpu):
+    """A class that only its own forward speaks for, which is a known loop; where it clamps last, no kernel does."""
+    pytest.importorskip("transformers.models.step3p7")
+    experts = make("transformers.models.step3p7.modeling_step3p7.Step3p7Experts")
+    x = inputs(experts)
+    with torch.no_grad():
+        expected = experts(*x)
+        fuse_model(experts, strict=True)
+        torch.testing.assert_close(experts(*x), expected, rtol=2e-5, atol=2e-5)
+        assert len(on_cpu) == 1
+        assert fusion_report(experts).experts[0].reason is None
+        experts.limit = 0.5
+        clamped = unfuse_model(copy.deepcopy(experts))
+        assert not torch.allclose(clamped(*x), expected)
+        assert torch.equal(experts(*x), clamped(*x))
+        assert len(on_cpu) == 1
+        assert "no longer those that were read" in fusion_report(experts).experts[0].reason
+    assert "clamps what its activation gives" in fusion_report(clamped).experts[0].reason
+    clamped.limit = float("inf")
+    clamped.forward = lambda *args: args[0]
+    assert "as some patches do" in fusion_report(clamped).experts[0].reason
+
+
+def test_a_loop_of_ones_own(mixtral, on_cpu):
+    """Transformers' loop in a class that has neither decorator nor `_apply_gate`."""
+    loop = original_of(type(mixtral).forward)
+    own = type("OwnExperts", (nn.Module,), {"forward": loop})()
+    own.num_experts, own.act_fn = mixtral.num_experts, mixtral.act_fn
+    own.gate_up_proj, own.down_proj = mixtral.gate_up_proj, mixtral.down_proj
+    x = inputs(mixtral)
+    with torch.no_grad():
+        expected = own.eval()(*x)
+        fuse_model(own, strict=True)
+        torch.testing.assert_close(own(*x), expected, rtol=2e-5, atol=2e-5)
+    assert len(on_cpu) == 1
+    own = type("Other", (nn.Module,), {"forward": lambda self, x, ids, _: x * nn.functional.one_hot(ids, 6).sum()})()
+    assert find_experts(own) is None
+
+
 @pytest.fixture
 def mixtral():
     return make("transformers.models.mixtral.modeling_mixtral.MixtralExperts")
@@ -151,20 +191,8 @@ def test_near_misses(mixtral, monkeypatch):
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Calls take the paths of a GPU; the operator runs PyTorch's operations."""
-    from hf_fused_mlp import modes, ops
-
-    monkeypatch.setattr(modes, "no_kernels", lambda device: None)
-    monkeypatch.setattr(modes, "runs_now", lambda x: True)
-    calls, operator = [], ops.experts_if_fits
-
-    def counted(*args):
-        out = operator(*args)
-        calls.extend([] if out is None else [args])
-        return out
-
-    monkeypatch.setattr(ops, "experts_if_fits", counted)
-    return calls
+    """Calls take the paths of a GPU; the operator runs PyTorch's operations. A list of its calls."""
+    return experts_as_on_gpu(monkeypatch)
 
 
 def test_what_runs(mixtral, on_cpu):

@@ -13,6 +13,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.reference import dequantize, fp8_linear_ref, quantize_ref
+from hf_fused_mlp.types import Matrix
 from hf_fused_mlp.validation import Errors
 from hf_fused_mlp.weights import is_packed
 
@@ -42,7 +43,7 @@ def by_transformers(monkeypatch):
 
     def fp8_linear(x, weight, scale, block_size, bias, *_):
         calls.append(weight)
-        return fp8_linear_ref(x, weight, scale, bias)
+        return fp8_linear_ref(x, Matrix(weight, scale, bias))
 
     monkeypatch.setattr(finegrained_fp8, "fp8_linear", fp8_linear)
     return calls

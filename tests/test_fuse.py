@@ -122,7 +122,7 @@ def test_what_the_kernels_do_not_take_runs_the_original_forward():
 
 
 def test_unknown_architecture():
-    """GPT-2's MLP is Conv1D: not in the registry, so it is reported, and with strict it is an error."""
+    """GPT-2's MLP is of Conv1D: it is reported, and with strict it is an error; there is nothing to load otherwise."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)).eval()
@@ -131,6 +131,8 @@ def test_unknown_architecture():
     fuse_model(model)
     assert fused_count(model) == 0
     assert {mlp.class_name for mlp in fusion_report(model).mlps} == {"GPT2MLP"}
+    (reason,) = {mlp.reason for mlp in fusion_report(model).mlps}
+    assert "Conv1D" in reason and "quantization" not in reason and "adapter" not in reason
 
 
 def test_no_mlp_at_all(caplog):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 import threading
 
@@ -79,6 +80,23 @@ def test_pipeline(directory, byte_tokenizer):
     )
     assert is_fused(generator.model)
     assert generator("ab", max_new_tokens=2)[0]["generated_text"].startswith("ab")
+
+
+def test_what_the_troubleshooting_page_says_of_pipelines(directory, byte_tokenizer):
+    """`pipeline` keeps an argument that it does not know for `generate`, which refuses it; nothing is fused."""
+    generator = pipeline("text-generation", str(directory), tokenizer=byte_tokenizer, use_fused_mlp=True)
+    assert not is_fused(generator.model)
+    with pytest.raises(ValueError, match=r"`model_kwargs` are not used by the model: \['use_fused_mlp'\]"):
+        generator("a", max_new_tokens=1)
+
+
+def test_without_the_import_the_flag_is_refused_as_the_page_says(directory):
+    script = (
+        f"from transformers import LlamaForCausalLM as M; M.from_pretrained({str(directory)!r}, use_fused_mlp=True)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    refusal = "TypeError: LlamaForCausalLM.__init__() got an unexpected keyword argument 'use_fused_mlp'"
+    assert result.stderr.splitlines()[-1] == refusal
 
 
 @pytest.fixture

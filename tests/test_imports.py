@@ -13,7 +13,7 @@ PACKAGE = Path(hf_fused_mlp.__file__).parent
 
 # a part may import itself and the parts in the lines above its own
 LAYERS = (
-    ("version", "types", "activations", "originals", "threads", "files", "options", "report", "validation"),
+    *[("version", "types", "activations", "originals", "threads", "files", "logs", "options", "report", "validation")],
     ("calls", "modes", "reference", "launch_cache"),
     ("reading", "weights", "swap"),
     ("kernels",),
@@ -30,7 +30,7 @@ LAYERS = (
 # the packages that a part may import besides torch
 PACKAGES = {
     "kernels": {"triton"},
-    "tuning": {"triton", "platformdirs"},
+    "tuning": {"triton", "platformdirs", "filelock"},
     "ops": {"triton"},
     "integrations": {"transformers"},
     "profiling": {"transformers", "jinja2", "markupsafe"},

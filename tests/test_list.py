@@ -147,8 +147,8 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_all(monkeypatch):
     names = [entry.model_type for entry in ENTRIES]
-    monkeypatch.setattr("hf_fused_mlp.cli.list.MODEL_TYPES", names)
-    monkeypatch.setattr("hf_fused_mlp.cli.list.examine", lambda name: (ENTRIES[names.index(name)], None))
+    monkeypatch.setattr("hf_fused_mlp.cli.model_types.MODEL_TYPES", names)
+    monkeypatch.setattr("hf_fused_mlp.cli.model_types.examine", lambda name: (ENTRIES[names.index(name)], None))
     listed = json.loads(invoke("--all", "--json").stdout)["model_types"]
     assert [entry["model_type"] for entry in listed] == names
     assert invoke("--all", "--markdown").stdout == coverage_page(ENTRIES) + "\n"

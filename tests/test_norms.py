@@ -325,7 +325,7 @@ def test_none_that_is_not_excluded(caplog):
     """Is no reason to complain: whoever excluded them knows."""
     with caplog.at_level(logging.INFO):
         fuse_model(tiny_model(), strict=True, norms=True, exclude=["*.mlp"])
-    assert caplog.messages == ["5 of 5 norms are fused\n  5 x LlamaRMSNorm: fused (" + CPU + ")"]
+    assert "fused 5 of 5 norms" in caplog.messages
     with pytest.raises(ValueError, match="matches no MLP or norm of this model"):
         fuse_model(tiny_model(), norms=True, exclude=["model.nrom"])
     with pytest.raises(ValueError, match="found no MLP to fuse"):

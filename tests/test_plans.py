@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import timeit
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from hf_fused_mlp import launch_cache
 from hf_fused_mlp.kernels import KERNELS
 from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.tuning import cache, plan_files
+from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan, kernel_code, kernel_hashes, read, write
 from hf_fused_mlp.types import GPU, TORCH, UNFUSED, MLPOperands, Plan, ProblemKey, TileConfig
@@ -158,7 +159,7 @@ def test_a_write_that_fails_leaves_the_file(file, step, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(plan_files.os, step, fail)
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match="disk full"):
         write(file, [replace(TUNED, plan=UNFUSED)], H100)
     assert file.read_text() == before
@@ -238,11 +239,29 @@ def test_the_users_plan_beats_the_shipped_and_that_the_rule(file, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({"HF_FUSED_MLP_CACHE": "~/plans", "HF_HOME": "/shared"}, "/home/me/plans"),
+        ({"HF_HOME": "/shared"}, "/shared/hf-fused-mlp"),
+        ({"HF_HOME": "$HOME/shared", "HF_FUSED_MLP_CACHE": ""}, "/home/me/shared/hf-fused-mlp"),
+        ({"HF_HOME": ""}, "/system/hf-fused-mlp"),
+    ],
+)
+def test_the_users_directory(variables, expected, monkeypatch):
+    monkeypatch.delenv("HF_FUSED_MLP_CACHE")
+    monkeypatch.setattr(cache, "user_cache_dir", lambda name, appauthor: f"/system/{name}")
+    for name, value in ({"HOME": "/home/me", "HF_HOME": ""} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert cache.user_directory() == Path(expected)
+
+
 def test_no_home_is_one_warning(monkeypatch, caplog):
     def no_home(*args, **kwargs):
         raise RuntimeError("could not determine the home directory")
 
     monkeypatch.delenv("HF_FUSED_MLP_CACHE")
+    monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.setattr(cache, "user_cache_dir", no_home)
     for _ in range(2):
         assert dispatch.find_plan(KEY) == heuristic_plan(KEY)

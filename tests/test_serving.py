@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from models import Doubling, as_on_gpu, tiny_model, token_ids
+from models import Doubling, as_on_gpu, experts_as_on_gpu, tiny_model, tiny_moe, token_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.activations import GELUTanh, QuickGELUActivation
 
 from hf_fused_mlp import fuse_model, unfuse_model
@@ -41,6 +41,15 @@ def new_tokens(model, ids, count=12, **options):
     return out[:, ids.shape[1] :].tolist()
 
 
+def in_batches(model):
+    """Prompts and answers of continuous batching, with little memory for its cache: by default it takes most."""
+    prompts = [token_ids(1, length)[0].tolist() for length in (3, 9, 17)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    outputs = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=small)
+    return sorted((tuple(out.prompt_ids), tuple(out.generated_tokens)) for out in outputs.values())
+
+
 @DEVICES
 @TYPES
 @pytest.mark.parametrize(
@@ -69,14 +78,31 @@ def test_assisted_decoding(where, models):
 @torch.no_grad()
 def test_continuous_batching(where, models):
     original, fused = models()
-    prompts = [token_ids(1, length)[0].tolist() for length in (3, 9, 17)]
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    answers = in_batches(original)
+    assert len(answers) == 3
+    assert in_batches(fused) == answers
+
+
+@DEVICES
+@pytest.mark.parametrize("door", ["class", "interface"])
+@pytest.mark.parametrize("way", ["dynamic", "static", "continuous batching"])
+@torch.no_grad()
+def test_routed_experts(way, door, where, monkeypatch):
+    """Each step of every layer runs fused, and gives the original's tokens."""
+    torch.compiler.reset()
+    calls = experts_as_on_gpu(monkeypatch) if where == "cpu" else []
     answers = []
-    for model in (original, fused):
-        outputs = model.generate_batch(inputs=prompts, generation_config=config)
-        answers.append(sorted((tuple(out.prompt_ids), tuple(out.generated_tokens)) for out in outputs.values()))
-    assert len(answers[0]) == 3
+    for fused in (False, True):
+        model = tiny_moe().to(where)
+        if fused:
+            fuse_model(model, strict=True) if door == "class" else model.set_experts_implementation("hf_fused_mlp")
+        if way == "continuous batching":
+            answers.append(in_batches(model))
+        else:
+            answers.append(new_tokens(model, token_ids(2, 7).to(where), 6, cache_implementation=way))
     assert answers[0] == answers[1]
+    assert len(answers[0]) == (3 if way == "continuous batching" else 2)
+    assert where != "cpu" or len(calls) == 2 * 6
 
 
 @DEVICES

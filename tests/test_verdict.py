@@ -6,8 +6,8 @@ import statistics
 import pytest
 from made_up import made_up_report, rounds_us
 
-from hf_fused_mlp.profiling.estimates import CONFIDENCE, ENOUGH_ROUNDS, direction, speedup
 from hf_fused_mlp.profiling.figures import shown_speedup
+from hf_fused_mlp.profiling.intervals import CONFIDENCE, ENOUGH_ROUNDS, direction, speedup
 from hf_fused_mlp.profiling.verdict import better_form
 
 

@@ -14,8 +14,6 @@ from hf_fused_mlp.bench.results import Row, by_problem
 from hf_fused_mlp.bench.shapes import Shape, build, fused_twin
 
 CLAIM = (12.0, 18.0)  # percent of eager's time that fusing is said to save
-TOKENS = "1,16,128,512,2048,4096,8192,16384"
-NAMES = "fused,eager,compile"
 ROUNDS = 10
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_fused_mlp.bench.names import EXPERTS_IMPLEMENTATIONS
 from hf_fused_mlp.bench.results import Row
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.swap import original_form
@@ -46,11 +47,6 @@ SHAPES = {
     "gemma-4-26b-a4b": Experts(128, 8, 2816, 704, "gelu_pytorch_tanh"),
     "deepseek-v3": Experts(256, 8, 7168, 2048),
 }
-TOKENS = "1,4,16,64,256,1024,4096,16384"
-ROUTINGS = "uniform", "zipf"
-# as Transformers calls them; "eager" waits for the GPU in every call, so it is timed without a graph
-NAMES = "fused", "grouped_mm", "batched_mm", "batched_mm-max-autotune", "eager"
-DEFAULT = "fused,grouped_mm,batched_mm"
 MOST_COPIED = 20e9  # bytes that batched_mm may copy
 MOST_DIFFERENCE = 0.01  # relative, between the outputs of two implementations in bfloat16
 
@@ -74,7 +70,7 @@ def build(shape: Experts) -> nn.Module:
             made = MixtralExperts(MixtralConfig(**sizes, hidden_act=shape.activation)).bfloat16()
     for parameter in made.requires_grad_(False).parameters():
         parameter.normal_(0, shape.hidden**-0.5)
-    return made
+    return made.eval()
 
 
 def routing(kind: str, shape: Experts, m: int) -> Tensor:
@@ -92,7 +88,7 @@ def measure(name: str, m: int, kind: str, names: list[str], rounds: int) -> list
     Args:
         name: a key of `SHAPES`.
         kind: one of `ROUTINGS`.
-        names: of `NAMES`.
+        names: of `EXPERTS_IMPLEMENTATIONS`.
 
     Returns:
         One row for each implementation and one for the floor, in microseconds.
@@ -194,7 +190,7 @@ def table(rows: list[Row]) -> str:
     problems: dict[tuple, dict[str, float]] = {}
     for row in rows:
         problems.setdefault((row["shape"], row["routing"], row["m"]), {})[row["impl"]] = row["median_us"]
-    others = [name for name in NAMES[1:] if any(name in times for times in problems.values())]
+    others = [name for name in EXPERTS_IMPLEMENTATIONS[1:] if any(name in times for times in problems.values())]
     lines = [
         f"| shape | routing | M | floor | fused | over floor | {' | '.join(others)} | faster than the best |",
         "|---|---|---:|---:|---:|---:|" + "---:|" * (len(others) + 1),

@@ -4,6 +4,7 @@ Each is a row of `IMPLEMENTATIONS`. `prepare(eager, fused, x)`, with `x` `[M, H]
 compile and copy weights into another layout; tuning happens in the first call. Neither is timed.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.bench.shapes import to_fp8
+from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.reading.mlp import MLPKind
 
 LIGER_MODULES = {
@@ -34,12 +37,13 @@ class Implementation:
     """One row.
 
     `ours` must be within tolerance, `eager` is the baseline, a `peer` is checked but timed anyway, a `floor` does not
-    compute an MLP. An implementation that `trains` gives gradients to the parameters of the eager module.
+    compute an MLP, and what is `quantized` computes another one. An implementation that `trains` gives gradients to
+    the parameters of the eager module.
     """
 
     name: str
     prepare: Callable[[nn.Module, nn.Module, Tensor], Callable[[], Tensor]]
-    role: Literal["ours", "eager", "peer", "floor"] = "peer"
+    role: Literal["ours", "eager", "peer", "floor", "quantized"] = "peer"
     package: str | None = None
     trains: bool = False
 
@@ -147,6 +151,23 @@ def two_gemms(eager, fused, x):
     return call
 
 
+def fp8_mlp(eager, fused, x):
+    """The fused MLP with its weights in FP8, a scale for each 128 x 128 block, as in official FP8 checkpoints."""
+    twin: Any = fuse_model(to_fp8(copy.deepcopy(eager)), strict=True)
+    if reason := twin.runs(x.device).called:
+        raise Unavailable(reason)
+    return partial(twin.by_operator, x)
+
+
+def torchao_fp8(eager, fused, x):
+    """torchao's FP8 with a scale for each row of the weights and of the tokens, compiled."""
+    with _requires("torchao"):
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    twin = copy.deepcopy(eager)
+    quantize_(twin, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return partial(_compiled(_run_module), twin, x)
+
+
 IMPLEMENTATIONS = {
     row.name: row
     for row in (
@@ -159,10 +180,10 @@ IMPLEMENTATIONS = {
         Implementation("quack", quack, package="quack-kernels"),
         Implementation("packed-gemm", packed_gemm),
         Implementation("two-gemms", two_gemms, "floor"),
+        Implementation("fp8", fp8_mlp, "quantized"),
+        Implementation("torchao-fp8", torchao_fp8, "quantized", package="torchao"),
     )
 }
-# the others tune themselves for each problem, which takes far longer than the measurement
-DEFAULT = ("fused", "eager", "compile", "liger", "packed-gemm", "two-gemms")
 
 
 @contextmanager

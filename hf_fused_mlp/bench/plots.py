@@ -26,6 +26,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "quack": {"color": "#CC79A7", "marker": "P"},
     "packed-gemm": {"color": "#7A5C00", "marker": "d"},
     "two-gemms": {"color": "#777777", "linestyle": "--"},
+    "fp8": {"color": "#0072B2", "marker": "o", "linestyle": ":"},
+    "torchao-fp8": {"color": "#56B4E9", "marker": "<", "linestyle": ":"},
 }
 FORMS = {"fused": "#0072B2", "fused-norms": "#56B4E9"}  # of whole models
 REFERENCE: dict[str, Any] = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}

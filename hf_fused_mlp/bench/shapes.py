@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.reference import quantize_weight_ref
+from hf_fused_mlp.types import SCALE_BLOCK
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,21 @@ def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
     for parameter in mlp.parameters():
         nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
     return mlp
+
+
+def to_fp8(module: nn.Module) -> nn.Module:
+    """Replaces every `nn.Linear` in `module` by an `FP8Linear` of Transformers with the same weights, quantized."""
+    for path, linear in list(module.named_modules()):
+        if type(linear) is nn.Linear:
+            has_bias = linear.bias is not None
+            fp8: Any = FP8Linear(
+                linear.in_features, linear.out_features, (SCALE_BLOCK, SCALE_BLOCK), has_bias=has_bias
+            )
+            data, scale = quantize_weight_ref(linear.weight.detach())
+            fp8.weight, fp8.weight_scale_inv = (nn.Parameter(t, requires_grad=False) for t in (data, scale))
+            fp8.bias = linear.bias
+            module.set_submodule(path, fp8.train(linear.training))
+    return module
 
 
 def fused_twin(original: nn.Module, strict: bool = True, norms: bool = False) -> Any:

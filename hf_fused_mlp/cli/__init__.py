@@ -1,9 +1,12 @@
 """The command line. Each row names a command and the module that is imported when it runs."""
 
+from typing import Annotated
+
 import typer
 
 from hf_fused_mlp.cli.console import Commands
 from hf_fused_mlp.cli.lazy import LazyGroup, Row
+from hf_fused_mlp.version import __version__
 
 COMMANDS = (
     Row("run", "hf_fused_mlp.cli.run:run", "Answer a prompt with the original and the fused model, and compare."),
@@ -11,6 +14,7 @@ COMMANDS = (
     Row("validate", "hf_fused_mlp.cli.validate:validate", "Compare fused MLPs with float64, and models as a whole."),
     Row("list", "hf_fused_mlp.cli.list:list_mlps", "List the MLPs of a model type, fused or not, and why not."),
     Row("tune", "hf_fused_mlp.cli.tune:tune", "Measure which kernels are fastest on this GPU, and keep the answer."),
+    Row("env", "hf_fused_mlp.cli.env:env", "Print versions, GPU and plans, as a block to paste into a bug report."),
 )
 BENCH = (
     Row("mlp", "hf_fused_mlp.cli.bench:mlp", "MLPs of published models: fused, eager and other packages."),
@@ -36,7 +40,6 @@ class _Commands(Commands, LazyGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Fused MLP kernels for Hugging Face Transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,3 +50,18 @@ app.add_typer(
     cls=_Bench,
     help="Time fused MLPs against the originals and other packages on this GPU, in turn in one run.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-fused-mlp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fused MLP kernels for Hugging Face Transformers."""

@@ -14,10 +14,8 @@ from rich.table import Table
 from hf_fused_mlp.cli.console import console, fail, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.profiling.audit import audit as measure
 from hf_fused_mlp.profiling.figures import agreed_digits, form_figures, phase_figures, shown, shown_speedup
-from hf_fused_mlp.profiling.page import page
-from hf_fused_mlp.profiling.report import DIGITS, LABELS, AuditReport, Phase
+from hf_fused_mlp.profiling.report import LABELS, AuditReport, Phase
 
 
 def audit(
@@ -43,6 +41,10 @@ def audit(
     """Profile prefill and decode, and say whether to fuse."""
     if gpu_price is not None and not 0 < gpu_price < math.inf:
         fail(f"gpu-price {gpu_price}: expected dollars an hour, more than 0")
+
+    from hf_fused_mlp.profiling.audit import audit as measure
+    from hf_fused_mlp.profiling.page import page
+
     network = load_model(model, dtype, device_map)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
@@ -118,5 +120,5 @@ def phase_table(report: AuditReport, phase: dict) -> Table:
         outer, _, inner = figure.field.partition(".")
         value = phase[outer][inner] if inner else phase[outer]
         remark = phase["predicted"]["basis"] if outer == "predicted" else ""
-        table.add_row(figure.label, shown(value, figure.unit, figure.digits or DIGITS), escape(remark))
+        table.add_row(figure.label, shown(value, figure.unit, figure.digits or 3), escape(remark))
     return table

@@ -1,32 +1,29 @@
 """The `hf-fused-mlp bench` commands: options, printing and exiting. What they measure is in `hf_fused_mlp.bench`."""
 
-import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.progress import track
 
-from hf_fused_mlp.bench import block as block_bench
-from hf_fused_mlp.bench import candidates as candidates_bench
-from hf_fused_mlp.bench import experts as experts_bench
-from hf_fused_mlp.bench import generate as generate_bench
-from hf_fused_mlp.bench import host as host_bench
-from hf_fused_mlp.bench import mlp as mlp_bench
-from hf_fused_mlp.bench import results
-from hf_fused_mlp.bench import training as training_bench
-from hf_fused_mlp.bench import wrapped as wrapped_bench
-from hf_fused_mlp.bench.generate import MODELS, MODES, WORKLOAD, Workload
-from hf_fused_mlp.bench.measuring import chosen, collect
-from hf_fused_mlp.bench.peers import DEFAULT, IMPLEMENTATIONS, packages_of
-from hf_fused_mlp.bench.results import Header, Row
-from hf_fused_mlp.bench.shapes import SHAPES
-from hf_fused_mlp.bench.tables import markdown_table, speedup_table
-from hf_fused_mlp.cli.console import console, fail, note, require_directory, token_counts
+from hf_fused_mlp.bench.names import (
+    DEFAULT,
+    EXPERTS,
+    EXPERTS_IMPLEMENTATIONS,
+    IMPLEMENTATIONS,
+    MODELS,
+    MODES,
+    ROUTINGS,
+    WRAPPINGS,
+)
+from hf_fused_mlp.cli.console import fail, progress, require_directory, token_counts
 from hf_fused_mlp.integrations import demo
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_fused_mlp.bench.results import Header, Row
 
 TOKENS = "1,16,512,4096"
 SHAPE_NAMES = "llama-3-8b,pythia-6.9b"
@@ -58,16 +55,6 @@ Plot = Annotated[
 ]
 
 
-class _Notes(logging.Handler):
-    """Prints what the measurements log, once each, on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
-
-
-logging.getLogger("hf_fused_mlp.bench").addHandler(_Notes())
-
-
 def mlp(
     shapes: Shapes = SHAPE_NAMES,
     m: Tokens = TOKENS,
@@ -81,7 +68,9 @@ def mlp(
 
     Answers are checked before anything is timed. Microseconds on the GPU, without the host's time.
     """
-    compare("forward", mlp_bench.measure, shapes, m, dtype, impl, json_file, table, plot)
+    from hf_fused_mlp.bench import mlp as bench
+
+    compare("forward", bench.measure, shapes, m, dtype, impl, json_file, table, plot)
 
 
 def training(
@@ -97,12 +86,14 @@ def training(
 
     Implementations that cannot train are left out.
     """
-    compare("training", training_bench.measure, shapes, m, dtype, impl, json_file, table, plot)
+    from hf_fused_mlp.bench import training as bench
+
+    compare("training", bench.measure, shapes, m, dtype, impl, json_file, table, plot)
 
 
 def compare(
     timed: str,
-    measure: Callable[..., list[Row]],
+    measure: "Callable[..., list[Row]]",
     shapes: str,
     m: str,
     dtype: str,
@@ -112,13 +103,18 @@ def compare(
     plot: Path | None,
 ) -> None:
     """What `mlp` and `training` share: implementations in turn, as tables of speedups and of times, and plots."""
+    from hf_fused_mlp.bench.measuring import chosen
+    from hf_fused_mlp.bench.peers import packages_of
+    from hf_fused_mlp.bench.shapes import SHAPES
+    from hf_fused_mlp.bench.tables import markdown_table, speedup_table
+
     names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
     shape_names, tokens, draw = chosen("shape", shapes, SHAPES), token_counts(m), plotter(plot)
     problems = [(SHAPES[name], count) for name in shape_names for count in tokens]
     kind = dtype_of(dtype)
     header, kept, rows = measured(
         timed,
-        (measure(shape, count, kind, names) for shape, count in progress(problems)),
+        (measure(shape, count, kind, names) for shape, count in progress(problems, "measuring")),
         json_file,
         table,
         packages=packages_of(names),
@@ -139,17 +135,21 @@ def candidates(
 
     The up and the down launch of an MLP are timed separately.
     """
+    from hf_fused_mlp.bench import candidates as bench
+    from hf_fused_mlp.bench.measuring import chosen
+    from hf_fused_mlp.bench.shapes import SHAPES
+
     shape_names, tokens = chosen("shape", shapes, SHAPES), token_counts(m)
     problems = [(SHAPES[name], count) for name in shape_names for count in tokens]
     kind = dtype_of(dtype)
     _, _, rows = measured(
         "candidates",
-        (candidates_bench.measure(shape, count, kind) for shape, count in progress(problems)),
+        (bench.measure(shape, count, kind) for shape, count in progress(problems, "measuring")),
         json_file,
         table,
         wanted=lambda row: row["shape"] in shape_names and row["m"] in tokens,
     )
-    print(candidates_bench.table(rows))
+    print(bench.table(rows))
 
 
 def block(
@@ -159,11 +159,11 @@ def block(
         typer.Option(min=1, help="Intermediate size; 4 times the hidden size.", show_default=False),
     ] = None,
     passes: Annotated[int, typer.Option(min=1, help="Forward passes at each token count.")] = 1000,
-    m: Tokens = block_bench.TOKENS,
+    m: Tokens = "1,16,128,512,2048,4096,8192,16384",
     dtype: Dtype = "bfloat16",
     impl: Annotated[
         str, typer.Option(help=f"Implementations, comma-separated, or 'all': {', '.join(IMPLEMENTATIONS)}.")
-    ] = block_bench.NAMES,
+    ] = "fused,eager,compile",
     json_file: Json = None,
     table: Table = None,
 ) -> None:
@@ -171,11 +171,15 @@ def block(
 
     The MLP is Llama's. The host's time is included. Says where fusing saves 12 % to 18 %.
     """
-    shape, kind, tokens = block_bench.shape_of(hidden, intermediate), dtype_of(dtype), token_counts(m)
+    from hf_fused_mlp.bench import block as bench
+    from hf_fused_mlp.bench.measuring import chosen
+    from hf_fused_mlp.bench.peers import packages_of
+
+    shape, kind, tokens = bench.shape_of(hidden, intermediate), dtype_of(dtype), token_counts(m)
     names = chosen("implementation", impl, IMPLEMENTATIONS)
     header, _, rows = measured(
         "block",
-        (block_bench.measure(shape, count, kind, passes, names) for count in progress(tokens)),
+        (bench.measure(shape, count, kind, passes, names) for count in progress(tokens, "measuring")),
         json_file,
         table,
         packages=packages_of(names),
@@ -185,7 +189,7 @@ def block(
     )
     if not rows:
         fail(f"{table} has no {dtype} rows of {shape.name} that were asked for")
-    print(block_bench.block_table(rows, header["device"]))
+    print(bench.block_table(rows, header["device"]))
 
 
 def host(m: Tokens = TOKENS, dtype: Dtype = "bfloat16", json_file: Json = None, table: Table = None) -> None:
@@ -193,15 +197,15 @@ def host(m: Tokens = TOKENS, dtype: Dtype = "bfloat16", json_file: Json = None, 
 
     Small MLPs and a norm, original and fused; a call is timed until it returns.
     """
-    batches = host_bench.measure(token_counts(m), dtype_of(dtype))
+    from hf_fused_mlp.bench import host as bench
+
+    batches = bench.measure(token_counts(m), dtype_of(dtype))
     _, _, rows = measured("host", batches, json_file, table, by=("kind", "m"))
-    print(host_bench.table(rows))
+    print(bench.table(rows))
 
 
 def wrapped(
-    wrapping: Annotated[
-        str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(wrapped_bench.WRAPPINGS)}.")
-    ] = "all",
+    wrapping: Annotated[str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(WRAPPINGS)}.")] = "all",
     m: Tokens = TOKENS,
     layers: Annotated[int, typer.Option(min=1, help="Decoder layers of the model.")] = 8,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which original and fused take turns.")] = 40,
@@ -212,23 +216,24 @@ def wrapped(
 
     Whole decoder layers of a Llama-3-8B shape in bfloat16, eager mode, wall-clock time, original over fused.
     """
-    names = chosen("wrapping", wrapping, wrapped_bench.WRAPPINGS)
-    batches = wrapped_bench.measure(names, token_counts(m), layers, rounds)
+    from hf_fused_mlp.bench import wrapped as bench
+    from hf_fused_mlp.bench.measuring import chosen
+
+    names = chosen("wrapping", wrapping, bench.WRAPPINGS)
+    batches = bench.measure(names, token_counts(m), layers, rounds)
     _, _, rows = measured("wrapped", batches, json_file, table, by=("wrapping", "layers", "m"))
-    print(wrapped_bench.table(rows))
+    print(bench.table(rows))
 
 
 def experts(
-    shapes: Annotated[
-        str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(experts_bench.SHAPES)}.")
-    ] = "all",
-    m: Tokens = experts_bench.TOKENS,
+    shapes: Annotated[str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(EXPERTS)}.")] = "all",
+    m: Tokens = "1,4,16,64,256,1024,4096,16384",
     routing: Annotated[
-        str, typer.Option(help=f"How tokens are spread, comma-separated: {', '.join(experts_bench.ROUTINGS)}.")
+        str, typer.Option(help=f"How tokens are spread, comma-separated: {', '.join(ROUTINGS)}.")
     ] = "uniform",
     impl: Annotated[
-        str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(experts_bench.NAMES)}.")
-    ] = experts_bench.DEFAULT,
+        str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(EXPERTS_IMPLEMENTATIONS)}.")
+    ] = "fused,grouped_mm,batched_mm",
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which implementations take turns.")] = 25,
     json_file: Json = None,
     table: Table = None,
@@ -237,21 +242,24 @@ def experts(
 
     GPU time of a call in bfloat16, fused and as Transformers runs them, with another routing in each call.
     """
-    shape_names, tokens = chosen("shape", shapes, experts_bench.SHAPES), token_counts(m)
-    kinds = chosen("routing", routing, dict.fromkeys(experts_bench.ROUTINGS))
-    names = chosen("implementation", impl, dict.fromkeys(experts_bench.NAMES))
+    from hf_fused_mlp.bench import experts as bench
+    from hf_fused_mlp.bench.measuring import chosen
+
+    shape_names, tokens = chosen("shape", shapes, bench.SHAPES), token_counts(m)
+    kinds = chosen("routing", routing, ROUTINGS)
+    names = chosen("implementation", impl, EXPERTS_IMPLEMENTATIONS)
     if "fused" not in names:
         fail("bench experts compares with fused; name it in --impl")
     problems = [(shape, count, kind) for shape in shape_names for kind in kinds for count in tokens]
     _, _, rows = measured(
         "experts",
-        (experts_bench.measure(shape, count, kind, names, rounds) for shape, count, kind in progress(problems)),
+        (bench.measure(shape, count, kind, names, rounds) for shape, count, kind in progress(problems, "measuring")),
         json_file,
         table,
         by=("shape", "routing", "m"),
         wanted=lambda row: row["shape"] in shape_names and row["m"] in tokens and row["routing"] in kinds,
     )
-    print(experts_bench.table(rows))
+    print(bench.table(rows))
 
 
 def generate(
@@ -275,8 +283,11 @@ def generate(
 
     Prefill and decoding, original and fused. --table needs no MODEL, and prints all rows of the file.
     """
+    from hf_fused_mlp.bench import generate as bench
+    from hf_fused_mlp.bench.measuring import chosen
+
     workloads = [
-        Workload(name, requests, length)
+        bench.Workload(name, requests, length)
         for name in chosen("mode", mode, MODES)
         for length in token_counts(prompt)
         for requests in token_counts(batch)
@@ -286,22 +297,27 @@ def generate(
         fail("generate needs a MODEL to measure, or --table FILE to print an earlier run")
     if model is not None and not model.endswith(".json"):
         require_directory(model)
-    batches = generate_bench.measure(model or "", progress(workloads), kind, rounds)
-    header, kept, rows = measured("end-to-end", batches, json_file, table, by=WORKLOAD)
-    print(generate_bench.table(rows))
+    batches = bench.measure(model or "", progress(workloads, "measuring"), kind, rounds)
+    header, kept, rows = measured("end-to-end", batches, json_file, table, by=bench.WORKLOAD)
+    print(bench.table(rows))
     draw(header, kept)
 
 
 def measured(
     timed: str,
-    batches: Iterable[list[Row]],
+    batches: "Iterable[list[Row]]",
     json_file: Path | None,
     table: Path | None,
     packages: Iterable[str] = (),
     by: tuple[str, ...] | None = None,
-    wanted: Callable[[Row], bool] = lambda row: True,
-) -> tuple[Header, list[Row], list[Row]]:
+    wanted: "Callable[[Row], bool]" = lambda row: True,
+) -> "tuple[Header, list[Row], list[Row]]":
     """The header, all rows of the file and the rows to print: of a run, or of `table` those that are `wanted`."""
+    import torch
+
+    from hf_fused_mlp.bench import results
+    from hf_fused_mlp.bench.measuring import collect
+
     if table is not None:
         header, kept = results.read(table, timed)
         return header, kept, [row for row in kept if wanted(row)]
@@ -311,19 +327,16 @@ def measured(
     return collect(timed, batches, json_file, packages, by)
 
 
-def progress(problems: list[Any]) -> Iterable[Any]:
-    """The problems, with a progress bar on standard error while they are measured."""
-    return track(problems, "measuring", console=console)
-
-
-def dtype_of(name: str) -> torch.dtype:
+def dtype_of(name: str) -> "torch.dtype":
     """The dtype of `--dtype`; any other name ends the command."""
+    import torch
+
     if name not in ("bfloat16", "float16"):
         fail(f"dtype {name!r}: expected bfloat16 or float16")
     return getattr(torch, name)
 
 
-def plotter(folder: Path | None) -> Callable[[Header, list[Row]], object]:
+def plotter(folder: Path | None) -> "Callable[[Header, list[Row]], object]":
     """A function that draws a header and rows into `folder`, or does nothing without one."""
     if folder is None:
         return lambda header, rows: None

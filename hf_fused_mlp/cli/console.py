@@ -1,17 +1,22 @@
 """Where the commands print, tables and answers on standard output, progress and errors on standard error; and how
 they end."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.text import Text
 from typer.core import TyperGroup
+
+from hf_fused_mlp.logs import logger
 
 # names of models and modules are full of colons, which are no emoji
 output = Console(emoji=False, highlight=False)
@@ -21,6 +26,8 @@ DEBUG = "HF_FUSED_MLP_DEBUG"
 # what Transformers, PyTorch and this package raise in words that were written for users
 SENTENCES = (OSError, ValueError, TypeError, ImportError, RuntimeError)
 
+T = TypeVar("T")
+
 
 class Commands(TyperGroup):
     """The commands. Whatever one raises ends it in one line, unless `DEBUG` is set in the environment.
@@ -29,6 +36,8 @@ class Commands(TyperGroup):
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        quieten()
+        logger.handlers = [_Notes(logging.WARNING)]
         try:
             try:
                 return super().main(*args, **kwargs)
@@ -43,6 +52,29 @@ class Commands(TyperGroup):
             _forget_output()
             print_error(in_one_line(error))
             sys.exit(2)
+
+
+class _Notes(logging.Handler):
+    """Prints what the package logs on standard error, each message once."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def quieten() -> None:
+    """Keeps what other libraries say about themselves off standard error, unless `DEBUG` is set.
+
+    That is the profiler's log, complaints of optional packages that Transformers imports and, where there is no
+    terminal, progress bars. The libraries read these settings when they are imported.
+    """
+    if os.environ.get(DEBUG):
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not console.is_terminal:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _flush() -> None:
@@ -94,3 +126,8 @@ def token_counts(m: str) -> list[int]:
 def note(message: str) -> None:
     """A line on standard error, the first time that it is said."""
     console.print(Text.assemble(("note:", "yellow"), f" {message}"), soft_wrap=True)
+
+
+def progress(items: Sequence[T], label: str) -> Iterable[T]:
+    """The items, with a progress bar on standard error if that is a terminal."""
+    return track(items, label, console=console, disable=not console.is_terminal)

@@ -4,17 +4,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from difflib import get_close_matches
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import transformers
 import typer
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
-from hf_fused_mlp.cli.console import console, fail, output
-from hf_fused_mlp.cli.coverage import coverage_page, summary
-from hf_fused_mlp.cli.model_types import MODEL_TYPES, Entry, examine
+from hf_fused_mlp.cli.console import fail, output, progress
+
+if TYPE_CHECKING:
+    from hf_fused_mlp.cli.model_types import Entry
 
 COLORS = {"fusable": "green", "skipped": "yellow", "not built": "red"}
 
@@ -36,13 +35,19 @@ def list_mlps(
         fail("give either --model-type, such as --model-type llama, or --all")
     if as_markdown and (as_json or not every):
         fail("--markdown is a page about all model types; give it with --all, and without --json")
+
+    import transformers
+
+    from hf_fused_mlp.cli.coverage import coverage_page, summary
+    from hf_fused_mlp.cli.model_types import MODEL_TYPES, examine
+
     if model_type is not None and model_type not in MODEL_TYPES:
         near = ", ".join(get_close_matches(model_type.lower(), MODEL_TYPES))
         hint = f"did you mean {near}?" if near else "--all lists those that there are"
         fail(f"Transformers {transformers.__version__} has no model type {model_type!r}; {hint}")
 
-    names = MODEL_TYPES if model_type is None else [model_type]
-    entries = [examine(name)[0] for name in track(names, "building models", console=console, disable=not every)]
+    names = progress(MODEL_TYPES, "building models") if model_type is None else [model_type]
+    entries = [examine(name)[0] for name in names]
     if not every and entries[0].error:
         fail(f"{model_type}: {entries[0].error}")
     if as_json:
@@ -59,7 +64,7 @@ def list_mlps(
         output.print(f"{model_type}: {entries[0].model_class} has no MLP module", markup=False)
 
 
-def table(entries: list[Entry]) -> Table:
+def table(entries: "list[Entry]") -> Table:
     """A line for each class, state and reason."""
     out = Table("model type", "class", "MLPs", "state", "remark")
     out.columns[2].justify = "right"
@@ -72,7 +77,7 @@ def table(entries: list[Entry]) -> Table:
     return out
 
 
-def lines(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
+def lines(entry: "Entry") -> Iterator[tuple[str, str, str, str]]:
     if entry.error:
         yield "", "", "not built", entry.error
     elif not entry.mlps:

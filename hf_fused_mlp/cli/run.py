@@ -3,30 +3,22 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from hf_fused_mlp.cli.console import console, fail, note, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
-from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.numerics.logits import first_difference
-from hf_fused_mlp.profiling.estimates import speedup
 from hf_fused_mlp.profiling.figures import shown, shown_speedup
-from hf_fused_mlp.profiling.measure import as_it_came, forms_of, time_forms
 from hf_fused_mlp.profiling.report import Speedup
-from hf_fused_mlp.profiling.request import make_request
 from hf_fused_mlp.report import FusionReport
 
-FORMS = ("original", "fused_norms")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -35,16 +27,6 @@ class Answer:
 
     text: str
     tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A step of one phase: microseconds of eager and of fused + norms, medians of paired rounds."""
-
-    phase: str
-    original_us: float
-    fused_norms_us: float
-    speedup: Speedup
 
 
 def run(
@@ -56,12 +38,19 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Load a model fused, and compare its answer and, on a GPU, its speed with the original's."""
+    import torch
+
+    from hf_fused_mlp.fuse import fusion_report
+    from hf_fused_mlp.numerics.logits import first_difference
+
     network = load_model(model, dtype, device_map, use_fused_mlp={"norms": True})
     tokenizer = load_tokenizer(model)
     report = fusion_report(network)
     if not as_json:
         output.print(report_table(report))
     if not report.select("fused"):
+        if as_json:
+            console.print(report_table(report))
         fail("no MLP of this model was fused; the table says why")
 
     on_gpu = network.device.type == "cuda"
@@ -75,7 +64,7 @@ def run(
         "fused": asdict(fused),
         "original": asdict(original),
         "first_difference": first_difference(fused.tokens, original.tokens),
-        "speed": [asdict(row) for row in measure(network)] if on_gpu else [],
+        "speed": measure(network) if on_gpu else [],
     }
     if as_json:
         print(json.dumps(result, indent=1))
@@ -83,7 +72,7 @@ def run(
         print_answers(result)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str):
     """The prompt as the model expects it: a chat turn where there is a template."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")
@@ -91,18 +80,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def compare(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int) -> tuple[Answer, Answer]:
-    """The greedy answers of the fused and of the original model."""
-    answers = {}
-    for name in ("fused", "original"):
-        fuse_model(network, norms=True) if name == "fused" else unfuse_model(network)
-        tokens = generate(network, tokenizer, inputs, max_new_tokens, name)
-        answers[name] = Answer(tokenizer.decode(tokens, skip_special_tokens=True), tokens)
-    return answers["fused"], answers["original"]
+def compare(network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int) -> tuple[Answer, Answer]:
+    """The greedy answers of the fused model, which `network` is, and of the original."""
+    from hf_fused_mlp.fuse import unfuse_model
+
+    fused = generate(network, tokenizer, inputs, max_new_tokens, "fused")
+    return fused, generate(unfuse_model(network), tokenizer, inputs, max_new_tokens, "original")
 
 
-def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, label: str) -> list[int]:
-    """The greedy answer's tokens."""
+def generate(network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int, label: str) -> Answer:
+    """The greedy answer."""
     with progress() as bars:
         bar = bars.add_task(f"generating, {label}", total=max_new_tokens)
         tokens = network.generate(  # type: ignore[operator]  # models that generate mix it in
@@ -113,56 +100,47 @@ def generate(network: PreTrainedModel, tokenizer, inputs, max_new_tokens: int, l
             eos_token_id=tokenizer.eos_token_id,
             streamer=Ticker(bars, bar),
         )
-        return tokens[0, inputs["input_ids"].shape[1] :].tolist()
+    new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+    return Answer(tokenizer.decode(new, skip_special_tokens=True), new)
 
 
-def measure(network: PreTrainedModel) -> list[Timed]:
-    """Prefill and decode of `audit`'s request, eager and fused + norms in turn; empty for a model without a cache."""
+def measure(network: "PreTrainedModel") -> list[dict[str, Any]]:
+    """Rows of `measure_speed`, of `audit`'s usual request; none for a model that `audit` refuses."""
+    from hf_fused_mlp.profiling.request import make_request
+    from hf_fused_mlp.profiling.speed import FORMS, measure_speed
+
     try:
         request = make_request(network, 1, None, None, None)
     except (TypeError, ValueError) as error:
         note(f"speed was not measured: {error}")
         return []
-    with as_it_came(network), torch.no_grad(), progress() as bars:
+    with progress() as bars:
         bar = bars.add_task("timing", total=(1 + request.rounds) * len(FORMS))
-        walls = time_forms(
-            request,
-            forms_of(network),
-            FORMS,
-            lambda step: bars.update(bar, advance=1, description=f"timing, {step}"),
-        )
-    prompt = request.ids.shape[1]
-    names = {"prefill": f"prefill, {prompt} tokens", "decode": f"decode, one token after {prompt}"}
-    return timed({names[phase]: rounds for phase, rounds in walls.items()})
+
+        def tell(step: str) -> None:
+            bars.update(bar, advance=1, description=f"timing {step}")
+
+        return [asdict(row) for row in measure_speed(network, request, tell)]
 
 
-def timed(walls: dict[str, dict[str, list[float]]]) -> list[Timed]:
-    """A row a phase, from the times of `time_forms`."""
-    rows = []
-    for phase, rounds in walls.items():
-        original, fused = (rounds[form] for form in FORMS)
-        rows.append(Timed(phase, median(original), median(fused), speedup(original, fused)))
-    return rows
-
-
-class Ticker(BaseStreamer):
-    """Advances a progress bar by each generated token; the first put is the prompt."""
+class Ticker:
+    """A streamer of `generate` that advances a progress bar by each token; the first put is the prompt."""
 
     def __init__(self, bars: Progress, bar: TaskID):
         self.bars, self.bar, self.seen_prompt = bars, bar, False
 
-    def put(self, value):
+    def put(self, value: Any) -> None:
         if self.seen_prompt:
             self.bars.advance(self.bar)
         self.seen_prompt = True
 
-    def end(self):
+    def end(self) -> None:
         pass
 
 
 def progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def report_table(report: FusionReport) -> Table:
@@ -201,6 +179,6 @@ def speed_table(device: str, rows: Sequence[dict[str, Any]]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        times = (shown(row[f"{form}_us"], "us") for form in FORMS)
+        times = (shown(row[f"{form}_us"], "us") for form in ("original", "fused_norms"))
         table.add_row(row["phase"], *times, shown_speedup(Speedup(**row["speedup"])))
     return table

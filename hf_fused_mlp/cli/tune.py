@@ -6,22 +6,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.progress import track
 from rich.table import Table
-from torch import nn
-from transformers import AutoConfig, AutoModel
 
-from hf_fused_mlp.bench.shapes import SHAPES, build
-from hf_fused_mlp.cli.console import console, fail, output, require_directory, token_counts
-from hf_fused_mlp.fuse import examine
-from hf_fused_mlp.types import GPU, ProblemKey, TileConfig, next_power_of_two
+from hf_fused_mlp.cli.console import console, fail, output, progress, require_directory, token_counts
 
 if TYPE_CHECKING:
-    from hf_fused_mlp.tuning.plan_files import TunedPlan  # imports Triton
+    import torch
+    from torch import nn
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    from hf_fused_mlp.tuning.plan_files import TunedPlan
+    from hf_fused_mlp.types import GPU, ProblemKey, TileConfig
+
+DTYPES = ("bfloat16", "float16", "float32")
 POWERS_OF_TWO = ",".join(str(2**i) for i in range(15))
 
 
@@ -31,6 +28,7 @@ def tune(
         POWERS_OF_TWO
     ),
     dtype: Annotated[str, typer.Option(help=f"auto (the model's own) or {', '.join(DTYPES)}.")] = "auto",
+    fp8: Annotated[bool, typer.Option("--fp8", help="For weights in FP8, with a scale for each block.")] = False,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -41,10 +39,15 @@ def tune(
     ] = None,
 ) -> None:
     """Measure which kernels run a model's MLPs fastest on this GPU, and keep the answer. Weights are not needed."""
-    tokens = sorted({next_power_of_two(count) for count in token_counts(m)})
+    counts = token_counts(m)
     if dtype != "auto" and dtype not in DTYPES:
         fail(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
-    keys = problems_of(model, DTYPES.get(dtype))
+
+    import torch
+
+    from hf_fused_mlp.types import GPU, next_power_of_two
+
+    keys = problems_of(model, None if dtype == "auto" else getattr(torch, dtype))
     if not torch.cuda.is_available():
         fail("tune needs a CUDA GPU, and PyTorch finds none; the rules of thumb need no tuning")
     gpu = GPU.of(torch.device("cuda", torch.cuda.current_device()))
@@ -55,8 +58,10 @@ def tune(
 
     path = keep([], gpu, file)  # if it cannot be written, that is better known before than after
     tuned = []
-    problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
-    for key in track(problems, "tuning", console=console):
+    tokens = sorted({next_power_of_two(count) for count in counts})
+    storage = "fp8" if fp8 else "float"
+    problems = [replace(key, m=m, gpu=gpu, storage=storage) for key in keys for m in tokens]
+    for key in progress(problems, "tuning"):
         try:
             tuned.append(tuner.tune(key))
         except torch.OutOfMemoryError:
@@ -69,7 +74,7 @@ def tune(
     output.print(f"{len(tuned)} of {len(problems)} problems tuned; plans are in {path}", soft_wrap=True, markup=False)
 
 
-def keep(tuned: "list[TunedPlan]", gpu: GPU, file: Path | None) -> Path:
+def keep(tuned: "list[TunedPlan]", gpu: "GPU", file: Path | None) -> Path:
     from hf_fused_mlp.tuning import cache  # imports Triton
 
     try:
@@ -78,8 +83,14 @@ def keep(tuned: "list[TunedPlan]", gpu: GPU, file: Path | None) -> Path:
         fail(f"plans cannot be kept ({error}); name a new file, or one of plans, with --output")
 
 
-def problems_of(name: str, dtype: torch.dtype | None) -> list[ProblemKey]:
+def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey]":
     """The distinct problems of one token in a model of that name, in a shape, or in all shapes; their GPU is a CPU."""
+    import torch
+
+    from hf_fused_mlp.bench.shapes import SHAPES, build
+    from hf_fused_mlp.fuse import examine
+    from hf_fused_mlp.types import GPU
+
     if name == "all" or name in SHAPES:
         shapes = SHAPES.values() if name == "all" else [SHAPES[name]]
         modules = [build(shape, dtype or torch.bfloat16, "meta") for shape in shapes]
@@ -97,9 +108,13 @@ def problems_of(name: str, dtype: torch.dtype | None) -> list[ProblemKey]:
     return [key for key in dict.fromkeys(keys) if key is not None]
 
 
-def skeleton(name: str, dtype: torch.dtype | None) -> nn.Module:
+def skeleton(name: str, dtype: "torch.dtype | None") -> "nn.Module":
     """The model of a directory or hub id without weights."""
     require_directory(name)
+
+    import torch
+    from transformers import AutoConfig, AutoModel
+
     config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return AutoModel.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
@@ -118,13 +133,14 @@ def report(tuned: "list[TunedPlan]") -> Iterator[Table]:
         yield table
 
 
-def describe_problem(key: ProblemKey) -> str:
+def describe_problem(key: "ProblemKey") -> str:
     kind = "gated" if key.gated else "plain"
     bias = ", bias" if key.bias else ""
-    return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {str(key.dtype).removeprefix('torch.')}"
+    dtype = str(key.dtype).removeprefix("torch.") + ("" if key.storage == "float" else f", weights in {key.storage}")
+    return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {dtype}"
 
 
-def describe_config(config: TileConfig) -> str:
+def describe_config(config: "TileConfig") -> str:
     """The kernel, and the sizes of its tile that it reads."""
     tile = "x".join(str(size) for size in (config.block_m, config.block_n, config.block_k) if size > 1)
     return f"{config.kernel} {tile}".rstrip()

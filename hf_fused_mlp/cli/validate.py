@@ -4,19 +4,21 @@ import json
 import pydoc_data.topics
 from dataclasses import astuple
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_fused_mlp import numerics
 from hf_fused_mlp.cli.console import console, fail, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
 from hf_fused_mlp.integrations import demo
-from hf_fused_mlp.numerics.report import LayerNumerics, NumericsReport, severity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_fused_mlp.numerics.report import LayerNumerics, NumericsReport
 
 # prose and code that come with Python
 TOPICS = ("lambda", "with", "typesseq")
@@ -45,6 +47,9 @@ def validate(
     """
     if reference is not None and no_reference:
         fail("--reference and --no-reference exclude each other; leave one out")
+
+    from hf_fused_mlp import numerics
+
     network = load_model(model, dtype, device_map, use_fused_mlp=True)
     # a reference of another dtype would round otherwise
     same = str(network.dtype).removeprefix("torch.")
@@ -61,8 +66,8 @@ def validate(
 
 
 def encode(
-    text: Path | None, tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel, tokens: int
-) -> torch.Tensor:
+    text: Path | None, tokenizer: "PreTrainedTokenizerBase", network: "PreTrainedModel", tokens: int
+) -> "Tensor":
     """The first token ids of the text, at most as many as the model has positions for."""
     words = "".join(pydoc_data.topics.topics[topic] for topic in TOPICS) if text is None else read(text)
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
@@ -77,7 +82,7 @@ def read(text: Path) -> str:
         fail(f"{text}: not a text in UTF-8 ({error})")
 
 
-def print_report(report: NumericsReport) -> None:
+def print_report(report: "NumericsReport") -> None:
     output.print(layer_table(report))
     for line in report.summary():
         output.print(line, soft_wrap=True, markup=False)
@@ -89,8 +94,10 @@ def print_report(report: NumericsReport) -> None:
     output.print(f"[{color}]{escape(report.verdict())}[/]", soft_wrap=True)
 
 
-def layer_table(report: NumericsReport) -> Table:
+def layer_table(report: "NumericsReport") -> Table:
     """A line a layer, or where all pass one for each class and path, with the errors of the worst."""
+    from hf_fused_mlp.numerics.report import severity
+
     title = f"errors over the RMS of each token's output; {report.dtype}, {escape(report.device)}"
     table = Table("MLP", "fused RMS", "original", "largest", "original", "verdict", title=title, title_justify="left")
     table.columns[0].overflow = "fold"
@@ -105,7 +112,7 @@ def layer_table(report: NumericsReport) -> Table:
     return table
 
 
-def figures(layer: LayerNumerics) -> list[str]:
+def figures(layer: "LayerNumerics") -> list[str]:
     if layer.fused is None or layer.original is None:
         return ["-"] * 4
     pairs = zip(astuple(layer.fused), astuple(layer.original), strict=True)

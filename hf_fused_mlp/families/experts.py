@@ -4,7 +4,7 @@ Calls that need gradients, or whose weights are not as they were read, run the o
 `experts_implementation` the model's config names.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from hf_fused_mlp.calls import OWN_FORWARD, device_of, has_own_forward
 from hf_fused_mlp.families.base import Family
 from hf_fused_mlp.launch_cache import answer, experts_kind
 from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
-from hf_fused_mlp.reading.experts import ExpertsSpec, activation_of, find_experts
+from hf_fused_mlp.reading.experts import ExpertsSpec, activation_of, find_experts, gate_of, original_of
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
 from hf_fused_mlp.types import GPU, ExpertsOperands
@@ -31,7 +31,7 @@ class FusedExperts(Fused):
 
     def __init_subclass__(cls, **kwargs):
         if original := vars(cls).get("original_class"):
-            type.__setattr__(cls, "_gate_read", original._apply_gate)
+            type.__setattr__(cls, "_gate_read", gate_of(original))
 
     def forward(self, *args, **kwargs):
         cls: Any = type(self)  # read once: another thread may unfuse the module meanwhile
@@ -45,10 +45,12 @@ class FusedExperts(Fused):
 
     def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
         if has_own_forward(self) or not _keeps_code(self, type(self)):
-            return Runs("its forward or its gate was replaced since it was fused, so the original forward runs")
+            return Runs("its forward or its gate was replaced since it was fused, and what took its place runs")
         if operands_of(self, self.fused_spec) is None:
             return Runs("its weights or attributes are no longer those that were read, so the original forward runs")
         reason = None if functions_are_own() else why_functions_are_not_own()
+        if self.training:
+            reason = "in training mode, where the original forward runs"
         return Runs(reason or modes.no_kernels(device or device_of(self)))
 
     def call_inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
@@ -70,7 +72,7 @@ def _keeps_code(module: FusedExperts, cls: type[FusedExperts]) -> bool:
     return (
         forward is cls.original_forward
         and forward.__code__ is cls.original_code
-        and original._apply_gate is cls._gate_read
+        and gate_of(original) is cls._gate_read
         and "_apply_gate" not in module.__dict__
     )
 
@@ -84,7 +86,10 @@ def fused_output(module: nn.Module, spec: ExpertsSpec, x: Any, ids: Any, weights
     """
     if not (isinstance(x, Tensor) and isinstance(ids, Tensor) and isinstance(weights, Tensor)):
         return None
-    if torch.is_grad_enabled() or not functions_are_own() or (operands := operands_of(module, spec)) is None:
+    # in training mode too, since reentrant checkpointing turns gradients off and computes the outputs again later
+    if torch.is_grad_enabled() or module.training or not functions_are_own():
+        return None
+    if (operands := operands_of(module, spec)) is None:
         return None
     if torch.compiler.is_compiling():
         usual = modes.is_ordinary(x) and not modes.autocasts() and modes.no_kernels(x.device) is None
@@ -131,7 +136,9 @@ class ExpertsFamily(Family):
         if spec is None:
             return None
         if isinstance(spec, str):
-            return Finding("skipped", f"{spec}; pass exclude=[...] to leave this module as it is")
+            stacks = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in module._parameters]
+            reason = _why_not_plain(module, stacks) or f"{spec}; pass exclude=[...] to leave this module as it is"
+            return Finding("skipped", reason)
         return Finding.of(why_not_swappable(module, FusedExperts, spec) or _reject_reason(module, spec), spec)
 
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> None:
@@ -147,10 +154,23 @@ class ExpertsFamily(Family):
 def _reject_reason(module: nn.Module, spec: ExpertsSpec) -> str | None:
     """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
     if has_own_forward(module):
-        return OWN_FORWARD
-    for name in filter(None, (spec.up, spec.down, spec.up_bias, spec.down_bias)):
+        if original_of(type(module).forward) is None:
+            return OWN_FORWARD
+        return (
+            "its forward was replaced on the instance, as expert and tensor parallelism do; "
+            'experts_implementation="hf_fused_mlp" fuses what that calls; or pass exclude=[...]'
+        )
+    return _why_not_plain(module, filter(None, (spec.up, spec.down, spec.up_bias, spec.down_bias)))
+
+
+def _why_not_plain(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Which of these weights no kernel reads, quantized ones for example, with the remedy, or None."""
+    for name in names:
         parameter = module._parameters.get(name)
         if type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES:
             found = "missing" if parameter is None else f"{type(parameter).__name__} of {parameter.dtype}"
-            return f"{name} is {found}, expected a Parameter of fp16, bf16 or fp32; load without quantization_config"
+            return (
+                f"{name} is {found}, expected a Parameter of fp16, bf16 or fp32; load without quantization_config, "
+                "and fuse before weights are sharded"
+            )
     return None

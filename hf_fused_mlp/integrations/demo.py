@@ -5,8 +5,10 @@ The package is a plugin of another program; only its model file is used, and it 
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAME = "SmolLM2-135M-Instruct"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,15 +30,19 @@ def demo_directory() -> Path:
     return directory
 
 
-def load_demo(**kwargs) -> PreTrainedModel:
+def load_demo(**kwargs) -> "PreTrainedModel":
     """The model, its 4-bit weights dequantized; `kwargs` go to `from_pretrained`."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     # without dequantize the model counts as quantized, and its projections are no nn.Linear
     kwargs |= {"gguf_file": _FILE, "quantization_config": GgufConfig(dequantize=True)}
     return AutoModelForCausalLM.from_pretrained(demo_directory(), **kwargs)
 
 
-def load_demo_tokenizer() -> PreTrainedTokenizerBase:
+def load_demo_tokenizer() -> "PreTrainedTokenizerBase":
     """The model's tokenizer, with the end-of-turn token that the GGUF file leaves out."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(demo_directory(), gguf_file=_FILE)
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     return tokenizer

@@ -4,15 +4,13 @@ Transformers calls the function that is registered under a model's `experts_impl
 its routed experts. Imported at the first of these calls.
 """
 
-import logging
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_fused_mlp.families.experts import fused_output
+from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reading.experts import find_experts
-
-logger = logging.getLogger("hf_fused_mlp")
 
 NAME = "hf_fused_mlp"
 _told: set[str] = set()

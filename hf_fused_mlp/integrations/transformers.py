@@ -9,7 +9,6 @@ config contains it. Nothing here imports Transformers: methods are wrapped when 
 """
 
 import functools
-import logging
 import re
 import sys
 import threading
@@ -19,9 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from hf_fused_mlp.integrations.on_import import AfterImport
+from hf_fused_mlp.logs import logger
 from hf_fused_mlp.options import FusionOptions
-
-logger = logging.getLogger("hf_fused_mlp")
 
 # the newest minor that `make test-newest` has passed with
 NEWEST_TESTED = "5.24"

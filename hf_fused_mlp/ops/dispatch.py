@@ -3,7 +3,6 @@
 Imports Triton, so it is imported at the first call on a GPU.
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -14,13 +13,12 @@ from hf_fused_mlp.kernels import describe_launch, has_rows, norm, prepare
 from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
 from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb, without_sorting
 from hf_fused_mlp.launch_cache import answer, experts_kind, mlp_kind, remember
+from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.types import GPU, UNFUSED, ExpertsOperands, MLPOperands, Plan, ProblemKey, next_power_of_two
 from hf_fused_mlp.weights import is_packed
-
-logger = logging.getLogger("hf_fused_mlp")
 
 # asked in turn; the last knows every problem
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from hf_fused_mlp.profiling.estimates import direction
+from hf_fused_mlp.profiling.intervals import direction
 from hf_fused_mlp.profiling.report import AuditReport, Phase
 
 

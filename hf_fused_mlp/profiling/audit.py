@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from hf_fused_mlp.fuse import fusion_report
 from hf_fused_mlp.profiling.advice import advise
-from hf_fused_mlp.profiling.estimates import amdahl, bound_of, dollars_per_1m_tokens, roofline, speedup
+from hf_fused_mlp.profiling.estimates import amdahl, bound_of, dollars_per_1m_tokens, roofline
+from hf_fused_mlp.profiling.intervals import speedup
 from hf_fused_mlp.profiling.measure import (
     as_it_came,
     forms_of,

@@ -1,43 +1,12 @@
-"""The arithmetic of an audit: what bounds a phase, what fusing gains and can gain, what a token costs."""
-
-import statistics
-from collections.abc import Sequence
-from itertools import accumulate
-from math import comb
+"""The arithmetic of an audit: what bounds a phase, what fusing can gain, what a token costs."""
 
 import torch
 from torch.utils.benchmark import Timer
 
-from hf_fused_mlp.profiling.report import Roofline, Speedup
-
-HOST_BOUND_BELOW = 0.7
-CONFIDENCE = 0.95
-ENOUGH_ROUNDS = 6  # fewer give no interval of that confidence
+from hf_fused_mlp.profiling.report import HOST_BOUND_BELOW, Bound, Roofline
 
 
-def speedup(before: Sequence[float], after: Sequence[float]) -> Speedup:
-    """How many times shorter `after` is than `before`, times of the same rounds.
-
-    The interval is one of order statistics: each round is above the true median as often as below, whatever the
-    distribution, so counting rounds says how likely it lies between two of them. The narrowest pair, as far from one
-    end as from the other, that has `CONFIDENCE` is taken; the shortest and longest round where none has.
-    """
-    ratios = sorted(b / a for b, a in zip(before, after, strict=True))
-    # at `i`: how likely at most `i` of the rounds are below the true median
-    below = [count / 2 ** len(ratios) for count in accumulate(comb(len(ratios), i) for i in range(len(ratios)))]
-    left_out = max((i for i, tail in enumerate(below) if 1 - 2 * tail >= CONFIDENCE), default=0)
-    confidence = 1 - 2 * below[left_out]
-    return Speedup(statistics.median(ratios), ratios[left_out], ratios[-1 - left_out], confidence)
-
-
-def direction(speedup: Speedup) -> str:
-    """What the interval says: `"faster"`, `"slower"`, `"the same"`, or `"unknown"` after too few rounds."""
-    if speedup.confidence < CONFIDENCE:
-        return "unknown"
-    return "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "the same"
-
-
-def bound_of(gpu_busy_share: float | None, flops_per_byte: float, ridge: float) -> str:
+def bound_of(gpu_busy_share: float | None, flops_per_byte: float, ridge: float) -> Bound:
     """What a phase waits for.
 
     The host, if the GPU works less than 70 % of the time. Otherwise what its MLPs wait for: memory where they do fewer

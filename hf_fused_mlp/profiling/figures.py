@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import floor, log10
 from typing import Any
 
-from hf_fused_mlp.profiling.estimates import CONFIDENCE, HOST_BOUND_BELOW, direction
-from hf_fused_mlp.profiling.report import AuditReport, Speedup
+from hf_fused_mlp.profiling.intervals import CONFIDENCE, direction
+from hf_fused_mlp.profiling.report import HOST_BOUND_BELOW, AuditReport, Speedup
 
 # what a value is multiplied by, and how it is written then; many microseconds are written as "ms" or "s"
 UNITS = {

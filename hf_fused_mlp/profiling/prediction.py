@@ -5,13 +5,13 @@ from torch import nn
 from hf_fused_mlp.calls import device_of
 from hf_fused_mlp.families import FAMILIES
 from hf_fused_mlp.profiling.estimates import amdahl
-from hf_fused_mlp.profiling.report import Prediction
+from hf_fused_mlp.profiling.report import Bound, Prediction
 from hf_fused_mlp.profiling.trace import Breakdown
 from hf_fused_mlp.swap import Fused
 from hf_fused_mlp.types import GPU
 
 
-def predict(mlps: dict[str, nn.Module], m: int, bound: str, original: Breakdown, wall_us: float) -> Prediction:
+def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdown, wall_us: float) -> Prediction:
     """Amdahl's law for a step that takes the original model `wall_us`.
 
     Args:

@@ -1,11 +1,16 @@
 """What an audit found, as values that print, and that JSON can hold."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+from hf_fused_mlp.report import State
 
 DIGITS = 4  # significant ones in `to_dict`; tables and the page show fewer
+HOST_BOUND_BELOW = 0.7  # the share of the time that the GPU is busy
 # what people read for the names of forms
 LABELS = {"original": "eager", "fused": "fused", "fused_norms": "fused + norms"}
+
+Bound = Literal["host-bound", "memory-bound", "compute-bound"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Speedup:
     Args:
         median: of the rounds' ratios.
         low, high: an interval around it.
-        confidence: how likely the interval contains the true median; `estimates.CONFIDENCE` or more, or less where
+        confidence: how likely the interval contains the true median; `intervals.CONFIDENCE` or more, or less where
             there are too few rounds for that.
     """
 
@@ -71,7 +76,7 @@ class Form:
     mlp_kernels: tuple[Kernel, ...]
     top_kernels: tuple[Kernel, ...]
 
-    def mlp_share(self, bound: str) -> float:
+    def mlp_share(self, bound: Bound) -> float:
         """The part of a step that fusing can shorten: where the GPU waits for the host, of the host's time."""
         return self.mlp_host_share if bound == "host-bound" else self.mlp_wall_share
 
@@ -93,7 +98,7 @@ class Phase:
 
     Args:
         tokens: in a step, the batch's together.
-        bound: `"host-bound"`, `"memory-bound"` or `"compute-bound"`; see `estimates.bound_of`.
+        bound: what the phase waits for; see `estimates.bound_of`.
         flops_per_byte: of the MLPs, weights counted as the bytes.
         predicted: of `fused`.
         measured_gain: how many times shorter fusing made a step, wall clock: the median of `fused.speedup`.
@@ -102,7 +107,7 @@ class Phase:
 
     name: str
     tokens: int
-    bound: str
+    bound: Bound
     flops_per_byte: float
     predicted: Prediction
     measured_gain: float | None
@@ -136,7 +141,7 @@ class MLPGroup:
 
     class_name: str
     count: int
-    state: str
+    state: State
     reason: str | None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hf_fused_mlp.profiling.estimates import CONFIDENCE, ENOUGH_ROUNDS, direction, speedup
+from hf_fused_mlp.profiling.intervals import CONFIDENCE, ENOUGH_ROUNDS, direction, speedup
 from hf_fused_mlp.profiling.report import Phase, Verdict
 
 CALLS = {"fused": "fuse_model(model)", "fused_norms": "fuse_model(model, norms=True)"}

@@ -180,6 +180,13 @@ def _swiglu(self, gate_up):
     return (up + 1.0) * glu
 
 
+def _clamped_last(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = self.act_fn(gate).clamp(max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    return gate * up
+
+
 @dataclass(frozen=True)
 class Loop:
     """An eager forward: whether it takes transposed stacks, biases and a gate, and calls `_apply_gate` for that."""
@@ -195,7 +202,8 @@ class Loop:
 class Gate:
     """An `_apply_gate`: the attributes that hold its limit and the factor in its sigmoid, and what is added to up.
 
-    `activation` is its own; None for the module's `act_fn`, and where there is an `alpha`.
+    `activation` is its own; None for the module's `act_fn`, and where there is an `alpha`. If it
+    `clamps_last`, after the activation, no kernel computes it unless the limit is infinite.
     """
 
     text: object
@@ -204,6 +212,7 @@ class Gate:
     alpha: str | None = None
     up_offset: float = 0.0
     interleaved: bool = False
+    clamps_last: bool = False
 
 
 LOOPS = (
@@ -222,4 +231,5 @@ GATES = (
     Gate(_swish, limit="limit", alpha="alpha", up_offset=1.0),
     Gate(_interleaved_swish, limit="limit", alpha="alpha", up_offset=1.0, interleaved=True),
     Gate(_swiglu, limit="swiglu_limit", alpha="swiglu_alpha", up_offset=1.0),
+    Gate(_clamped_last, limit="limit", clamps_last=True),
 )

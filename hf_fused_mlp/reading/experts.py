@@ -1,8 +1,9 @@
-"""Finding the equation of routed experts: classes with Transformers' decorator whose forward is a known loop."""
+"""Finding the equation of routed experts: classes whose forward is a known loop, marked by Transformers or not."""
 
 import ast
 import sys
 from collections.abc import Callable
+from math import inf
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,7 +15,7 @@ from torch import nn
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.calls import is_bare, runs_class_forward
 from hf_fused_mlp.reading.activations import find_activation
-from hf_fused_mlp.reading.expert_loops import GATES, LOOPS
+from hf_fused_mlp.reading.expert_loops import GATES, LOOPS, Gate, Loop
 from hf_fused_mlp.reading.source import Unreadable, meaning_of, source_of
 from hf_fused_mlp.types import ExpertsForm
 
@@ -46,12 +47,13 @@ class ExpertsSpec(NamedTuple):
 
 
 def find_experts(module: nn.Module) -> ExpertsSpec | str | None:
-    """What `module` computes, or why that is not known; None if its class is not decorated."""
+    """What `module` computes, or why that is not known; None if its class has no decorator and no known loop."""
     own = module.__dict__
-    if "_apply_gate" in own:
-        return f"{type(module).__name__} has a gate of its own on the instance, which is not read"
     attributes = tuple((name, own.get(name)) for name in (*_FLAGS, *_NUMBERS))
-    return hf_fused_mlp_experts_spec(type(module), attributes, activation_of(module))
+    spec = hf_fused_mlp_experts_spec(type(module), attributes, activation_of(module))
+    if spec is not None and "_apply_gate" in own:
+        return f"{type(module).__name__} has a gate of its own on the instance, which is not read"
+    return spec
 
 
 # compiled code keeps the answer among the globals of the compiled module, under this name, so it must be unique
@@ -62,36 +64,55 @@ def hf_fused_mlp_experts_spec(cls: Any, attributes: tuple, activation: str | Non
     if type(forward) is not FunctionType:
         return None
     if (kept := _specs.get(forward)) is None:
-        if original_of(forward) is None:
+        if original_of(forward) is None and _loop_of(forward) is None:
             return None
         kept = _specs[forward] = {}
-    key = cls._apply_gate, attributes, activation
+    key = gate_of(cls), attributes, activation
     if key not in kept:
-        kept[key] = _spec_of(cls, original_of(forward), dict(attributes), activation)
+        kept[key] = _spec_of(cls, dict(attributes), activation)
     return kept[key]
 
 
-def _spec_of(cls: Any, original: Any, own: dict[str, Any], activation: str | None) -> ExpertsSpec | str:
+def gate_of(cls: type) -> Any:
+    """The class's `_apply_gate`; None for a class without the decorator that has none."""
+    return getattr(cls, "_apply_gate", None)
+
+
+def _loop_of(forward: Any) -> Loop | None:
+    """The known loop that `forward` is written like."""
+    if "one_hot" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return None  # as all of them say, and hardly anything else: most forwards need not be read
+    return next((loop for loop in LOOPS if _are_alike(loop.text, forward)), None)
+
+
+def _spec_of(cls: Any, own: dict[str, Any], activation: str | None) -> ExpertsSpec | str:
     if own["has_post_expert_norm"]:  # unknown to earlier versions of Transformers
         return f"{cls.__name__} has a norm after each expert, which no kernel computes"
-    loop = next((loop for loop in LOOPS if _are_alike(loop.text, original)), None)
-    if loop is None or any(own[name] is None for name in _FLAGS[:-1]):
+    original = original_of(cls.forward)
+    loop = _loop_of(original or cls.forward)
+    if loop is None or (original and any(own[name] is None for name in _FLAGS[:-1])):
         return f"{cls.__name__} does something in its forward that the known loops over experts do not"
-    if (loop.transposed, loop.bias, loop.gated) != (own["is_transposed"], own["has_bias"], own["has_gate"]):
+    # without the decorator nothing but the forward counts; with it, functions that go by the flags run in its place
+    flags = own["is_transposed"], own["has_bias"], own["has_gate"]
+    if original and flags != (loop.transposed, loop.bias, loop.gated):
         return f"{cls.__name__} is marked as something else than its forward computes"
-    gate = next((gate for gate in GATES if _are_alike(gate.text, cls._apply_gate)), None) if loop.gated else GATES[0]
+    gate: Gate | None = GATES[0]
+    if loop.by_gate or (original and loop.gated):
+        gate = next((gate for gate in GATES if _are_alike(gate.text, gate_of(cls))), None)
     if gate is None or not (loop.by_gate or gate is GATES[0]) or gate.interleaved == own["is_concatenated"]:
         return f"{cls.__name__} makes something of gate and up that no kernel computes"
-    limit = own[gate.limit] if gate.limit else 0.0
-    if gate.limit and not (type(limit) in (int, float) and limit > 0):
+    limit = own[gate.limit] if gate.limit else inf
+    if not (type(limit) in (int, float) and limit > 0):
         return f"the limit of {cls.__name__} is {limit!r}, expected a number above 0"
+    if gate.clamps_last and limit != inf:
+        return f"{cls.__name__} clamps what its activation gives, which no kernel does"
     name = _BY_ALPHA.get(own[gate.alpha]) if gate.alpha else gate.activation or activation
     if name is None:
         return f"the activation of {cls.__name__} is not one of {', '.join(ACTIVATIONS)}"
     layout = "planes" if not loop.transposed else "interleaved" if gate.interleaved else "transposed"
     up = "gate_up_proj" if loop.gated else "up_proj"
     return ExpertsSpec(
-        ExpertsForm(layout, loop.gated, name, float(limit), gate.up_offset),
+        ExpertsForm(layout, loop.gated, name, 0.0 if limit == inf else float(limit), gate.up_offset),
         up,
         "down_proj",
         f"{up}_bias" if loop.bias else None,

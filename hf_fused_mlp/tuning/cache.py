@@ -3,7 +3,6 @@
 A file is read when its GPU is first asked for, and kept for the life of the process.
 """
 
-import logging
 import os
 import re
 from collections.abc import Iterable
@@ -16,10 +15,9 @@ import triton
 from platformdirs import user_cache_dir
 
 from hf_fused_mlp.launch_cache import remembered
+from hf_fused_mlp.logs import logger
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
 from hf_fused_mlp.types import GPU, Plan, ProblemKey
-
-logger = logging.getLogger("hf_fused_mlp")
 
 SHIPPED = Path(__file__).parent / "plans"
 
@@ -28,16 +26,28 @@ unusable: set[Plan] = set()
 
 
 def user_file(gpu: GPU) -> Path:
-    """The user's plans for `gpu`: in `$HF_FUSED_MLP_CACHE`, or in the system's place for caches.
+    """The user's plans for `gpu`. Environments with other versions of PyTorch and Triton have files of their own.
 
-    Environments with other versions of PyTorch and Triton have files of their own.
+    Raises:
+        RuntimeError: as `user_directory`.
+    """
+    versions = f"torch {torch.__version__} triton {triton.__version__}"
+    return user_directory() / file_name(f"{gpu.name} {gpu.num_sms} {versions}")
+
+
+def user_directory() -> Path:
+    """Where the user's plans lie: `$HF_FUSED_MLP_CACHE`, `$HF_HOME/hf-fused-mlp`, or the system's place for caches.
 
     Raises:
         RuntimeError: there is no home directory to find that place by.
     """
-    directory = os.environ.get("HF_FUSED_MLP_CACHE") or user_cache_dir("hf-fused-mlp", appauthor=False)
-    versions = f"torch {torch.__version__} triton {triton.__version__}"
-    return Path(directory).expanduser() / file_name(f"{gpu.name} {gpu.num_sms} {versions}")
+    if own := os.environ.get("HF_FUSED_MLP_CACHE"):
+        directory = own
+    elif shared := os.environ.get("HF_HOME"):
+        directory = os.path.join(os.path.expandvars(shared), "hf-fused-mlp")
+    else:
+        directory = user_cache_dir("hf-fused-mlp", appauthor=False)
+    return Path(directory).expanduser()
 
 
 def shipped_file(gpu: GPU) -> Path:

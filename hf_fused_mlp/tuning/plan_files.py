@@ -8,13 +8,10 @@ import ast
 import datetime
 import hashlib
 import json
-import logging
 import math
-import os
 import reprlib
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import combinations
@@ -23,9 +20,11 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 import triton
+from filelock import FileLock
 
 from hf_fused_mlp import kernels
 from hf_fused_mlp.files import replace_file
+from hf_fused_mlp.logs import logger
 from hf_fused_mlp.types import GPU, Plan, ProblemKey, TileConfig, next_power_of_two
 
 FORMAT = 1
@@ -40,8 +39,6 @@ T = TypeVar("T")
 _quote = reprlib.Repr()
 _quote.maxstring = _quote.maxother = _quote.maxlong = 100
 shown = _quote.repr  # of what a file may hold, which may be long or deep
-
-logger = logging.getLogger("hf_fused_mlp")
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, Tu
 def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
     """Adds plans to `path`, replacing those for the same problems and dropping those that no longer apply.
 
-    The file is replaced as a whole (`replace_file`), and by one process at a time.
+    The file is replaced as a whole (`replace_file`), and by one process at a time; its lock stays beside it.
 
     Raises:
         OSError: the directory cannot be made or written to, or the file is one of something else; it is as it was.
@@ -97,7 +94,7 @@ def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
     if path.exists() and not _is_of_plans(path):
         raise FileExistsError(f"{path} exists and is not a file of plans")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent):
+    with FileLock(f"{path}.lock"):
         plans = read(path, gpu) | {entry.key: entry for entry in tuned}
         lines = ",\n".join(json.dumps(_to_json(plans[key])) for key in sorted(plans, key=_order))
         header = json.dumps(header_of(gpu), indent=1)[:-2]
@@ -292,22 +289,6 @@ def _typed(cls: type[T], values: dict[str, Any], **given: Any) -> T:
 def _order(key: ProblemKey) -> tuple:
     kind = key.gated, key.activation, str(key.dtype), key.bias, key.storage
     return key.hidden, key.intermediate, key.out, *kind, key.m
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds other processes off; the lock is on the directory itself, and so leaves no file behind."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where the last of two writers wins
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _short(error: Exception) -> str:

@@ -4,7 +4,6 @@ Most configurations are far from the best, which few measurements show; those th
 the best pair of launches is compared, as a whole MLP, with what it would replace.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +19,24 @@ from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from hf_fused_mlp.kernels import KERNELS, LAUNCHERS, describe_launch, linear, prepare
-from hf_fused_mlp.reference import linear_ref
+from hf_fused_mlp.logs import logger
+from hf_fused_mlp.reference import dequantize, fp8_linear_ref, linear_ref
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
-from hf_fused_mlp.types import ABSENT, TORCH, UNFUSED, LinearKey, Matrix, MLPOperands, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.types import (
+    ABSENT,
+    FP8,
+    SCALE_BLOCK,
+    TORCH,
+    UNFUSED,
+    LinearKey,
+    Matrix,
+    MLPOperands,
+    Plan,
+    ProblemKey,
+    TileConfig,
+)
 from hf_fused_mlp.validation import inaccuracy
 
 # of each launch: rounds, how many go on to the next stage, and how much slower than the fastest they may be
@@ -35,8 +47,6 @@ CHECKED_ROWS = 256  # of the output; at up to 16384 tokens every tile of 64 rows
 
 K = TypeVar("K")
 Calls = list[Callable[[], Tensor]]
-
-logger = logging.getLogger("hf_fused_mlp")
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
@@ -98,19 +108,33 @@ class Launch:
 
     @staticmethod
     def random(key: LinearKey, bias: bool, device: torch.device | str) -> "Launch":
-        """Tokens of N(0, 1), weights over sqrt(fan_in), so that what comes out is of the order of one."""
+        """Tokens of N(0, 1), weights over sqrt(fan_in), so that what comes out is of the order of one.
+
+        FP8 weights are of N(0, 1), and their scales do the rest.
+        """
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=key.dtype, device=device)
 
         planes = 2 if key.gated else 1
         # a third plane keeps the two apart
-        blocks = [normal(planes if key.one_block else 2 * planes - 1, key.n, key.k).mul_(key.k**-0.5)]
+        count = planes if key.one_block else 2 * planes - 1
+        blocks: list[Tensor] = [normal(count, key.n, key.k)]
+        scales: Any = [None] * count
+        if key.storage == "fp8":
+            blocks = [blocks[0].to(FP8)]
+            sizes = count, -(-key.n // SCALE_BLOCK), -(-key.k // SCALE_BLOCK)
+            scales = torch.rand(sizes, device=device).add_(0.5).mul_(key.k**-0.5)
+        else:
+            blocks[0].mul_(key.k**-0.5)
         if key.m <= GRAPHS_UP_TO:
             blocks += [blocks[0].clone() for _ in range(weight_copies(blocks[0].nbytes) - 1)]
         biases = normal(planes, key.n).mul_(0.5) if bias else [None, None]
         copies = [
-            (Matrix(block[-1], None, biases[-1]), Matrix(block[0], None, biases[0]) if key.gated else ABSENT)
+            (
+                Matrix(block[-1], scales[-1], biases[-1]),
+                Matrix(block[0], scales[0], biases[0]) if key.gated else ABSENT,
+            )
             for block in blocks
         ]
         return Launch(key, normal(key.m, key.k), copies)
@@ -169,19 +193,25 @@ def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
     m, (up, gate) = launch.key.m, launch.copies[0]
     rows = torch.linspace(0, m - 1, min(m, CHECKED_ROWS), device=launch.x.device).long()
 
-    def exact(tensor: Tensor | None) -> Any:
+    def exact(tensor: Tensor | None, scale: Tensor | None = None) -> Any:
+        if scale is not None and tensor is not None:
+            return dequantize(tensor, scale, torch.float64)
         return None if tensor is None else tensor.double()
 
-    weights = exact(up.data), exact(up.bias), exact(gate.data), exact(gate.bias)
+    weights = exact(up.data, up.scale), exact(up.bias), exact(gate.data, gate.scale), exact(gate.bias)
     oracle = linear_ref(exact(launch.x[rows]), *weights, launch.key.activation)
     del weights
-    eager = launch.run(launch.x, 0, TORCH)[rows]
+    quantized = up.scale is not None
+    if quantized:
+        eager = fp8_linear_ref(launch.x[rows], up, gate, launch.key.activation)
+    else:
+        eager = launch.run(launch.x, 0, TORCH)[rows]
 
     passed = []
     for config in configs:
         # new memory is likely to be what the last one gave back; what a kernel leaves out must not look right
         launch.x.new_full((m, launch.key.n), float("nan"))
-        reason = inaccuracy(launch.run(launch.x, 0, config)[rows], eager, oracle)
+        reason = inaccuracy(launch.run(launch.x, 0, config)[rows], eager, oracle, quantized)
         if reason and config != TORCH:
             logger.warning("%s gives a wrong answer for %s and is not used: %s", config, launch.key, reason)
         else:

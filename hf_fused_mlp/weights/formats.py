@@ -314,6 +314,8 @@ def why_called(linear: nn.Module) -> str:
         return (
             "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
         )
+    if path == "transformers.pytorch_utils.Conv1D":
+        return f"is {path}, expected nn.Linear; no kernel reads its transposed weight, so it runs as it always did"
     return (
         f"is {path}, expected nn.Linear; load without quantization_config, "
         "merge or unload the adapter, or pass exclude=[...]"
