@@ -145,7 +145,9 @@ def test_the_rule_is_right(m, gated, device, gemm_of, monkeypatch):
     for launch, config in ((small.up, plan.up), (small.down, plan.down)):
         # the interpreter takes a millisecond for a program
         sizes = (
-            {"m": min(launch.m, 48), "n": launch.n} if device.type == "cuda" else {"m": min(launch.m, 20), "n": 128}
+            {"m": min(launch.m, 48), "n": launch.n}
+            if device.type == "cuda"
+            else {"m": min(launch.m, 20), "n": 32 if m == 1 else 128}
         )
         launch = Launch.random(replace(launch, **sizes), bias=True, device=device)
         assert correct(launch, [config]) == [config]

@@ -34,7 +34,7 @@ PACKAGES = {
     "ops": {"triton"},
     "integrations": {"transformers"},
     "profiling": {"transformers", "jinja2", "markupsafe"},
-    "bench": {"transformers", "accelerate", "peft", "liger_kernel", "quack", "matplotlib"},
+    "bench": {"transformers", "accelerate", "peft", "liger_kernel", "quack", "torchao", "matplotlib"},
     "cli": {"transformers", "typer", "rich"},
 }
 
