@@ -1,4 +1,4 @@
-"""`audit`: what a model's time goes into, and what fusing its MLPs does about it."""
+"""`audit`: where a model's time goes, and whether fusing its MLPs is worth it."""
 
 import statistics
 from collections.abc import Callable
@@ -16,13 +16,7 @@ from hf_fused_mlp.fuse import fusion_report
 from hf_fused_mlp.profiling.advice import advise
 from hf_fused_mlp.profiling.estimates import amdahl, bound_of, dollars_per_1m_tokens, roofline
 from hf_fused_mlp.profiling.intervals import speedup
-from hf_fused_mlp.profiling.measure import (
-    as_it_came,
-    forms_of,
-    profile_forms,
-    time_forms,
-    worth_timing,
-)
+from hf_fused_mlp.profiling.measure import as_it_came, forms_of, profile_forms, time_forms, worth_timing
 from hf_fused_mlp.profiling.prediction import predict
 from hf_fused_mlp.profiling.report import AuditReport, Form, MLPGroup, Phase, Speedup
 from hf_fused_mlp.profiling.request import Request, make_request

@@ -36,9 +36,7 @@ def form_figures(report: AuditReport) -> list[Figure]:
     """Those that at least one form of the report has."""
     launches, kernels = ("kernel launches", "kernels") if report.on_gpu else ("operators", "operators")
     of_wall = (
-        "GPU busy times the share above"
-        if report.on_gpu
-        else "the part of a step that is spent in the forwards of MLPs"
+        "the product of the two above" if report.on_gpu else "part of a step that is spent in the forwards of MLPs"
     )
     figures = (
         Figure("time of a step", "wall_us", "us", "median of the rounds, wall clock, without the profiler", None),
@@ -48,7 +46,13 @@ def form_figures(report: AuditReport) -> list[Figure]:
         Figure("tokens per second", "tokens_per_s", digits=None),
         Figure("per 1 M tokens", "dollars_per_1m_tokens", "dollars", "price an hour over tokens an hour", None),
         Figure("GPU busy", "gpu_busy_share", "percent", "part of the time in which any kernel runs", 2),
-        Figure("MLPs' share of GPU time", "mlp_gpu_share", "percent", "of that part, the kernels of MLPs", 2),
+        Figure(
+            "MLPs' share of GPU time",
+            "mlp_gpu_share",
+            "percent",
+            "part of the busy time that the kernels of MLPs take",
+            2,
+        ),
         Figure("MLPs' share of the step", "mlp_wall_share", "percent", of_wall, 2),
         Figure("MLPs' share of host time", "mlp_host_share", "percent", "Python and PyTorch, launching kernels", 2),
         Figure(f"{launches} per MLP", "launches_per_mlp", "", "in one call, averaged over all MLPs"),
@@ -73,9 +77,11 @@ BOUNDS = {
 
 
 def phase_figures(report: AuditReport) -> list[Figure]:
-    """Of gains only on a device that runs kernels."""
+    """Speedups are among them only where a fused form was measured."""
     tokens = Figure("tokens in a step", "tokens")
-    intensity = Figure("operations per byte", "flops_per_byte", "", "of MLP weights; few are bound by memory", 4)
+    intensity = Figure(
+        "operations per byte", "flops_per_byte", "", "of MLP weights; if they are few, memory is the limit", 4
+    )
     if not any("fused" in phase.forms for phase in report.phases):
         return [tokens, intensity]
     return [
@@ -99,7 +105,7 @@ def shown(value: float | str | None, unit: str = "", digits: int = 3) -> str:
         unit = "ms" if value < 1e6 else "s"
     scale, form = UNITS[unit]
     value *= scale
-    if not unit and value == round(value) and isinstance(value, int):
+    if not unit and isinstance(value, int):
         return f"{value:,}"
     decimals = digits - 1 - floor(log10(abs(value))) if value else 0
     text = f"{round(value, decimals):,.{max(0, decimals)}f}"

@@ -96,7 +96,7 @@ def time_forms(request: Request, forms: Forms, timed: Sequence[str], tell: Tell)
         for form in (*timed[first:], *timed[:first]):
             tell(f"{LABELS[form]}, round {round_} of {request.rounds}" if round_ else f"{LABELS[form]}, warm-up")
             forms.apply(form)
-            request.prefill()  # the first after a change looks up plans
+            request.step(*request.prefill())  # the first calls after a change look up plans
             start = _now(request)
             state = request.prefill()
             middle = _now(request)

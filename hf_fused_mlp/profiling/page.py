@@ -18,6 +18,7 @@ from hf_fused_mlp.profiling.report import LABELS, AuditReport, Speedup
 
 # by the part of a step its class in the style sheet
 PARTS = {"MLPs": "mlps", "everything else": "rest", "the GPU waits": "waits"}
+RATIOS = ("median", "low", "high")  # of a speedup
 
 
 def page(report: AuditReport) -> str:
@@ -57,9 +58,6 @@ def page(report: AuditReport) -> str:
         form_figures=form_figures(report),
         phase_figures=phase_figures(report),
     )
-
-
-RATIOS = ("median", "low", "high")
 
 
 def bars(phase: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
