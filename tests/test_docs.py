@@ -13,7 +13,7 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import experts, generate, host, wrapped
+from hf_fused_mlp.bench import experts, generate, headline, host, wrapped
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
 from hf_fused_mlp.bench.tables import markdown_table, speedup_table
@@ -65,6 +65,7 @@ def test_code_runs(page, namespace, tmp_path, capsys):
     for number, block in enumerate(blocks(page, "python")):
         if "from peft" in block:
             pytest.importorskip("peft")
+        block = block.replace('"Qwen/Qwen3-8B", dtype="bfloat16", device_map="cuda"', "path")
         run(block, tmp_path / f"{page.stem}_{number}.py", namespace)
         if page.name == "README.md" and "exclude=" in block:
             assert [isinstance(layer.mlp, FusedMLP) for layer in namespace["model"].model.layers] == [False, True]
@@ -162,6 +163,19 @@ def test_the_plot_of_whole_models_is_the_json(tmp_path):
     if f"Matplotlib v{plots.matplotlib.__version__}," not in committed:
         pytest.skip(f"drawn with another version than {plots.matplotlib.__version__}")
     assert drawn.read_text() == committed
+
+
+def test_the_readme_is_the_json(tmp_path):
+    page = (ROOT / "README.md").read_text()
+    assert f"<!-- headline -->\n{headline.table()}\n<!-- /headline -->" in page
+    assert headline.device() == "NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, transformers 5.17.0"
+    assert len(page.splitlines()) < 120
+    matplotlib = pytest.importorskip("matplotlib")
+    headline.draw(tmp_path / "headline.svg")
+    committed = (BENCHMARKS / "headline.svg").read_text()
+    if f"Matplotlib v{matplotlib.__version__}," not in committed:
+        pytest.skip(f"drawn with another version than {matplotlib.__version__}")
+    assert (tmp_path / "headline.svg").read_text() == committed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
-from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.reference import quantize_weight_ref
@@ -65,6 +64,8 @@ def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
 
 def to_fp8(module: nn.Module) -> nn.Module:
     """Replaces every `nn.Linear` in `module` by an `FP8Linear` of Transformers with the same weights, quantized."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear  # imports torchao where that is installed
+
     for path, linear in list(module.named_modules()):
         if type(linear) is nn.Linear:
             has_bias = linear.bias is not None
