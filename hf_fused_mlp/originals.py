@@ -40,11 +40,12 @@ _FUNCTIONS: dict[str, tuple[Any, str]] = {
     "_pow": (torch, "pow"),
     "_erf": (torch, "erf"),
     "_rsqrt": (torch, "rsqrt"),
+    "_addmm": (torch, "addmm"),
     "_call": (nn.Module, "_wrapped_call_impl"),
     "_call_impl": (nn.Module, "_call_impl"),
 }
 _linear = _silu = _gelu = _relu = _dropout = _call = _call_impl = object()
-_torch_relu = _sigmoid = _tanh = _square = _pow = _erf = _rsqrt = object()
+_torch_relu = _sigmoid = _tanh = _square = _pow = _erf = _rsqrt = _addmm = object()
 
 
 def functions_are_own() -> bool:
@@ -94,6 +95,11 @@ def are_own_at_a_glance(activation: str) -> bool:
 def rsqrt_is_own() -> bool:
     """The same for `torch.rsqrt`, the one function that RMSNorms call."""
     return torch.rsqrt is _rsqrt
+
+
+def addmm_is_own() -> bool:
+    """The same for `torch.addmm`, which `Conv1D` calls in place of `F.linear`. Traced by compiled code."""
+    return torch.addmm is _addmm
 
 
 def why_functions_are_not_own() -> str | None:

@@ -54,7 +54,7 @@ class Matrix(NamedTuple):
     """A matrix as kernels read it; `ABSENT` stands for a projection that a module does not have.
 
     Args:
-        data: `[N, K]`, contiguous. The layer keeps it: it is not made at each call.
+        data: `[N, K]`, memory that the layer keeps: nothing but a view is made at each call.
         scale: None for floats. For FP8 `data` (e4m3), a factor for each block of 128 x 128 elements (`SCALE_BLOCK`),
             `[ceil(N / 128), ceil(K / 128)]`, fp32 or a power of two (e8m0).
         bias: `[N]`, or None.
@@ -81,6 +81,20 @@ def has_block_scales(weight: Tensor, scale: Tensor | None) -> bool:
 ABSENT = Matrix(None, None, None)  # type: ignore[arg-type]
 
 
+def storage_of(*matrices: Matrix) -> str | None:
+    """How the matrices of an MLP are stored, in one of the ways that kernels read; None if in another, or in several.
+
+    `"float"`: data is contiguous. `"transposed"`: floats, and data is a view of contiguous `[K, N]`. `"fp8"`:
+    contiguous, with scales.
+    """
+    weights, scales, biases = ([t for t in kind if t is not None] for kind in zip(*matrices, strict=True))
+    if not all(tensor.is_contiguous() for tensor in (*scales, *biases)):
+        return None
+    if all(weight.is_contiguous() for weight in weights):
+        return "fp8" if scales else "float"
+    return "transposed" if not scales and all(weight.t().is_contiguous() for weight in weights) else None
+
+
 class MLPOperands(NamedTuple):
     """The weights of an MLP: gate and up are `[I, H]`, down is `[O, I]`; gate and down may be `ABSENT`.
 
@@ -93,9 +107,9 @@ class MLPOperands(NamedTuple):
     activation: str
 
     @property
-    def storage(self) -> str:
-        """How the weights are stored: `"float"`, or `"fp8"` with scales."""
-        return "float" if self.up[1] is None else "fp8"
+    def storage(self) -> str | None:
+        """How the weights are stored; see `storage_of`."""
+        return storage_of(self.gate, self.up, self.down)
 
     def flat(self) -> tuple:
         """In the order of the operator `torch.ops.hf_fused_mlp.mlp`: weights, biases, activation, scales."""
@@ -174,8 +188,8 @@ class ExpertsCall:
 class LinearKey:
     """One launch: ``act(x @ weight.T)``, or with a gate ``act(x @ gate.T) * (x @ weight.T)``.
 
-    `x` is `[m, k]`, `weight` and `gate` `[n, k]`, stored as `MLPOperands.storage` says. `one_block` says that gate and
-    weight, and their scales, are adjacent in memory (trivially so without a gate) and 16-byte aligned, so that one
+    `x` is `[m, k]`, `weight` and `gate` `[n, k]`, stored as `storage` says (`storage_of`). `one_block` says that gate
+    and weight, and their scales, are adjacent in memory (trivially so without a gate) and 16-byte aligned, so that one
     tensor descriptor can address both.
     """
 
@@ -195,7 +209,8 @@ class LinearCall:
     """One launch, all but the addresses of its tensors.
 
     `x` is `[*lead, k]`, `m` tokens whose rows are `stride_xm` elements apart, each contiguous; `weight` and `gate` are
-    `[n, k]`, contiguous. `overlap` lets it begin while the launch before, which must be one of ours, is finishing.
+    `[n, k]`, stored as the kernel reads them. `overlap` lets it begin while the launch before, which must be one of
+    ours, is finishing.
     `reads_fp8` and `gives_fp8` say that `x` and the output are quantized: pairs of e4m3 data and a scale for each
     `SCALE_BLOCK` elements of a row.
     """

@@ -15,11 +15,16 @@ PLANS = (
     (17, TileConfig("skinny", 32, 64, 64, num_stages=3, split_k=2)),
     (129, TileConfig("elementwise")),
     (129, TileConfig("gemm", 64, 64, 64, num_warps=4, num_stages=3, group_m=2)),
+    (1, TileConfig("transposed_gemv", block_n=32, block_k=64)),
+    (17, TileConfig("transposed_skinny", 32, 64, 64, num_stages=3, split_k=2)),
 )
 
 for M, config in PLANS:
-    for gated in (True, False) if config.kernel != "elementwise" else (True,):
+    transposed = config.kernel.startswith("transposed")
+    for gated in (False,) if transposed else (True, False) if config.kernel != "elementwise" else (True,):
         operands = random_mlp(H, I, gated, True, torch.bfloat16, "cuda")
+        if transposed:
+            operands = [t if t is None or t.dim() == 1 else t.t().contiguous().t() for t in operands]
         x = torch.randn(M, H, device="cuda", dtype=torch.bfloat16)
         plan = Plan(config, config) if config.kernel != "elementwise" else Plan(config, TORCH)
         out = run_plan(plan, x, *operands, "gelu")

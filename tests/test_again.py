@@ -27,7 +27,7 @@ from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.types import ABSENT, UNFUSED, MLPOperands
 
 ANSWER = torch.zeros(1)
-KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
+KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "gpt2"])
 
 
 @pytest.fixture

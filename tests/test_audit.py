@@ -129,13 +129,11 @@ def test_modules_are_fused_again_by_the_spec_they_had(monkeypatch):
 
 
 def test_a_model_without_fusable_mlps():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=50))
+    model = tiny_model("apertus", num_hidden_layers=1).train()
     report = audit(model, **SIZES)
     assert model.training
     assert report.phases[0].predicted.basis == "no MLP of this model can be fused"
-    assert any(sentence.startswith("1 x GPT2MLP cannot be fused: ") for sentence in report.advice)
+    assert any(sentence.startswith("1 x ApertusMLP cannot be fused: ") for sentence in report.advice)
     assert 0 < report.phases[0].original.mlp_wall_share < 1
     assert list(report.phases[0].forms) == ["original"]
 

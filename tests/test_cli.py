@@ -346,7 +346,8 @@ def test_names_are_printed_as_they_are(name, capsys):
 def test_run_with_nothing_fusable(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)).save_pretrained(tmp_path)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50}
+    GPT2LMHeadModel(GPT2Config(**sizes, activation_function="tanh")).save_pretrained(tmp_path)
     result = invoke("run", tmp_path)
     assert result.exit_code == 2
     assert "no MLP of this model was fused" in result.output

@@ -99,7 +99,7 @@ def test_every_shape_is_found():
     assert problems_of("phi-3-mini", torch.float16) == [ProblemKey(*sizes, GPU.of(torch.device("cpu")))]
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, "gpt2"])
 def test_a_model_gives_the_problems_that_its_fused_mlps_ask_for(model_type, tmp_path, monkeypatch):
     as_on_gpu(monkeypatch)  # so that weights are packed
     tiny_config(model_type, dtype="float16").save_pretrained(tmp_path)
@@ -112,9 +112,7 @@ def test_a_model_gives_the_problems_that_its_fused_mlps_ask_for(model_type, tmp_
 
 
 def test_a_model_without_known_mlps(tmp_path):
-    from transformers import GPT2Config
-
-    GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50).save_pretrained(tmp_path)
+    tiny_config("apertus").save_pretrained(tmp_path)
     result = invoke(tmp_path)
     assert result.exit_code == 2
     assert "no MLP that would be fused" in result.output

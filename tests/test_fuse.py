@@ -122,17 +122,13 @@ def test_what_the_kernels_do_not_take_runs_the_original_forward():
 
 
 def test_unknown_architecture():
-    """GPT-2's MLP is of Conv1D: it is reported, and with strict it is an error; there is nothing to load otherwise."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)).eval()
-    with pytest.raises(ValueError, match=r"2 of 2 MLPs cannot be fused(.|\n)*transformer.h.0.mlp \(GPT2MLP\)"):
+    """Apertus' MLP has an activation with weights: it is reported, and with strict it is an error."""
+    model = tiny_model("apertus")
+    with pytest.raises(ValueError, match=r"2 of 2 MLPs cannot be fused(.|\n)*model.layers.0.mlp \(ApertusMLP\)"):
         fuse_model(model, strict=True)
     fuse_model(model)
     assert fused_count(model) == 0
-    assert {mlp.class_name for mlp in fusion_report(model).mlps} == {"GPT2MLP"}
-    (reason,) = {mlp.reason for mlp in fusion_report(model).mlps}
-    assert "Conv1D" in reason and "quantization" not in reason and "adapter" not in reason
+    assert {mlp.class_name for mlp in fusion_report(model).mlps} == {"ApertusMLP"}
 
 
 def test_no_mlp_at_all(caplog):

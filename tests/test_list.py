@@ -47,7 +47,7 @@ def invoke(*args):
         ("phi3", [("Phi3MLP", 32, "fusable")]),
         ("nemotron", [("NemotronMLP", 32, "fusable")]),
         ("falcon_h1", [("FalconH1MLP", 32, "skipped")]),
-        ("gpt2", [("GPT2MLP", 12, "skipped")]),
+        ("gpt2", [("GPT2MLP", 12, "fusable")]),
         ("deepseek_v3", [("DeepseekV3MLP", 61, "fusable"), ("DeepseekV3Experts", 58, "fusable")]),
         ("bert", [("BertIntermediate", 12, "fusable")]),
         ("vits", [("VitsFeedForward", 6, "skipped")]),

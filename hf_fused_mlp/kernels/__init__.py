@@ -11,14 +11,29 @@ from types import ModuleType
 
 from torch import Tensor
 
-from hf_fused_mlp.kernels import elementwise, fp8_dequantized, fp8_gemm, fp8_gemv, fp8_skinny, gemm, gemv, skinny
+from hf_fused_mlp.kernels import (
+    elementwise,
+    fp8_dequantized,
+    fp8_gemm,
+    fp8_gemv,
+    fp8_skinny,
+    gemm,
+    gemv,
+    skinny,
+    transposed_gemv,
+    transposed_skinny,
+)
 from hf_fused_mlp.kernels._launch import Linear
 from hf_fused_mlp.reference import dequantize, linear_ref
 from hf_fused_mlp.types import ABSENT, GPU, TORCH, LinearCall, Matrix, MLPOperands, Plan, TileConfig
 
 KERNELS: dict[str, ModuleType] = {
     kernel.__name__.rpartition(".")[2]: kernel
-    for kernel in (gemv, skinny, gemm, elementwise, fp8_gemv, fp8_skinny, fp8_gemm, fp8_dequantized)
+    for kernel in (
+        *(gemv, skinny, gemm, elementwise),
+        *(transposed_gemv, transposed_skinny),
+        *(fp8_gemv, fp8_skinny, fp8_gemm, fp8_dequantized),
+    )
 }
 # of which, if it runs both launches of an MLP, the first gives FP8 to the second
 HANDS_OVER_FP8 = "fp8_gemm"
@@ -65,8 +80,8 @@ def describe_launch(x: Tensor, weight: Tensor, gated: bool, activation: str) -> 
 def prepare(plan: Plan, x: Tensor, operands: MLPOperands) -> MLP:
     """The function that runs `plan` on tensors like these, at any address.
 
-    `x` is `[..., H]`, passes `has_rows` and has at least one token; the weights are contiguous. Without down, the
-    function returns the hidden activation `[..., I]`.
+    `x` is `[..., H]`, passes `has_rows` and has at least one token; the weights are stored in that way of
+    `storage_of` for which the plan was made. Without down, the function returns the hidden activation `[..., I]`.
     """
     gate, up, down, activation = operands
     call = describe_launch(x, up.data, gate.data is not None, activation)
@@ -90,7 +105,7 @@ def linear(x: Tensor, weight: Matrix, gate: Matrix, activation: str, config: Til
 
     Args:
         x: `[..., K]`, passes `has_rows`.
-        weight, gate: `[N, K]`, contiguous; gate may be `ABSENT`.
+        weight, gate: `[N, K]`, stored as the kernel reads them; gate may be `ABSENT`.
         activation: a key of `ACTIVATIONS`.
 
     Returns:

@@ -45,8 +45,8 @@ class Rows:
 
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
-    if key.storage != "float":
-        return f"made for weights that are floats, not {key.storage}"
+    if key.storage == "fp8":
+        return "made for weights that PyTorch's GEMMs take, not for those with scales"
     if key.dtype.itemsize > 4:
         return "computes in fp32, which is not enough for fp64"
     return None if key.gated else "without a gate PyTorch's own activation does as much"

@@ -21,7 +21,7 @@ from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
     if key.storage != "float":
-        return f"made for weights that are floats, not {key.storage}"
+        return f"made for storage 'float', not {key.storage!r}"
     if key.dtype not in (torch.float16, torch.bfloat16):
         return f"made for fp16 and bf16, not {key.dtype}"
     if not key.one_block:

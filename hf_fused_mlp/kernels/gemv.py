@@ -18,7 +18,7 @@ from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig, next_powe
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
     if key.storage != "float":
-        return f"made for weights that are floats, not {key.storage}"
+        return f"made for storage 'float', not {key.storage!r}"
     if key.dtype.itemsize > 4:
         return "sums in fp32, which is not enough for fp64"
     return None if key.m <= 2 else "multiplies on the CUDA cores, which are fast enough for M = 1 and 2"

@@ -25,7 +25,7 @@ SUM_BLOCK = 512
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
     if key.storage != "float":
-        return f"made for weights that are floats, not {key.storage}"
+        return f"made for storage 'float', not {key.storage!r}"
     if key.dtype not in (torch.float16, torch.bfloat16):
         return f"made for fp16 and bf16, not {key.dtype}"
     return None if 2 <= key.m <= 128 else "made for M of 2 to 128"

@@ -28,7 +28,8 @@ def mlp(
     Args:
         x: `[..., H]`, float; any strides, any number of tokens, none included.
         gate, up: `[I, H]`; adjacent in memory (`hf_fused_mlp.weights.pack`) for the fastest prefill.
-        down: `[O, I]`; None for the hidden activation, the input of down.
+        down: `[O, I]`; None for the hidden activation, the input of down. Kernels read weights that are contiguous, or
+            views of contiguous transposes, as `Conv1D` stores them; others are left to PyTorch's operations.
         gate_bias, up_bias: `[I]`; down_bias: `[O]`.
         activation: a key of `hf_fused_mlp.activations.ACTIVATIONS`.
         gate_scale, up_scale, down_scale: if the weights are FP8 (e4m3), a scale for each 128 x 128 block of them:

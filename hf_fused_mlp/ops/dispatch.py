@@ -33,6 +33,8 @@ def find_plan(key: ProblemKey) -> Plan:
 def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None) -> ProblemKey:
     """The problem of `m` tokens of `dtype`, which is that of weights that are floats, and an MLP's weights."""
     gate, up, down, activation = operands
+    storage = operands.storage
+    assert storage is not None  # or no kernel reads them
     first: Tensor = up.data if gate.data is None else gate.data
     aligned = first.data_ptr() % 16 == 0 and (down.data is None or down.data.data_ptr() % 16 == 0)
     packed = gate.data is None or is_packed(gate.data, up.data)
@@ -49,7 +51,7 @@ def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None)
         bias=any(matrix.bias is not None for matrix in (gate, up, down)),
         one_block=aligned and packed,
         gpu=GPU.of(up.data.device),
-        storage=operands.storage,
+        storage=storage,
     )
 
 
@@ -73,7 +75,7 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
     """Plans calls like this one, runs it, and remembers the launches if they succeeded."""
     gate, up, down, _ = operands
     tensors = *gate, *up, *down
-    if x.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+    if x.numel() == 0 or operands.storage is None:
         return mlp_ref(x, *operands.flat())
     if not has_rows(x):
         rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows

@@ -5,7 +5,9 @@ memory, and so are picked on every GPU that can run them; the one for many is pi
 PyTorch's GEMMs with one kernel for the rest.
 """
 
-from hf_fused_mlp.kernels import fp8_gemm, gemm
+from dataclasses import replace
+
+from hf_fused_mlp.kernels import fp8_gemm, gemm, transposed_gemv
 from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
 
 
@@ -20,6 +22,8 @@ def _linear(key: LinearKey) -> TileConfig:
     if key.storage == "fp8":
         return _fp8(key)
     half = key.dtype.itemsize == 2  # fp32 without tf32 is what the library is best at
+    if key.storage == "transposed":
+        return _transposed(key, half)
     if key.m == 1 or (key.m == 2 and half):
         return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
     bare = key.activation == "identity" and not key.gated
@@ -31,6 +35,21 @@ def _linear(key: LinearKey) -> TileConfig:
         if key.gated or _rounds_filled(key, tile) > 0.8:
             return tile
     return TileConfig("elementwise") if key.gated else TORCH
+
+
+def _transposed(key: LinearKey, half: bool) -> TileConfig:
+    """For floats stored as `[K, N]`; nothing was measured for these yet (docs/notes-kernels.md)."""
+    if key.gated:
+        return TileConfig("elementwise")
+    if transposed_gemv.supports(key) is None:
+        narrowest, *_, block_n = (row_bytes // key.dtype.itemsize for row_bytes in transposed_gemv.ROW_BYTES)
+        while block_n > narrowest and -(-key.n // block_n) < key.gpu.num_sms:
+            block_n //= 2
+        block_k = max(128, next_power_of_two(-(-key.k // transposed_gemv.MOST_STEPS)))
+        return TileConfig("transposed_gemv", block_n=block_n, block_k=block_k, num_warps=8 if block_k == 128 else 16)
+    if half and key.m <= (64 if key.activation == "identity" else 32):
+        return replace(_skinny(key), kernel="transposed_skinny")
+    return TORCH
 
 
 def _fp8(key: LinearKey) -> TileConfig:

@@ -117,16 +117,17 @@ class Launch:
             return torch.randn(shape, dtype=key.dtype, device=device)
 
         planes = 2 if key.gated else 1
-        # a third plane keeps the two apart
-        count = planes if key.one_block else 2 * planes - 1
-        blocks: list[Tensor] = [normal(count, key.n, key.k)]
+        count = planes if key.one_block else 2 * planes - 1  # a third plane keeps the two apart
+        is_transposed = key.storage == "transposed"
+        block = normal(count, key.k, key.n).mT if is_transposed else normal(count, key.n, key.k)
         scales: Any = [None] * count
         if key.storage == "fp8":
-            blocks = [blocks[0].to(FP8)]
+            block = block.to(FP8)
             sizes = count, -(-key.n // SCALE_BLOCK), -(-key.k // SCALE_BLOCK)
             scales = torch.rand(sizes, device=device).add_(0.5).mul_(key.k**-0.5)
         else:
-            blocks[0].mul_(key.k**-0.5)
+            block.mul_(key.k**-0.5)
+        blocks = [block]
         if key.m <= GRAPHS_UP_TO:
             blocks += [blocks[0].clone() for _ in range(weight_copies(blocks[0].nbytes) - 1)]
         biases = normal(planes, key.n).mul_(0.5) if bias else [None, None]

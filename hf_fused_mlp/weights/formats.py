@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from hf_fused_mlp.calls import class_path, has_hooks, has_own_forward, is_hooked, is_wrapped, only_aligns
-from hf_fused_mlp.originals import LINEAR, runs_own_forward
+from hf_fused_mlp.originals import LINEAR, addmm_is_own, runs_own_forward
 from hf_fused_mlp.types import FP8, SCALE_BLOCK, Matrix, has_block_scales
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -24,6 +24,7 @@ _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
 _NN_LINEAR = "torch.nn.modules.linear.Linear"
 _LINEARS = {_NN_LINEAR, "transformers.models.falcon.modeling_falcon.FalconLinear"}
 _FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
+_CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,25 @@ def why_not_fp8(linear: nn.Module) -> str | None:
     return None
 
 
+def read_conv1d(linear: nn.Module) -> Matrix | None:
+    """Format 4: Transformers' `Conv1D`, whose weight is `[K, N]`: a view of it, so that nothing is moved."""
+    if class_path(type(linear)) != _CONV1D or is_hooked(linear) or not addmm_is_own():
+        return None
+    parameters = linear._parameters
+    weight: Any = parameters.get("weight")
+    bias: Any = parameters.get("bias")
+    is_plain = (
+        type(weight) in _PARAMETERS
+        and type(bias) in _PARAMETERS
+        and weight.dtype in FLOATS
+        and weight.layout is torch.strided
+        and weight.dim() == 2
+        and bias.shape == weight.shape[1:] == (linear.nf,)
+        and len(parameters) == 2
+    )
+    return Matrix(weight.t(), None, bias) if is_plain else None
+
+
 def unusable_scales(matrix: Matrix) -> str | None:
     """What is wrong with the scales of a matrix, which this reads and so waits for the GPU; None if they are fine."""
     if matrix.scale is None or matrix.scale.is_meta:
@@ -314,15 +334,17 @@ def why_called(linear: nn.Module) -> str:
         return (
             "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
         )
-    if path == "transformers.pytorch_utils.Conv1D":
-        return f"is {path}, expected nn.Linear; no kernel reads its transposed weight, so it runs as it always did"
     return (
         f"is {path}, expected nn.Linear; load without quantization_config, "
         "merge or unload the adapter, or pass exclude=[...]"
     )
 
 
-def _why_not_plain(linear: nn.Module) -> str | None:
+def _why_not_conv1d(linear: nn.Module) -> str | None:
+    return _why_not_plain(linear, transposed=True)
+
+
+def _why_not_plain(linear: nn.Module, transposed: bool = False) -> str | None:
     weight: Any = linear._parameters.get("weight")
     if type(weight) not in _PARAMETERS:
         return (
@@ -340,7 +362,8 @@ def _why_not_plain(linear: nn.Module) -> str | None:
             "that is elsewhere, as DeepSpeed ZeRO-3 leaves one, fuse before the weights are partitioned, or pass "
             "exclude=[...]"
         )
-    if weight.layout is not torch.strided or not _has_plain_bias(linear._parameters, weight):
+    rows = weight.t() if transposed else weight
+    if weight.layout is not torch.strided or not _has_plain_bias(linear._parameters, rows):
         return "has a sparse weight, or a bias that is not an nn.Parameter of one value for each row; replace them"
     if extra := linear._parameters.keys() - {"weight", "bias"}:
         return f"carries {', '.join(extra)} besides weight and bias; load without quantization, or pass exclude=[...]"
@@ -351,6 +374,7 @@ FORMATS: tuple[Format, ...] = (
     Format(frozenset(_LINEARS), read_plain, _why_not_plain),
     Format(frozenset({_NN_LINEAR}), read_column_shard),
     Format(frozenset({_FP8_LINEAR}), read_fp8, why_not_fp8, _glance_at_fp8),
+    Format(frozenset({_CONV1D}), read_conv1d, _why_not_conv1d, glance=read_conv1d),
 )
 _READERS = tuple(row.read for row in FORMATS)
 

@@ -16,7 +16,7 @@ from hf_fused_mlp.reading.expression import reading_of
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, is_known, patched_reason, unknown_child
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, why_not_swappable
-from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two
+from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two, storage_of
 from hf_fused_mlp.weights.formats import described
 
 _MIXINS: dict[MLPKind, type[Fused]] = {
@@ -57,6 +57,8 @@ class MLPFamily(Family):
         activation = spec.function or find_activation(children[str(spec.activation)])
         if spec.down is None or activation is None or None in matrices:
             return None
+        if (storage := storage_of(*matrices)) is None:  # type: ignore[arg-type]
+            return None
         *_, up, down = matrices
         return ProblemKey(
             m=next_power_of_two(m),
@@ -69,7 +71,7 @@ class MLPFamily(Family):
             bias=any(matrix.bias is not None for matrix in matrices),
             one_block=not spec.up_first and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
             gpu=gpu,
-            storage="float" if up.scale is None else "fp8",
+            storage=storage,
         )
 
 
