@@ -16,7 +16,7 @@ import hf_fused_mlp
 from hf_fused_mlp import audit, fuse_model, fusion_report, register_mlp, unfuse_model
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.families.mlp.fused import FusedMLP
-from hf_fused_mlp.profiling.measure import as_it_came
+from hf_fused_mlp.profiling.measure import as_it_came, forms_of, worth_timing
 from hf_fused_mlp.profiling.page import page
 from hf_fused_mlp.reading import mlp as reading_mlp
 from hf_fused_mlp.reading.mlp import find_spec
@@ -33,37 +33,65 @@ def test_the_report_holds_together(report):
     assert [phase.name for phase in report.phases] == ["prefill", "decode"]
     assert [phase.tokens for phase in report.phases] == [24, 1]
     assert [(group.class_name, group.count, group.state) for group in report.mlps] == [("LlamaMLP", 2, "fused")]
+    assert report.fusable_norms == 5
     for phase in report.phases:
         assert phase.predicted.gain == 1
         assert "on cpu" in phase.predicted.basis
-        assert phase.measured_gain == phase.original.wall_us / phase.fused.wall_us
+        assert list(phase.forms) == ["original"]
+        assert phase.measured_gain is phase.fused is phase.fused_norms is None
         assert phase.flops_per_byte == 2 * phase.tokens / 4
-        for form in (phase.original, phase.fused):
-            assert 0 < form.mlp_wall_share == form.mlp_host_share < 1
-            assert form.gpu_busy_share is form.mlp_gpu_share is None
-            assert form.wall_min_us <= form.wall_us <= form.wall_max_us
-            assert form.tokens_per_s == pytest.approx(phase.tokens / form.wall_us * 1e6)
-            assert form.dollars_per_1m_tokens == pytest.approx(3.0 / 3600 / form.tokens_per_s * 1e6)
-            # gate, up, down; activation; product
-            assert {kernel.name: kernel.count for kernel in form.mlp_kernels} == {
-                "aten::linear": 3,
-                "aten::silu": 1,
-                "aten::mul": 1,
-            }
-            assert (form.launches_per_mlp, form.kernels_per_mlp) == (5, 3)
+        form = phase.original
+        assert 0 < form.mlp_wall_share == form.mlp_host_share < 1
+        assert form.gpu_busy_share is form.mlp_gpu_share is form.speedup is None
+        assert form.wall_min_us == min(form.rounds_us) <= form.wall_us <= form.wall_max_us == max(form.rounds_us)
+        assert len(form.rounds_us) == SIZES["rounds"]
+        assert form.tokens_per_s == pytest.approx(phase.tokens / form.wall_us * 1e6)
+        assert form.dollars_per_1m_tokens == pytest.approx(3.0 / 3600 / form.tokens_per_s * 1e6)
+        # gate, up, down; activation; product
+        assert {kernel.name: kernel.count for kernel in form.mlp_kernels} == {
+            "aten::linear": 3,
+            "aten::silu": 1,
+            "aten::mul": 1,
+        }
+        assert (form.launches_per_mlp, form.kernels_per_mlp) == (5, 3)
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False)) == report.to_dict()
-    assert "On a CPU the original forward runs" in report.advice[0]
+    assert (report.verdict.fuse, report.verdict.headline) == (None, "No verdict on a CPU")
 
 
-def test_the_kernels_run_while_they_are_watched(monkeypatch):
+def test_three_forms_where_kernels_run(monkeypatch):
     """Ranges around a fused module are hooks on it, and must not send it to its original forward."""
     as_on_gpu(monkeypatch)
-    for phase in audit(tiny_model(), **SIZES).phases:
+    steps = []
+    model = fuse_model(tiny_model(), norms=True)
+    report = audit(model, **SIZES, progress=lambda step, done: steps.append((step, done)))
+    for phase in report.phases:
         assert phase.original.launches_per_mlp == 5
-        assert phase.fused.launches_per_mlp == 1
-        assert [kernel.name for kernel in phase.fused.mlp_kernels] == ["hf_fused_mlp::mlp"]
+        assert list(phase.forms) == ["original", "fused", "fused_norms"]
+        for form in (phase.fused, phase.fused_norms):
+            assert form.launches_per_mlp == 1
+            assert [kernel.name for kernel in form.mlp_kernels] == ["hf_fused_mlp::mlp"]
+            ratios = [a / b for a, b in zip(phase.original.rounds_us, form.rounds_us, strict=True)]
+            assert (form.speedup.low, form.speedup.high) == (min(ratios), max(ratios))
+        assert phase.measured_gain == phase.fused.speedup.median
         assert phase.predicted.gain is None
         assert "no plan was measured for model.layers.0.mlp" in phase.predicted.basis
+    assert report.verdict.headline == "Too few rounds for a verdict"
+    assert len(fusion_report(model).of("norms").select("fused")) == 5
+    assert [done for _, done in steps] == pytest.approx([i / 13 for i in range(13)])
+    named = [step for step, _ in steps]
+    assert named[:2] == ["eager, warm-up", "fused, warm-up"]
+    assert {"fused + norms, round 2 of 2", "eager, profiler", "limits of the device"} <= set(named)
+
+
+def test_the_forms_of_a_model():
+    """Whatever it came as; on a CPU the original alone is worth timing."""
+    model = fuse_model(tiny_model(), norms=True)
+    forms = forms_of(model)
+    for form, (mlps, norms) in {"original": (0, 0), "fused_norms": (2, 5), "fused": (2, 0)}.items():
+        forms.apply(form)
+        report = fusion_report(model)
+        assert (len(report.of("mlps").select("fused")), len(report.of("norms").select("fused"))) == (mlps, norms)
+    assert worth_timing(forms) == ["original"]
 
 
 def test_the_model_is_left_as_it_came():
@@ -107,6 +135,7 @@ def test_a_model_without_fusable_mlps():
     assert report.phases[0].predicted.basis == "no MLP of this model can be fused"
     assert any(sentence.startswith("1 x ApertusMLP cannot be fused: ") for sentence in report.advice)
     assert 0 < report.phases[0].original.mlp_wall_share < 1
+    assert list(report.phases[0].forms) == ["original"]
 
 
 @pytest.mark.parametrize(
@@ -182,15 +211,24 @@ def test_command_writes_json_page_and_traces(directory, tmp_path):
     assert document["price_per_hour"] == 2.5
     check_page((tmp_path / "new" / "audit.html").read_text(encoding="utf-8"), document)
     traces = sorted(file.name for file in (tmp_path / "traces").iterdir())
-    assert traces == ["decode-fused.json", "decode-original.json", "prefill-fused.json", "prefill-original.json"]
-    assert "model.layers.1.mlp" in (tmp_path / "traces" / "decode-fused.json").read_text()
+    assert traces == ["decode-original.json", "prefill-original.json"]
+    assert "model.layers.1.mlp" in (tmp_path / "traces" / "decode-original.json").read_text()
+    assert "round" not in result.stderr, "no progress bar without a terminal"
 
 
 def test_command_prints_tables(directory):
     result = invoke("audit", directory, *options())
     assert result.exit_code == 0, result.output
-    for words in ("prefill", "decode", "tokens per second", "gain, measured", "On a CPU the original forward runs"):
+    for words in (
+        "prefill",
+        "decode",
+        "tokens per second",
+        "No verdict on a CPU",
+        "On a CPU the original forward runs",
+    ):
         assert words in result.stdout
+    assert "fused" not in result.stdout
+    assert "speedup" not in result.stdout
     assert "per 1 M tokens" not in result.stdout
 
 
@@ -237,7 +275,8 @@ def test_on_a_gpu():
         # such small forwards leave any GPU waiting
         assert phase.bound == "host-bound"
         assert phase.predicted.gain == 1
-        for form in (phase.original, phase.fused):
+        assert list(phase.forms) == ["original", "fused", "fused_norms"]
+        for form in phase.forms.values():
             assert 0 < form.gpu_busy_share < 1
             assert 0 < form.mlp_gpu_share < 1
             assert form.mlp_wall_share == pytest.approx(form.gpu_busy_share * form.mlp_gpu_share)
@@ -247,6 +286,7 @@ def test_on_a_gpu():
     assert 1 <= decode.fused.launches_per_mlp < decode.original.launches_per_mlp
     assert any("_kernel" in kernel.name for kernel in decode.fused.mlp_kernels)
     assert any("host-bound" in sentence and "static cache" in sentence for sentence in report.advice)
+    assert report.verdict.speedup is not None
     check_page(page(report), report.to_dict())
 
 

@@ -4,12 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 import typer
+from made_up import rounds_us
 from models import tiny_model
 from rich.markup import escape
 from typer.testing import CliRunner
@@ -18,11 +20,13 @@ from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.console import fail, output
 from hf_fused_mlp.cli.list import table as list_table
 from hf_fused_mlp.cli.model_types import Entry, Found
-from hf_fused_mlp.cli.run import report_table
+from hf_fused_mlp.cli.run import measure, print_answers, report_table
 from hf_fused_mlp.cli.validate import layer_table
 from hf_fused_mlp.numerics.logits import first_difference
 from hf_fused_mlp.numerics.report import LayerNumerics
+from hf_fused_mlp.profiling.speed import timed
 from hf_fused_mlp.report import FamilyReport, FusionReport, ModuleStatus
+from hf_fused_mlp.swap import Fused
 from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.types import GPU
 from hf_fused_mlp.version import __version__
@@ -51,6 +55,7 @@ def test_run_json():
     assert answer["fused"]["tokens"] == answer["original"]["tokens"]
     assert len(answer["fused"]["tokens"]) == 3
     assert answer["report"]["fused"] == answer["report"]["total"] == 30
+    assert answer["speed"] == []
 
 
 def test_run_a_directory(tmp_path):
@@ -66,6 +71,39 @@ def test_run_a_directory(tmp_path):
     assert result.exit_code == 0, result.output
     assert "2 of 2 MLPs are fused" in result.stdout
     assert "fused and original agree on all 2 tokens" in result.stdout
+    assert "Speed needs a GPU" in result.stdout
+    assert "tokens/s" not in result.stdout
+
+
+def test_run_times_prefill_and_decode(capsys):
+    """On a CPU, where both forms run the same, for the code's sake."""
+    model = tiny_model()
+    rows = measure(model)
+    assert [row["phase"] for row in rows] == ["prefill, 111 tokens", "decode, one token after 111"]
+    for row in rows:
+        assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
+    assert not any(isinstance(module, Fused) for module in model.modules())
+    assert measure(torch.nn.Linear(2, 2)) == []
+    assert "note: speed was not measured: audit: Linear is not a model" in capsys.readouterr().err
+
+
+def test_run_prints_the_rows_that_matter(capsys):
+    """Of made-up times."""
+    walls = {"original": rounds_us(21000.0), "fused_norms": rounds_us(21000.0, 1.5)}
+    same = {"original": rounds_us(900.0), "fused_norms": rounds_us(900.0, 1.0)}
+    speed = [asdict(row) for row in timed({"prefill": walls, "decode": same})]
+    answer = {"text": "Yes.", "tokens": [1, 2]}
+    result = {"prompt": "?", "dtype": "bfloat16", "device": "a made-up GPU", "speed": speed}
+    print_answers(result | {"fused": answer, "original": answer, "first_difference": None})
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in (
+        "fused and original agree on all 2 tokens",
+        "a made-up GPU",
+        "prefill 21.8 ms 14.5 ms 1.50x (1.49x to 1.51x)",
+        "decode 936 us 932 us no measurable difference (0.99x to 1.01x)",
+        "bench generate MODEL --mode static-compile",
+    ):
+        assert words in printed, printed
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from models import as_on_gpu, tiny_model
 from hf_fused_mlp import fuse_model
 from hf_fused_mlp.profiling import prediction
 from hf_fused_mlp.profiling.estimates import amdahl, bound_of, dollars_per_1m_tokens
-from hf_fused_mlp.profiling.figures import shown
+from hf_fused_mlp.profiling.figures import agreed_digits, shown
 from hf_fused_mlp.profiling.prediction import predict
 from hf_fused_mlp.profiling.report import Kernel
 from hf_fused_mlp.profiling.trace import MLP, STEP, Breakdown, breakdown, covered
@@ -179,18 +179,32 @@ def test_prediction_asks_the_plans(plan_cache):
 
 
 @pytest.mark.parametrize(
-    "value, unit, text",
+    "value, unit, digits, text",
     [
-        (None, "us", "-"),
-        ("host-bound", "", "host-bound"),
-        (0.3742, "percent", "37.42 %"),
-        (12350.0, "us", "12.35 ms"),
-        (999.9, "us", "999.9 us"),
-        (2500000.0, "us", "2.5 s"),
-        (12350.0, "", "12,350"),
-        (1.25, "gain", "1.25x"),
-        (0.0318, "dollars", "$0.0318"),
+        (None, "us", 3, "-"),
+        ("host-bound", "", 3, "host-bound"),
+        (0.3742, "percent", 2, "37 %"),
+        (1.0, "percent", 2, "100 %"),
+        (0.0042, "percent", 2, "0.42 %"),
+        (12350.0, "us", 2, "12 ms"),
+        (12350.0, "us", 4, "12.35 ms"),
+        (12000.0, "us", 3, "12.0 ms"),
+        (999.9, "us", 3, "1,000 us"),
+        (2500000.0, "us", 3, "2.50 s"),
+        (12350.0, "", 2, "12,000"),
+        (5.0, "", 3, "5"),
+        (12350, "", 2, "12,350"),
+        (1.25, "gain", 3, "1.25x"),
+        (0.0318, "dollars", 2, "$0.032"),
+        (0.0, "us", 3, "0 us"),
     ],
 )
-def test_shown(value, unit, text):
-    assert shown(value, unit) == text
+def test_shown(value, unit, digits, text):
+    assert shown(value, unit, digits) == text
+
+
+@pytest.mark.parametrize(
+    "shortest, longest, digits", [(90, 120, 2), (98, 104, 3), (99.9, 100.2, 4), (99.99, 100.0, 4), (100, 100, 2)]
+)
+def test_rounds_agree_on_so_many_digits(shortest, longest, digits):
+    assert agreed_digits({"wall_us": 100.0, "wall_min_us": shortest, "wall_max_us": longest}) == digits

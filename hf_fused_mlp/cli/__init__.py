@@ -10,7 +10,7 @@ from hf_fused_mlp.version import __version__
 
 COMMANDS = (
     Row("run", "hf_fused_mlp.cli.run:run", "Answer a prompt with the original and the fused model, and compare."),
-    Row("audit", "hf_fused_mlp.cli.audit:audit", "Profile prefill and decode, and say what would make them faster."),
+    Row("audit", "hf_fused_mlp.cli.audit:audit", "Profile prefill and decode, and say whether to fuse."),
     Row("validate", "hf_fused_mlp.cli.validate:validate", "Compare fused MLPs with float64, and models as a whole."),
     Row("list", "hf_fused_mlp.cli.list:list_mlps", "List the MLPs of a model type, fused or not, and why not."),
     Row("tune", "hf_fused_mlp.cli.tune:tune", "Measure which kernels are fastest on this GPU, and keep the answer."),

@@ -1,8 +1,7 @@
-"""`hf-fused-mlp run`: load a model fused, see what was fused, and compare its answer with the original's."""
+"""`hf-fused-mlp run`: load a model fused, see what was fused, and compare its answer and speed with the original's."""
 
 import json
-import statistics
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,24 +10,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.cli.console import console, fail, note, output
 from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
 from hf_fused_mlp.integrations import demo
+from hf_fused_mlp.profiling.figures import shown, shown_speedup
+from hf_fused_mlp.profiling.report import Speedup
 from hf_fused_mlp.report import FusionReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROUNDS = 3
-
 
 @dataclass(frozen=True)
 class Answer:
-    """What one form of the model gave; `tokens_per_s` is None on a CPU, where both run the same arithmetic."""
+    """What one form of the model gave."""
 
     text: str
     tokens: list[int]
-    tokens_per_s: float | None
 
 
 def run(
@@ -39,13 +37,13 @@ def run(
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained; the first GPU, or the CPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Load a model with use_fused_mlp=True, and generate an answer with it and with the original."""
+    """Load a model fused, and compare its answer and, on a GPU, its speed with the original's."""
     import torch
 
     from hf_fused_mlp.fuse import fusion_report
     from hf_fused_mlp.numerics.logits import first_difference
 
-    network = load_model(model, dtype, device_map, use_fused_mlp=True)
+    network = load_model(model, dtype, device_map, use_fused_mlp={"norms": True})
     tokenizer = load_tokenizer(model)
     report = fusion_report(network)
     if not as_json:
@@ -55,16 +53,18 @@ def run(
             console.print(report_table(report))
         fail("no MLP of this model was fused; the table says why")
 
+    on_gpu = network.device.type == "cuda"
     fused, original = compare(network, tokenizer, encode(tokenizer, prompt).to(network.device), max_new_tokens)
     result = {
         "model": model or demo.NAME,
-        "device": torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(network.device) if on_gpu else "cpu",
         "dtype": str(network.dtype).removeprefix("torch."),
         "prompt": prompt,
         "report": report.to_dict(),
         "fused": asdict(fused),
         "original": asdict(original),
         "first_difference": first_difference(fused.tokens, original.tokens),
+        "speed": measure(network) if on_gpu else [],
     }
     if as_json:
         print(json.dumps(result, indent=1))
@@ -81,38 +81,17 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str):
 
 
 def compare(network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int) -> tuple[Answer, Answer]:
-    """The greedy answers of the fused and of the original model, on a GPU timed in turn."""
-    from hf_fused_mlp.fuse import fuse_model, unfuse_model
+    """The greedy answers of the fused model, which `network` is, and of the original."""
+    from hf_fused_mlp.fuse import unfuse_model
 
-    on_gpu = network.device.type == "cuda"
-    forms = {"fused": fuse_model, "original": unfuse_model}
-    answers: dict[str, list[int]] = {}
-    rates: dict[str, list[float]] = {name: [] for name in forms}
-    # the first round compiles kernels, so its times do not count
-    for round_ in range(1 + ROUNDS if on_gpu else 1):
-        for name, change in forms.items():
-            change(network)
-            answers[name], seconds = generate(network, tokenizer, inputs, max_new_tokens, name)
-            if round_:
-                rates[name].append(len(answers[name]) / seconds)
-    fused, original = (
-        Answer(
-            text=tokenizer.decode(answers[name], skip_special_tokens=True),
-            tokens=answers[name],
-            tokens_per_s=round(statistics.median(rates[name]), 1) if on_gpu else None,
-        )
-        for name in forms
-    )
-    return fused, original
+    fused = generate(network, tokenizer, inputs, max_new_tokens, "fused")
+    return fused, generate(unfuse_model(network), tokenizer, inputs, max_new_tokens, "original")
 
 
-def generate(
-    network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int, label: str
-) -> tuple[list[int], float]:
-    """The greedy answer's tokens, and the seconds they took."""
+def generate(network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int, label: str) -> Answer:
+    """The greedy answer."""
     with progress() as bars:
         bar = bars.add_task(f"generating, {label}", total=max_new_tokens)
-        start = time.perf_counter()
         tokens = network.generate(  # type: ignore[operator]  # models that generate mix it in
             **inputs,
             do_sample=False,
@@ -121,8 +100,27 @@ def generate(
             eos_token_id=tokenizer.eos_token_id,
             streamer=Ticker(bars, bar),
         )
-        new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
-        return new, time.perf_counter() - start
+    new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+    return Answer(tokenizer.decode(new, skip_special_tokens=True), new)
+
+
+def measure(network: "PreTrainedModel") -> list[dict[str, Any]]:
+    """Rows of `measure_speed`, of `audit`'s usual request; none for a model that `audit` refuses."""
+    from hf_fused_mlp.profiling.request import make_request
+    from hf_fused_mlp.profiling.speed import FORMS, measure_speed
+
+    try:
+        request = make_request(network, 1, None, None, None)
+    except (TypeError, ValueError) as error:
+        note(f"speed was not measured: {error}")
+        return []
+    with progress() as bars:
+        bar = bars.add_task("timing", total=(1 + request.rounds) * len(FORMS))
+
+        def tell(step: str) -> None:
+            bars.update(bar, advance=1, description=f"timing {step}")
+
+        return [asdict(row) for row in measure_speed(network, request, tell)]
 
 
 class Ticker:
@@ -163,11 +161,24 @@ def print_answers(result: dict) -> None:
     else:
         output.print(f"[yellow]fused and original differ from token {split} on[/]: {escape(original['text'])}")
         output.print(f"in {result['dtype']} a near tie can fall either way; --dtype float32 tells rounding from error")
-    if fused["tokens_per_s"]:
-        gain = fused["tokens_per_s"] / original["tokens_per_s"]
+    if result["device"] == "cpu":
+        output.print("Speed needs a GPU: on a CPU both run PyTorch's own arithmetic.")
+    elif result["speed"]:
+        output.print(speed_table(result["device"], result["speed"]))
+        # compiling takes minutes, so it is not timed here
         output.print(
-            f"{escape(result['device'])}: {fused['tokens_per_s']} tokens/s fused, "
-            f"{original['tokens_per_s']} original ({gain:.2f}x), one request, eager"
+            "Both ran in eager mode. With a static cache and torch.compile, decode waits less for the host; "
+            "hf-fused-mlp bench generate MODEL --mode static-compile times that.",
+            soft_wrap=True,
         )
-    else:
-        output.print("no GPU here: both ran PyTorch's own arithmetic, and there is no speed to compare")
+
+
+def speed_table(device: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """A line a phase; `rows` are `Timed`, as dicts."""
+    table = Table(escape(device), "eager", "fused + norms", "speedup", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        times = (shown(row[f"{form}_us"], "us") for form in ("original", "fused_norms"))
+        table.add_row(row["phase"], *times, shown_speedup(Speedup(**row["speedup"])))
+    return table

@@ -1,10 +1,9 @@
-"""What an audit's figures say should be done."""
+"""What an audit's figures say would help, besides the verdict."""
 
 from collections.abc import Iterator
 
+from hf_fused_mlp.profiling.intervals import direction
 from hf_fused_mlp.profiling.report import AuditReport, Phase
-
-WORTH_SAYING = 1.02  # gains nearer to one are within the noise of timing
 
 
 def advise(report: AuditReport) -> tuple[str, ...]:
@@ -15,8 +14,6 @@ def advise(report: AuditReport) -> tuple[str, ...]:
 def _about_model(report: AuditReport) -> Iterator[str]:
     if not report.mlps:
         yield "No MLP was found; register_mlp teaches a class that is not known."
-    elif not report.on_gpu:
-        yield "On a CPU the original forward runs: fusing changes nothing here. Audit on the GPU that will serve."
     for group in report.mlps:
         if group.state != "fused":
             yield f"{group.count} x {group.class_name} cannot be fused: {group.reason}"
@@ -24,30 +21,25 @@ def _about_model(report: AuditReport) -> Iterator[str]:
             yield f"{group.count} x {group.class_name} run their kernels in part or not at all: {group.reason}"
     if report.attention == "eager":
         yield "Attention is the eager implementation; load with attn_implementation='sdpa' or a flash kernel."
-    if report.fusable_norms and any(phase.bound == "host-bound" for phase in report.phases):
-        yield (
-            f"{report.fusable_norms} RMSNorms are about eight launches each, and one each with fuse_model(model, "
-            "norms=True), where eager mode stays."
-        )
     if report.on_gpu and report.dtype == "float32":
         yield "Weights are float32; in bfloat16 they are half the bytes, and products run on the tensor cores."
 
 
 def _about_phase(report: AuditReport, phase: Phase) -> Iterator[str]:
     name = phase.name.capitalize()
-    share, busy = phase.original.mlp_share(phase.bound), phase.original.gpu_busy_share
-    limit = f"MLPs take {share:.0%} of its time, so fusing them cannot gain more than {phase.gain_limit:.2f}x"
+    busy = phase.original.gpu_busy_share
     if phase.bound == "host-bound" and busy is not None:
         yield (
             f"{name} is host-bound: the GPU works {busy:.0%} of the time. A static cache with "
             f"torch.compile(mode='reduce-overhead'), or CUDA graphs, would gain up to {1 / busy:.2f}x."
         )
-        yield f"{name}, while it is host-bound: {limit}."
-    else:
-        yield f"{name} is {phase.bound}: {limit}."
     if phase.bound == "memory-bound" and phase.name == "decode":
-        yield "A larger batch reads each weight once for more tokens; weights of fewer bits are read sooner."
+        yield (
+            "Decode is memory-bound: a larger batch reads each weight once for more tokens, and weights of fewer bits "
+            "are read sooner."
+        )
     if report.on_gpu and phase.predicted.gain is None:
         yield f"{name}: {phase.predicted.basis}."
-    if report.on_gpu and phase.measured_gain < 1 / WORTH_SAYING:
-        yield f"{name} is slower fused ({phase.measured_gain:.2f}x); tune it, or leave the model as it is for this."
+    form = phase.forms.get(report.verdict.form or "original")
+    if form is not None and form.speedup is not None and direction(form.speedup) == "slower":
+        yield f"{name} is slower fused ({form.speedup.median:.2f}x); tune it, or leave the model as it is for this."

@@ -1,24 +1,27 @@
-"""`audit`: what a model's time goes into, and what fusing its MLPs does about it."""
+"""`audit`: where a model's time goes, and whether fusing its MLPs is worth it."""
 
 import statistics
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_fused_mlp.fuse import examine, fusion_report
+from hf_fused_mlp.fuse import fusion_report
 from hf_fused_mlp.profiling.advice import advise
 from hf_fused_mlp.profiling.estimates import amdahl, bound_of, dollars_per_1m_tokens, roofline
-from hf_fused_mlp.profiling.measure import Forms, as_it_came, profile_forms, set_fused, time_forms
+from hf_fused_mlp.profiling.intervals import speedup
+from hf_fused_mlp.profiling.measure import as_it_came, forms_of, profile_forms, time_forms, worth_timing
 from hf_fused_mlp.profiling.prediction import predict
-from hf_fused_mlp.profiling.report import AuditReport, Form, MLPGroup, Phase
+from hf_fused_mlp.profiling.report import AuditReport, Form, MLPGroup, Phase, Speedup
 from hf_fused_mlp.profiling.request import Request, make_request
 from hf_fused_mlp.profiling.trace import Breakdown
+from hf_fused_mlp.profiling.verdict import judge
 from hf_fused_mlp.version import __version__
 
 
@@ -31,21 +34,23 @@ def audit(
     rounds: int | None = None,
     gpu_price: float | None = None,
     trace: Path | str | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> AuditReport:
-    """Finds where the time of prefill and decode goes, and what fusing the MLPs does about it.
+    """Finds where the time of prefill and decode goes, and says whether fusing the MLPs is worth it.
 
-    The model may come fused or not, and is left as it came; norms that are fused stay so in both forms. Prompts are
-    random tokens. A loop of forwards with the default cache stands for `generate`, in which the host does a little
-    more.
+    The model may come fused or not, and is left as it came. On a GPU three forms are compared: eager, fused, and fused
+    with norms; on a CPU, where the original forward runs, there is the first alone. Prompts are random tokens. A loop
+    of forwards with the default cache stands for `generate`, in which the host does a little more.
 
     Args:
         model: a causal language model of Transformers, on the CPU or on CUDA GPUs.
         batch: prompts at once.
         prompt_tokens: in each prompt; unless given, 512 on a GPU and 128 on a CPU.
         new_tokens: generated after each; unless given, 32 on a GPU and 16 on a CPU.
-        rounds: how often each form is timed; unless given, 5 times on a GPU and 3 on a CPU.
-        gpu_price: dollars an hour for what the model runs on.
+        rounds: how often each form is timed; unless given, 9 times on a GPU and 3 on a CPU. A verdict needs 6.
+        gpu_price: dollars an hour for what the model runs on; without it there are no costs in the report.
         trace: a directory for Chrome traces, `prefill-original.json` and so on.
+        progress: called with the name of each step before it begins, and the part of the steps that are done.
 
     Raises:
         TypeError: `model` is not a causal language model of Transformers that takes a key-value cache.
@@ -63,35 +68,54 @@ def audit(
     device = request.ids.device
     on_device = torch.cuda.device(device) if request.ids.is_cuda else nullcontext()
     with as_it_came(model), torch.no_grad(), on_device:
-        report = _audit(model, request, gpu_price, folder)
+        report = _audit(model, request, gpu_price, folder, progress or (lambda name, done: None))
     return replace(report, advice=advise(report))
 
 
-def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, folder: Path | None) -> AuditReport:
-    """The report without its advice; leaves the model fused."""
+def _audit(
+    model: PreTrainedModel,
+    request: Request,
+    gpu_price: float | None,
+    folder: Path | None,
+    progress: Callable[[str, float], None],
+) -> AuditReport:
+    """The report without its advice; leaves the MLPs fused."""
     device, on_gpu, threads = request.ids.device, request.ids.is_cuda, torch.get_num_threads()
-    mlps = {entry.name: entry.module for entry in examine(model) if entry.family.option is None}
-    set_fused(mlps, {})
-    recipes = {
-        entry.name: (entry.family.mixin_for(entry.finding.spec), entry.finding.spec)
-        for entry in examine(model)
-        if entry.name in mlps and entry.finding.state == "fusable"
-    }
-    forms: Forms = {"original": partial(set_fused, mlps, {}), "fused": partial(set_fused, mlps, recipes)}
-    walls = time_forms(request, forms)
-    steps = profile_forms(request, forms, mlps, folder)
+    forms = forms_of(model)
+    timed = worth_timing(forms)
+    total = (2 + request.rounds) * len(timed) + 1
+    done = count()
+
+    def tell(step: str) -> None:
+        progress(step, next(done) / total)
+
+    walls = time_forms(request, forms, timed, tell)
+    steps = profile_forms(request, forms, timed, folder, tell)
+    tell("limits of the device")
     best = roofline(device, model.dtype)
+    forms.apply("fused")
     phases = []
     for name, tokens in (("prefill", request.ids.numel()), ("decode", request.ids.shape[0])):
-        original, fused = (_form(walls[name][form], steps[name][form], tokens, on_gpu, gpu_price) for form in forms)
-        phases.append(_phase(name, tokens, mlps, best.flops_per_byte, steps[name]["original"], original, fused))
+        original = walls[name]["original"]
+        measured = {
+            form: _form(
+                rounds,
+                None if form == "original" else speedup(original, rounds),
+                steps[name][form],
+                tokens,
+                on_gpu,
+                gpu_price,
+            )
+            for form, rounds in walls[name].items()
+        }
+        phases.append(_phase(name, tokens, forms.mlps, best.flops_per_byte, steps[name]["original"], measured))
     fused_report = fusion_report(model)
     return AuditReport(
         model=type(model).__name__,
         device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}",
         dtype=str(model.dtype).removeprefix("torch."),
         attention=getattr(model.config, "_attn_implementation", None),
-        fusable_norms=sum(norm.state == "fusable" for norm in fused_report.norms),
+        fusable_norms=sum(name in forms.recipes["fused_norms"] for name in forms.norms),
         batch=request.ids.shape[0],
         prompt_tokens=request.ids.shape[1],
         new_tokens=request.new_tokens,
@@ -105,13 +129,15 @@ def _audit(model: PreTrainedModel, request: Request, gpu_price: float | None, fo
             for (class_name, state, reason), count in fused_report.grouped().items()
         ),
         phases=tuple(phases),
+        verdict=judge(phases, request.new_tokens, on_gpu),
     )
 
 
 def _phase(
-    name: str, tokens: int, mlps: dict[str, nn.Module], ridge: float, step: Breakdown, original: Form, fused: Form
+    name: str, tokens: int, mlps: dict[str, nn.Module], ridge: float, step: Breakdown, forms: dict[str, Form]
 ) -> Phase:
     """`step` is the original's; `mlps` are fused."""
+    original, fused = forms["original"], forms.get("fused")
     weights = [weight for module in mlps.values() for weight in module.parameters()]
     weight_bytes = sum(weight.nbytes for weight in weights)
     flops_per_byte = 2 * tokens * sum(weight.numel() for weight in weights) / weight_bytes if weight_bytes else 0.0
@@ -122,14 +148,17 @@ def _phase(
         bound=bound,
         flops_per_byte=flops_per_byte,
         predicted=predict(mlps, tokens, bound, step, original.wall_us),
-        measured_gain=original.wall_us / fused.wall_us,
+        measured_gain=fused.speedup.median if fused and fused.speedup else None,
         gain_limit=amdahl(original.mlp_share(bound), float("inf")),
         original=original,
         fused=fused,
+        fused_norms=forms.get("fused_norms"),
     )
 
 
-def _form(walls: list[float], step: Breakdown, tokens: int, on_gpu: bool, price: float | None) -> Form:
+def _form(
+    walls: list[float], over: Speedup | None, step: Breakdown, tokens: int, on_gpu: bool, price: float | None
+) -> Form:
     wall = statistics.median(walls)
     busy = of_busy = None
     of_wall = of_host = step.mlp_host_us / step.host_us
@@ -141,6 +170,8 @@ def _form(walls: list[float], step: Breakdown, tokens: int, on_gpu: bool, price:
         wall_us=wall,
         wall_min_us=min(walls),
         wall_max_us=max(walls),
+        rounds_us=tuple(walls),
+        speedup=over,
         tokens_per_s=tokens / wall * 1e6,
         dollars_per_1m_tokens=dollars_per_1m_tokens(price, wall, tokens),
         gpu_busy_share=busy,

@@ -3,9 +3,7 @@
 import torch
 from torch.utils.benchmark import Timer
 
-from hf_fused_mlp.profiling.report import Bound, Roofline
-
-HOST_BOUND_BELOW = 0.7
+from hf_fused_mlp.profiling.report import HOST_BOUND_BELOW, Bound, Roofline
 
 
 def bound_of(gpu_busy_share: float | None, flops_per_byte: float, ridge: float) -> Bound:

@@ -1,8 +1,11 @@
 """Which of a report's numbers are shown, in what order and unit; the terminal's tables and the page share this."""
 
 from dataclasses import dataclass
+from math import floor, log10
+from typing import Any
 
-from hf_fused_mlp.profiling.report import AuditReport
+from hf_fused_mlp.profiling.intervals import CONFIDENCE, direction
+from hf_fused_mlp.profiling.report import HOST_BOUND_BELOW, AuditReport, Speedup
 
 # what a value is multiplied by, and how it is written then; many microseconds are written as "ms" or "s"
 UNITS = {
@@ -11,37 +14,51 @@ UNITS = {
     "ms": (1e-3, "{} ms"),
     "s": (1e-6, "{} s"),
     "percent": (100, "{} %"),
-    "gain": (1, "{}x"),
     "dollars": (1, "${}"),
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """`field` is one of a `Form`, or of a `Phase`; `unit` a key of `UNITS`."""
+    """`field` is one of a `Form`, or of a `Phase`; `unit` a key of `UNITS`, `"gain"` or `"speedup"`.
+
+    `digits` are the significant ones; None: as many as the rounds agree on.
+    """
 
     label: str
     field: str
     unit: str = ""
+    meaning: str = ""
+    digits: int | None = 3
 
 
 def form_figures(report: AuditReport) -> list[Figure]:
     """Those that at least one form of the report has."""
-    launches, kernels = ("launches", "kernels") if report.on_gpu else ("operators", "operators")
-    figures = (
-        Figure("time of a step, median", "wall_us", "us"),
-        Figure("shortest", "wall_min_us", "us"),
-        Figure("longest", "wall_max_us", "us"),
-        Figure("tokens per second", "tokens_per_s"),
-        Figure("per 1 M tokens", "dollars_per_1m_tokens", "dollars"),
-        Figure("GPU busy", "gpu_busy_share", "percent"),
-        Figure("MLPs' share of the GPU's time", "mlp_gpu_share", "percent"),
-        Figure("MLPs' share of the wall-clock time", "mlp_wall_share", "percent"),
-        Figure("MLPs' share of the host's time", "mlp_host_share", "percent"),
-        Figure(f"{launches} per call of an MLP", "launches_per_mlp"),
-        Figure(f"different {kernels} in it", "kernels_per_mlp"),
+    launches, kernels = ("kernel launches", "kernels") if report.on_gpu else ("operators", "operators")
+    of_wall = (
+        "the product of the two above" if report.on_gpu else "part of a step that is spent in the forwards of MLPs"
     )
-    forms = [form for phase in report.phases for form in (phase.original, phase.fused)]
+    figures = (
+        Figure("time of a step", "wall_us", "us", "median of the rounds, wall clock, without the profiler", None),
+        Figure("shortest round", "wall_min_us", "us", digits=None),
+        Figure("longest round", "wall_max_us", "us", digits=None),
+        Figure("speedup", "speedup", "speedup", f"over eager in the same round, and its {CONFIDENCE:.0%} interval"),
+        Figure("tokens per second", "tokens_per_s", digits=None),
+        Figure("per 1 M tokens", "dollars_per_1m_tokens", "dollars", "price an hour over tokens an hour", None),
+        Figure("GPU busy", "gpu_busy_share", "percent", "part of the time in which any kernel runs", 2),
+        Figure(
+            "MLPs' share of GPU time",
+            "mlp_gpu_share",
+            "percent",
+            "part of the busy time that the kernels of MLPs take",
+            2,
+        ),
+        Figure("MLPs' share of the step", "mlp_wall_share", "percent", of_wall, 2),
+        Figure("MLPs' share of host time", "mlp_host_share", "percent", "Python and PyTorch, launching kernels", 2),
+        Figure(f"{launches} per MLP", "launches_per_mlp", "", "in one call, averaged over all MLPs"),
+        Figure(f"different {kernels}", "kernels_per_mlp", "", "in one call of an MLP"),
+    )
+    forms = [form for phase in report.phases for form in phase.forms.values()]
     # on a CPU the host's time is the wall-clock time
     same = () if report.on_gpu else ("mlp_host_share",)
     return [
@@ -51,23 +68,76 @@ def form_figures(report: AuditReport) -> list[Figure]:
     ]
 
 
-PHASE_FIGURES = (
-    Figure("tokens in a step", "tokens"),
-    Figure("bound", "bound"),
-    Figure("operations per byte of MLP weights", "flops_per_byte"),
-    Figure("gain, predicted", "predicted.gain", "gain"),
-    Figure("gain, measured", "measured_gain", "gain"),
-    Figure("gain, if MLPs took no time", "gain_limit", "gain"),
-)
+BOUNDS = {
+    "host-bound": f"The GPU waits for the host: it is busy less than {HOST_BOUND_BELOW:.0%} of the time, so kernels "
+    "that finish sooner only wait longer.",
+    "memory-bound": "Reading weights takes longer than computing with them.",
+    "compute-bound": "Computing takes longer than reading the weights.",
+}
 
 
-def shown(value: float | str | None, unit: str = "") -> str:
-    """The value of `to_dict` as people read it, every digit kept; `-` for None."""
+def phase_figures(report: AuditReport) -> list[Figure]:
+    """Speedups are among them only where a fused form was measured."""
+    tokens = Figure("tokens in a step", "tokens")
+    intensity = Figure(
+        "operations per byte", "flops_per_byte", "", "of MLP weights; if they are few, memory is the limit", 4
+    )
+    if not any("fused" in phase.forms for phase in report.phases):
+        return [tokens, intensity]
+    return [
+        tokens,
+        intensity,
+        Figure("speedup, predicted", "predicted.gain", "gain", "the MLPs' share, shortened by what tuning measured"),
+        Figure("speedup, measured", "measured_gain", "gain", "of fused, without norms"),
+        Figure("speedup, if MLPs took no time", "gain_limit", "gain", "no kernel for MLPs can gain more"),
+    ]
+
+
+def shown(value: float | str | None, unit: str = "", digits: int = 3) -> str:
+    """A value of `to_dict` as people read it, to so many significant digits; `-` for None."""
     if value is None:
         return "-"
     if isinstance(value, str):
         return value
+    if unit == "gain":
+        return f"{value:.2f}x"
     if unit == "us" and value >= 1e3:
         unit = "ms" if value < 1e6 else "s"
     scale, form = UNITS[unit]
-    return form.format(f"{value * scale:,.10g}")
+    value *= scale
+    if not unit and isinstance(value, int):
+        return f"{value:,}"
+    decimals = digits - 1 - floor(log10(abs(value))) if value else 0
+    text = f"{round(value, decimals):,.{max(0, decimals)}f}"
+    return form.format(text.rstrip("0").rstrip(".") if not unit and "." in text else text)
+
+
+def agreed_digits(form: dict[str, Any]) -> int:
+    """Significant digits of a form's time that its rounds agree on: at least two, at most four."""
+    spread = form["wall_max_us"] - form["wall_min_us"]
+    if not spread:
+        return 2
+    return max(2, min(4, 1 + floor(log10(form["wall_us"])) - floor(log10(spread))))
+
+
+def shown_ratio(value: float, speedup: Speedup) -> str:
+    """One of the numbers of `speedup`, with a decimal more where its interval is narrow."""
+    return f"{value:.{3 if speedup.high - speedup.low < 0.01 else 2}f}x"
+
+
+def speedup_template(speedup: Speedup) -> str:
+    """What is said of a speedup, with its `{median}`, `{low}` and `{high}` to fill in."""
+    match direction(speedup):
+        case "unknown":
+            return "{median} (too few rounds)"
+        case "the same":
+            return "no measurable difference ({low} to {high})"
+    return "{median} ({low} to {high})"
+
+
+def shown_speedup(speedup: Speedup | None) -> str:
+    """As `1.12x (1.10x to 1.14x)`, or that there is no difference to see; `-` for None."""
+    if speedup is None:
+        return "-"
+    ratios = {name: shown_ratio(getattr(speedup, name), speedup) for name in ("median", "low", "high")}
+    return speedup_template(speedup).format(**ratios)

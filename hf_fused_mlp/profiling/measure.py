@@ -1,22 +1,65 @@
-"""Both forms of a model at work: timed in turn by the wall clock, then each once under the profiler."""
+"""The forms of a model at work: timed in turn by the wall clock, then each once under the profiler."""
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from hf_fused_mlp.fuse import examine
 from hf_fused_mlp.modes import evaluating
+from hf_fused_mlp.profiling.report import LABELS
 from hf_fused_mlp.profiling.request import Request
 from hf_fused_mlp.profiling.trace import Breakdown, record
 from hf_fused_mlp.swap import Fused, fuse, unfuse_module
 
 PROFILED_STEPS = {"prefill": 1, "decode": 8}  # at most
-Forms = dict[str, Callable[[], None]]
 # what fuses a module: the class to mix in, and the spec
 Recipe = tuple[type[Fused], Hashable]
+Tell = Callable[[str], None]  # is told what is measured next
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What a model's forms are made of: its MLPs and norms by name, and `recipes`, by form what is fused in it."""
+
+    mlps: dict[str, nn.Module]
+    norms: dict[str, nn.Module]
+    recipes: dict[str, dict[str, Recipe]]
+
+    def apply(self, form: str) -> None:
+        """Makes the model that form."""
+        set_fused(self.mlps | self.norms, self.recipes[form])
+
+
+def forms_of(model: nn.Module) -> Forms:
+    """Leaves the model unfused."""
+    set_fused({entry.name: entry.module for entry in examine(model) if entry.family.option in (None, "norms")}, {})
+    of_option: dict[str | None, dict[str, nn.Module]] = {None: {}, "norms": {}}
+    fusable: dict[str | None, dict[str, Recipe]] = {None: {}, "norms": {}}
+    for entry in examine(model):
+        option, finding = entry.family.option, entry.finding
+        if option in of_option:
+            of_option[option][entry.name] = entry.module
+            if finding.state == "fusable":
+                fusable[option][entry.name] = entry.family.mixin_for(finding.spec), finding.spec
+    recipes = {"original": {}, "fused": fusable[None], "fused_norms": fusable[None] | fusable["norms"]}
+    return Forms(of_option[None], of_option["norms"], recipes)
+
+
+def worth_timing(forms: Forms) -> list[str]:
+    """The original, and the forms that run more kernels of ours than the one before: on a CPU none. Leaves the model
+    fused."""
+    forms.apply("fused_norms")
+    added = {"fused": forms.mlps, "fused_norms": forms.norms}
+    run_kernels = {
+        form: any(isinstance(module, Fused) and module.runs()[0] is None for module in modules.values())
+        for form, modules in added.items()
+    }
+    return ["original", *(form for form, kernels in run_kernels.items() if kernels)]
 
 
 @contextmanager
@@ -40,13 +83,20 @@ def set_fused(modules: dict[str, nn.Module], recipes: Mapping[str, Recipe]) -> N
             unfuse_module(module)
 
 
-def time_forms(request: Request, forms: Forms) -> dict[str, dict[str, list[float]]]:
-    """By phase and form, the microseconds of one step in each round."""
-    walls: dict[str, dict[str, list[float]]] = {phase: {form: [] for form in forms} for phase in PROFILED_STEPS}
-    # the first round compiles kernels, so its times do not count; forms take turns at being first
+def time_forms(request: Request, forms: Forms, timed: Sequence[str], tell: Tell) -> dict[str, dict[str, list[float]]]:
+    """By phase and form, the microseconds of one step in each round.
+
+    Every round times every form, so that ratios within a round leave out what drifts, such as the clock of a GPU that
+    gets warm; the form that comes first changes.
+    """
+    walls: dict[str, dict[str, list[float]]] = {phase: {form: [] for form in timed} for phase in PROFILED_STEPS}
+    # the first round compiles kernels, so its times do not count
     for round_ in range(1 + request.rounds):
-        for form in sorted(forms, reverse=round_ % 2 == 0):
-            forms[form]()
+        first = round_ % len(timed)
+        for form in (*timed[first:], *timed[:first]):
+            tell(f"{LABELS[form]}, round {round_} of {request.rounds}" if round_ else f"{LABELS[form]}, warm-up")
+            forms.apply(form)
+            request.step(*request.prefill())  # the first calls after a change look up plans
             start = _now(request)
             state = request.prefill()
             middle = _now(request)
@@ -67,14 +117,15 @@ def _now(request: Request) -> float:
 
 
 def profile_forms(
-    request: Request, forms: Forms, mlps: dict[str, nn.Module], folder: Path | None
+    request: Request, forms: Forms, timed: Sequence[str], folder: Path | None, tell: Tell
 ) -> dict[str, dict[str, Breakdown]]:
     """By phase and form, what a step consists of."""
     steps: dict[str, dict[str, Breakdown]] = {phase: {} for phase in PROFILED_STEPS}
-    for form, change in forms.items():
-        change()
+    for form in timed:
+        tell(f"{LABELS[form]}, profiler")
+        forms.apply(form)
         for phase, step in (("prefill", request.prefill), ("decode", request.decoding())):
             file = folder and folder / f"{phase}-{form}.json"
             count = min(PROFILED_STEPS[phase], request.new_tokens)
-            steps[phase][form] = record(step, count, mlps, request.ids.is_cuda, file)
+            steps[phase][form] = record(step, count, forms.mlps, request.ids.is_cuda, file)
     return steps

@@ -5,23 +5,40 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_fused_mlp.profiling.figures import PHASE_FIGURES, form_figures, shown
-from hf_fused_mlp.profiling.report import AuditReport
+from hf_fused_mlp.profiling.figures import (
+    BOUNDS,
+    agreed_digits,
+    form_figures,
+    phase_figures,
+    shown,
+    shown_ratio,
+    speedup_template,
+)
+from hf_fused_mlp.profiling.report import LABELS, AuditReport, Speedup
 
-BAR_WIDTH = 640
-# Okabe and Ito's colours, which the colour-blind tell apart
-PARTS = {"MLPs": "#0072B2", "everything else": "#E69F00", "the GPU waits": "#DDDDDD"}
+# by the part of a step its class in the style sheet
+PARTS = {"MLPs": "mlps", "everything else": "rest", "the GPU waits": "waits"}
+RATIOS = ("median", "low", "high")  # of a speedup
 
 
 def page(report: AuditReport) -> str:
     """The page. Its numbers are those of `to_dict`, which it holds too, and each says where it is found there."""
     document = report.to_dict()
 
-    def number(path: str, unit: str = "") -> Markup:
+    def data(path: str, text: str) -> Markup:
+        return Markup('<data value="{}" data-path="{}">{}</data>').format(_at(document, path), path, text)
+
+    def number(path: str, unit: str = "", digits: int | None = 3) -> Markup:
         value = _at(document, path)
         if value is None:
             return Markup("-")
-        return Markup('<data value="{}" data-path="{}">{}</data>').format(value, path, shown(value, unit))
+        if unit == "speedup":
+            speedup = Speedup(**value)
+            ratios = {name: data(f"{path}.{name}", shown_ratio(value[name], speedup)) for name in RATIOS}
+            return Markup(speedup_template(speedup)).format(**ratios)
+        # in a form its own rounds say how many digits mean something
+        digits = agreed_digits(_at(document, path.rpartition(".")[0])) if digits is None else digits
+        return data(path, shown(value, unit, digits))
 
     environment = Environment(
         loader=PackageLoader("hf_fused_mlp.profiling", "."),
@@ -33,24 +50,26 @@ def page(report: AuditReport) -> str:
     return environment.get_template("page.html.jinja").render(
         report=document,
         number=number,
+        shown=shown,
         bars=bars,
-        colors=PARTS,
-        width=BAR_WIDTH,
+        labels=LABELS,
+        classes=PARTS,
+        bounds=BOUNDS,
         form_figures=form_figures(report),
-        phase_figures=PHASE_FIGURES,
+        phase_figures=phase_figures(report),
     )
 
 
 def bars(phase: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
-    """For each form the parts of its step: name, left edge and width, the longer step as wide as the plot."""
-    forms = {name: phase[name] for name in ("original", "fused")}
-    scale = BAR_WIDTH / max(form["wall_us"] for form in forms.values())
+    """For each form the parts of its step: name, microseconds, and percent of the longest step."""
+    forms = {name: phase[name] for name in LABELS if phase[name] is not None}
+    longest = max(form["wall_us"] for form in forms.values())
     drawn = {}
     for name, form in forms.items():
         busy = 1.0 if form["gpu_busy_share"] is None else form["gpu_busy_share"]
         shares = form["mlp_wall_share"], busy - form["mlp_wall_share"], 1 - busy
-        widths = [max(0.0, share) * form["wall_us"] * scale for share in shares]
-        drawn[name] = [(part, sum(widths[:i]), widths[i]) for i, part in enumerate(PARTS) if widths[i]]
+        times = [max(0.0, share) * form["wall_us"] for share in shares]
+        drawn[name] = [(part, us, 100 * us / longest) for part, us in zip(PARTS, times, strict=True) if us]
     return drawn
 
 

@@ -5,7 +5,10 @@ from typing import Any, Literal
 
 from hf_fused_mlp.report import State
 
-DIGITS = 4  # significant ones in `to_dict`, and so in every output
+DIGITS = 4  # significant ones in `to_dict`; tables and the page show fewer
+HOST_BOUND_BELOW = 0.7  # the share of the time that the GPU is busy
+# what people read for the names of forms
+LABELS = {"original": "eager", "fused": "fused", "fused_norms": "fused + norms"}
 
 Bound = Literal["host-bound", "memory-bound", "compute-bound"]
 
@@ -20,14 +23,33 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """How many times faster one form is than another, over paired rounds.
+
+    Args:
+        median: of the rounds' ratios.
+        low, high: an interval around it.
+        confidence: how likely the interval contains the true median; `intervals.CONFIDENCE` or more, or less where
+            there are too few rounds for that.
+    """
+
+    median: float
+    low: float
+    high: float
+    confidence: float
+
+
+@dataclass(frozen=True)
 class Form:
-    """One phase of the original or of the fused model. A step is one forward: of the prompts, or of a token each.
+    """One phase of one form of the model. A step is one forward: of the prompts, or of a token each.
 
     Wall-clock times are over rounds without the profiler, shares and kernels are what it saw. The first two shares are
     None on a CPU; so are the counts of an MLP's call where no MLP was called.
 
     Args:
         wall_us, wall_min_us, wall_max_us: time of a step; the first is the median.
+        rounds_us: the same in each round. The same round of another form was measured right before or after.
+        speedup: over the original; None for the original itself.
         gpu_busy_share: part of the wall-clock time in which any kernel runs.
         mlp_gpu_share: of that part, what kernels launched by MLPs take.
         mlp_wall_share: the MLPs' kernels as a part of the wall-clock time; on a CPU the MLPs' time.
@@ -41,6 +63,8 @@ class Form:
     wall_us: float
     wall_min_us: float
     wall_max_us: float
+    rounds_us: tuple[float, ...]
+    speedup: Speedup | None
     tokens_per_s: float
     dollars_per_1m_tokens: float | None
     gpu_busy_share: float | None
@@ -69,11 +93,15 @@ class Prediction:
 class Phase:
     """Prefill or decode.
 
+    `original` is eager Transformers, `fused` what `fuse_model(model)` makes of it, and `fused_norms` what
+    `fuse_model(model, norms=True)` does. A fused form is None where it would run the original forwards, as on a CPU.
+
     Args:
         tokens: in a step, the batch's together.
         bound: what the phase waits for; see `estimates.bound_of`.
         flops_per_byte: of the MLPs, weights counted as the bytes.
-        measured_gain: how many times shorter fusing made a step, wall clock.
+        predicted: of `fused`.
+        measured_gain: how many times shorter fusing made a step, wall clock: the median of `fused.speedup`.
         gain_limit: what it would be if MLPs cost nothing.
     """
 
@@ -82,10 +110,16 @@ class Phase:
     bound: Bound
     flops_per_byte: float
     predicted: Prediction
-    measured_gain: float
+    measured_gain: float | None
     gain_limit: float
     original: Form
-    fused: Form
+    fused: Form | None
+    fused_norms: Form | None
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """Those that were measured, the original first."""
+        return {name: form for name in LABELS if (form := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -112,15 +146,35 @@ class MLPGroup:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether to fuse, for a whole request: prefill, then decode.
+
+    Args:
+        fuse: None where the measurements cannot tell.
+        headline: the verdict in a few words.
+        reason: what it rests on, in a sentence.
+        form: the form that it is about, `"fused"` or `"fused_norms"`; None if neither was measured.
+        speedup: of that form over the original.
+    """
+
+    fuse: bool | None
+    headline: str
+    reason: str
+    form: str | None
+    speedup: Speedup | None
+
+
+@dataclass(frozen=True)
 class AuditReport:
     """Where the time of prefill and decode goes, original and fused.
 
     Args:
         on_gpu: kernels are those of a GPU, not operators on a CPU.
         attention: the implementation that the model's config names.
-        fusable_norms: RMSNorms that `fuse_model(model, norms=True)` would fuse, and that are not fused.
+        fusable_norms: RMSNorms that `fuse_model(model, norms=True)` fuses.
         price_per_hour: dollars, or None.
-        advice: what the figures say should be done, most important first.
+        verdict: whether to fuse.
+        advice: what else the figures say should be done, most important first.
     """
 
     model: str
@@ -138,6 +192,7 @@ class AuditReport:
     roofline: Roofline
     mlps: tuple[MLPGroup, ...]
     phases: tuple[Phase, ...]
+    verdict: Verdict
     advice: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 # by the kind of device
 PROMPT_TOKENS = {"cuda": 512, "cpu": 128}
 NEW_TOKENS = {"cuda": 32, "cpu": 16}
-ROUNDS = {"cuda": 5, "cpu": 3}
+ROUNDS = {"cuda": 9, "cpu": 3}
 # what a forward and its output call the key-value cache: from Transformers 5.24 on, and before
 CACHE_NAMES = ("cache", "past_key_values")
 State = tuple[Tensor, Any]
