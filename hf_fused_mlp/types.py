@@ -45,6 +45,7 @@ class GPU:
         return self.capability >= (9, 0)
 
 
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 FP8 = torch.float8_e4m3fn
 SCALE_BLOCK = 128  # rows and columns of an FP8 matrix that share a scale
 SCALES = frozenset((torch.float32, torch.float8_e8m0fnu))

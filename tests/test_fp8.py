@@ -1,12 +1,15 @@
 """FP8 weights with a scale for each block: kernels against float64, and modules from checkpoint to launch."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from numerics import assert_accurate, quantized_mlp, run_plan
 
-from hf_fused_mlp.kernels import KERNELS, describe_launch, fp8_dequantized, fp8_gemm
+from hf_fused_mlp import ops
+from hf_fused_mlp.kernels import KERNELS, describe_launch, fp8_dequantized, fp8_gemm, prepare
+from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import dequantize, fp8_linear_ref, mlp_ref, quantize_ref
 from hf_fused_mlp.tuning import tuner
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
@@ -61,6 +64,7 @@ def reference_mm(data, scale, weight, weight_scale):
 def gemm_of(device, monkeypatch):
     if device.type == "cpu":
         monkeypatch.setattr(fp8_gemm, "scaled_mm", reference_mm)
+        monkeypatch.setattr(fp8_gemm, "library_has_it", lambda: True)
     elif torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the block-scaled GEMM is there on Hopper only")
 
@@ -164,3 +168,61 @@ def test_the_rule_elsewhere(capability):
         kernels.append(plan.up.kernel)
         assert unsupported(key, plan) is None
     assert kernels == (["torch"] * 3 if capability == (0, 0) else ["fp8_gemv", "fp8_skinny", "fp8_dequantized"])
+
+
+def test_other_scales_of_the_same_weights(device, gemm_of):
+    """What is kept of gate and up by address rests on the addresses of the scales too."""
+    config, x = TileConfig("fp8_gemm"), torch.randn(16, 512).to(device, torch.bfloat16)
+    gate, up, down, *_, gate_scale, up_scale, down_scale = quantized_mlp(512, 512, True, False, torch.bfloat16, device)
+    gate, up = torch.cat((gate, up)).chunk(2)
+    runs = []
+    for factor in (1.0, 3.0):
+        scales = torch.cat((gate_scale, up_scale)).mul_(factor).chunk(2)
+        runs.append((gate, up, down, None, None, None, "silu", *scales, down_scale))
+    matrices = [MLPOperands.of(*operands) for operands in runs]
+    run = prepare(Plan(config, config), x, matrices[0])
+    for operands, found in zip(runs, matrices, strict=True):
+        assert inaccuracy(run(x, *found[:3]), baseline(x, *operands), oracle(x, *operands), quantized=True) is None
+
+
+CROSSING = [
+    TileConfig("fp8_skinny", block_m=16, block_n=256, block_k=128),
+    TileConfig("fp8_gemv", block_n=256, block_k=256),
+    TileConfig("fp8_gemv", block_n=1, block_k=64),
+]
+
+
+@pytest.mark.parametrize("config", CROSSING, ids=str)
+def test_tiles_that_cross_blocks_of_scales(config):
+    """A file of plans may have been written by anyone."""
+    operands = quantized_mlp(256, 256, False, False, torch.bfloat16)
+    with pytest.raises(ValueError, match="scales"):
+        run_plan(Plan(config, config), torch.randn(1, 256, dtype=torch.bfloat16), *operands)
+
+
+def test_a_library_without_the_gemm(monkeypatch, plan_cache, caplog):
+    """Its failure is said once, and the next best plan runs."""
+    tried = []
+
+    def prepared(plan, x, operands):
+        tried.append(plan.up.kernel)
+        if plan.up.kernel == "fp8_gemm":
+            raise RuntimeError("only supported for CUDA 12.9 and above")
+        return lambda x, *matrices: x
+
+    monkeypatch.setattr(dispatch, "prepare", prepared)
+    monkeypatch.setattr(dispatch, "SOURCES", [lambda key: Plan(TileConfig("fp8_gemm"), TileConfig("fp8_gemm"))])
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    x = torch.randn(100, 512, dtype=torch.bfloat16)
+    for intermediate in (512, 1024):
+        operands = MLPOperands.of(*quantized_mlp(512, intermediate, True, False, torch.bfloat16))
+        assert dispatch.mlp_cuda(x, operands) is x
+    assert tried == ["fp8_gemm", "fp8_dequantized", "fp8_dequantized"]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_x_is_a_float(dtype):
+    operands = quantized_mlp(128, 128, True, False, torch.float32)
+    with pytest.raises(ValueError, match="expected x"):
+        ops.mlp(torch.ones(2, 128).to(dtype), *operands)

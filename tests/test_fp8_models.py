@@ -11,7 +11,7 @@ from torch import nn
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from hf_fused_mlp import fuse_model, fusion_report, unfuse_model
+from hf_fused_mlp import fuse_model, fusion_report, unfuse_model, validate
 from hf_fused_mlp.reference import dequantize, fp8_linear_ref, quantize_ref
 from hf_fused_mlp.types import Matrix
 from hf_fused_mlp.validation import Errors
@@ -295,3 +295,86 @@ def test_quantizing_is_transformers(by_transformers):
     assert scale.tolist() == [[torch.tensor(3.0).div(448).item(), 1.0]]
     assert data[0, 127].float() == -448
     assert data.shape == (1, 200)
+
+
+@pytest.mark.parametrize("fp8_linears", [False, True])
+def test_validate(fp8_linears, by_transformers, on_gpu):
+    """The baseline quantizes activations, the oracle nothing; a damaged scale shows against the reference model."""
+    model = to_fp8(tiny_model(**SIZES), names=("proj",) if fp8_linears else ("mlp",))
+    reference = copy.deepcopy(model)
+    fuse_model(model, strict=True, fp8_linears=fp8_linears)
+    by_transformers.clear()
+    report = validate(model, token_ids(2, 17), new_tokens=2)
+    assert by_transformers == []
+    assert report.passed
+    assert {layer.oracle for layer in report.layers} == {"float64"}
+    assert all(layer.path == "fused" for layer in report.layers)
+    assert all(layer.fused.relative_rms < 1e-5 < 1e-2 < layer.original.relative_rms < 0.1 for layer in report.layers)
+    assert "forward" not in vars(model.model.layers[0].mlp.up_proj)
+    model.model.layers[1].mlp.up_proj.weight_scale_inv.data *= 1.5
+    assert not validate(model, token_ids(2, 17), reference=reference, new_tokens=0).passed
+
+
+@torch.no_grad()
+def test_linears_compile_without_gradients(by_transformers, on_gpu):
+    """As `generate` compiles: one graph."""
+    layer = nn.Sequential(to_fp8(nn.ModuleDict({"proj": nn.Linear(256, 128)}))["proj"])
+    fuse_model(layer, fp8_linears=True)
+    x = torch.randn(3, 256)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert by_transformers == []
+
+
+def test_weights_that_require_gradients(on_gpu):
+    """As Transformers loads them. They get none, and a backward that reaches nothing else is no error."""
+    linears = to_fp8(nn.ModuleDict({"proj": nn.Linear(256, 128)}))
+    model = nn.ModuleDict({"mlp": to_fp8(real_mlp(LLAMA, **SIZES)), "proj": linears["proj"]})
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    fuse_model(model, fp8_linears=True)
+    bias = nn.Parameter(torch.zeros(128))
+    (model["proj"](model["mlp"](torch.randn(3, 256))) + bias).sum().backward()
+    assert bias.grad is not None
+    assert all(p.grad is None for name, p in model.named_parameters() if "weight" in name)
+    assert model["proj"].bias.grad is not None
+
+
+def test_linears_under_autocast(by_transformers, on_gpu):
+    layer = nn.Sequential(to_fp8(nn.ModuleDict({"proj": nn.Linear(256, 128)}))["proj"])
+    fuse_model(layer, fp8_linears=True)
+    x = torch.randn(3, 256)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        out = layer(x)
+        assert torch.equal(layer[0](input=x), out)
+    assert out.dtype == torch.float32
+    assert by_transformers == []
+
+
+@torch.no_grad()
+def test_weights_that_were_left_in_floats(by_transformers, on_gpu):
+    """Sizes that are no whole blocks: Transformers' `FP8Linear` then holds a float weight, and is a plain layer."""
+    mlp = to_fp8(real_mlp(LLAMA, **SIZES))
+    x = torch.randn(3, SIZES["hidden_size"])
+    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        linear.weight = nn.Parameter(linear.weight.float() * 0.01)
+    expected = mlp(x)
+    model = fuse_model(nn.ModuleList([mlp]), strict=True)
+    assert [(m.state, m.reason) for m in fusion_report(model).mlps] == [("fused", None)]
+    assert fusion_report(model).fp8_linears == ()
+    torch.testing.assert_close(mlp(x), expected)
+    assert by_transformers == []
+
+
+def test_weights_on_meta(on_gpu):
+    """Nothing can be called, and the reason says so; where accelerate fetches them, linears are fused all the same."""
+    accelerate = pytest.importorskip("accelerate")
+    mlp = to_fp8(real_mlp(LLAMA, **SIZES)).to("meta")
+    (report,) = fusion_report(nn.ModuleList([mlp])).mlps
+    assert "gate_proj has its weight on meta" in report.reason
+    model = nn.Sequential(to_fp8(nn.ModuleDict({"proj": nn.Linear(256, 128)}))["proj"])
+    expected = dequantized(model)(torch.ones(2, 256))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    fuse_model(model, fp8_linears=True)
+    assert [linear.state for linear in fusion_report(model).fp8_linears] == ["fused"]
+    torch.testing.assert_close(model(torch.ones(2, 256)), expected, atol=1e-4, rtol=1e-4)

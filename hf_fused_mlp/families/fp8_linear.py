@@ -18,7 +18,7 @@ from hf_fused_mlp.originals import runs_own_forward
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
 from hf_fused_mlp.types import ABSENT, GPU, MLPOperands
-from hf_fused_mlp.weights.formats import fp8_matrix, is_fp8_linear, unusable_scales, why_not_fp8
+from hf_fused_mlp.weights.formats import fp8_matrix, is_fp8_linear, is_loaded, unusable_scales, why_not_fp8
 
 
 class FusedFP8Linear(Fused):
@@ -31,8 +31,9 @@ class FusedFP8Linear(Fused):
         # a wrapper of this forward may call it after the module was unfused
         if not (isinstance(self, FusedFP8Linear) if traced else issubclass(cls, FusedFP8Linear)):
             return type(self).forward(self, *args, **kwargs)
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            out = _product(self, cls, args[0])
+        x = args[0] if args else kwargs.get(cls.input_name)
+        if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
+            out = _product(self, cls, x)
             if out is not None:
                 return out
         return cls.original_class.forward(self, *args, **kwargs)  # not `super()`, which adds guards
@@ -40,22 +41,28 @@ class FusedFP8Linear(Fused):
     def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
         if has_own_forward(self):
             return Runs(OWN_FORWARD)
-        reason = why_not_fp8(self) or _why_not_own(type(self).original_class)
+        reason = _why_not_read(self) or _why_not_own(type(self).original_class)
         return Runs(reason or modes.no_kernels(device or device_of(self)))
+
+    @staticmethod
+    def read_again(module: nn.Module) -> str | None:
+        return "linear" if fp8_matrix(module) is not None else None
 
 
 def _product(linear: FusedFP8Linear, cls: type[FusedFP8Linear], x: Tensor) -> Tensor | None:
     """The kernels' output, or None if the original forward must run."""
     if (matrix := fp8_matrix(linear)) is None or not runs_own_forward(cls.original_class):
         return None
-    if modes.needs_only_output(x):
+    if not torch.compiler.is_compiling() and modes.needs_only_output(x):
         kind = mlp_kind(ABSENT, matrix, ABSENT, "identity")
         out = answer(kind, (x, *ABSENT, *matrix, *ABSENT), (x, ABSENT, matrix, ABSENT))
         if out is not None:
             return out
     if not modes.is_ordinary(x) or modes.no_kernels(x.device) is not None or matrix.data.is_meta:
         return None
-    return ops.mlp_if_fits(x, MLPOperands(ABSENT, matrix, ABSENT, "identity"))
+    # the original multiplies as it comes, whatever autocast says
+    with torch.autocast(x.device.type, enabled=False):
+        return ops.mlp_if_fits(x, MLPOperands(ABSENT, matrix, ABSENT, "identity"))
 
 
 class FP8LinearFamily(Family):
@@ -66,8 +73,8 @@ class FP8LinearFamily(Family):
     mixin = FusedFP8Linear
 
     def examine(self, module: nn.Module) -> Finding | None:
-        if not is_fp8_linear(module):
-            return None
+        if not is_fp8_linear(module) or ((matrix := fp8_matrix(module)) is not None and matrix.scale is None):
+            return None  # or its weight was left in floats
         return Finding.of(why_not_swappable(module, FusedFP8Linear, "linear") or _reject_reason(module), "linear")
 
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
@@ -85,9 +92,14 @@ def _reject_reason(module: nn.Module) -> str | None:
     if has_own_forward(module):
         return OWN_FORWARD
     matrix = fp8_matrix(module)
-    if matrix is None or matrix.data.is_meta:
-        return why_not_fp8(module)
-    return _why_not_own(type(module)) or unusable_scales(matrix)
+    reason = _why_not_read(module) or _why_not_own(type(module))
+    return reason if reason or matrix is None else unusable_scales(matrix)
+
+
+def _why_not_read(module: nn.Module) -> str | None:
+    """Why no call will find what kernels read; weights that a hook fetches for each call are found."""
+    matrix = fp8_matrix(module)
+    return None if matrix is not None and is_loaded(module) else why_not_fp8(module)
 
 
 def _why_not_own(cls: type[nn.Module]) -> str | None:

@@ -49,17 +49,17 @@ def fp8_dequantized(call: LinearCall, config: TileConfig) -> Linear:
     N, K = call.n, call.k
     empty = allocator((N, K), call.dtype, call.device)
     readable = weight_reader(call.device)
-    launch = launcher(
-        _dequantize_kernel,
-        call.device,
-        (-(-K // SCALE_BLOCK), -(-N // BLOCK_N), 1),
-        (N, K, SCALE_BLOCK, BLOCK_N),
-        num_warps=4,
-    )
+
+    def dequantizer():
+        grid = -(-K // SCALE_BLOCK), -(-N // BLOCK_N), 1
+        return launcher(_dequantize_kernel, call.device, grid, (N, K, SCALE_BLOCK, BLOCK_N), num_warps=4)
+
+    # one for each weight: a launcher takes all addresses to be aligned as the first
+    dequantize, dequantize_gate = dequantizer(), dequantizer()
     multiply = act_mul(Rows(call.m, N, (N, N), call.dtype, call.device), call.activation)
     activate = ACTIVATIONS[call.activation].function
 
-    def product(x, matrix) -> Tensor:
+    def product(x, matrix, launch) -> Tensor:
         weight, scale, bias = matrix
         floats = empty()
         launch((readable(weight), scale_for_kernels(scale), floats))
@@ -67,8 +67,8 @@ def fp8_dequantized(call: LinearCall, config: TileConfig) -> Linear:
 
     def run(x, weight, gate):
         if gate[0] is None:
-            return activate(product(x, weight))
-        gate = product(x, gate)
-        return multiply(gate, product(x, weight), gate)
+            return activate(product(x, weight, dequantize))
+        gate = product(x, gate, dequantize_gate)
+        return multiply(gate, product(x, weight, dequantize), gate)
 
     return run

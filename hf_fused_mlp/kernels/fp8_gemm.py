@@ -30,11 +30,16 @@ def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
     if key.dtype != torch.bfloat16:
         return f"made for bf16, not {key.dtype}"
-    if key.gpu.capability != (9, 0):
-        return "the block-scaled GEMM is there on Hopper only"
+    if key.gpu.capability != (9, 0) or not library_has_it():
+        return "the library's block-scaled GEMM needs Hopper, and a PyTorch of CUDA 12.9 or later"
     if key.k % (SCALES_MULTIPLE * SCALE_BLOCK) or key.n % SCALE_BLOCK:
         return f"the block-scaled GEMM needs whole blocks of scales, four at a time, not {key.n} x {key.k}"
     return why_not_fp8(key.storage)
+
+
+def library_has_it() -> bool:
+    """Whether PyTorch's cuBLAS multiplies by scales of blocks."""
+    return tuple(map(int, (torch.version.cuda or "0").split(".")))[:2] >= (12, 9)
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
@@ -101,17 +106,17 @@ def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
     # of gate and up in one product `[rows, 2N]`, or in one each
     finish_wide, finish = (_activation(call, N, width, call.activation, call.gives_fp8) for width in (2 * N, N))
     is_bare = not call.gated and call.activation == "identity" and not call.gives_fp8
-    blocks: dict[int, tuple[Tensor, Tensor] | None] = {}
+    blocks: dict[tuple[int, ...], tuple[Tensor, Tensor] | None] = {}
 
     def block_of(weight, scale, gate, gate_scale):
-        """Gate and up as one matrix, or None if they are not; the same for all calls with this gate."""
-        address = gate.data_ptr()
-        if address not in blocks:
+        """Gate and up as one matrix, or None if they are not; a view, kept by all addresses that it rests on."""
+        addresses = gate.data_ptr(), weight.data_ptr(), gate_scale.data_ptr(), scale.data_ptr()
+        if addresses not in blocks:
             if len(blocks) >= 4096:
                 blocks.clear()
             one = is_packed(gate, weight) and is_packed(gate_scale, scale)
-            blocks[address] = (as_one(gate, weight), as_one(gate_scale, scale)) if one else None
-        return blocks[address]
+            blocks[addresses] = (as_one(gate, weight), as_one(gate_scale, scale)) if one else None
+        return blocks[addresses]
 
     def run(x: Any, weight, gate):
         (weight, scale, bias), (gate, gate_scale, gate_bias) = weight, gate

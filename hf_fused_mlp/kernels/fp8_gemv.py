@@ -104,9 +104,11 @@ def _fp8_gemv_kernel(
 
 def fp8_gemv(call: LinearCall, config: TileConfig) -> Linear:
     """The launch of the equation above."""
+    if SCALE_BLOCK % config.block_n or config.block_k % SCALE_BLOCK:
+        raise ValueError(f"{config}: rows of one block of scales and whole blocks along K are read at once")
     empty = allocator((*call.lead, call.n), call.dtype, call.device)
     readable = weight_reader(call.device)
-    tile = config.block_n, max(SCALE_BLOCK, config.block_k)
+    tile = config.block_n, config.block_k
     launch = launcher(
         _fp8_gemv_kernel,
         call.device,

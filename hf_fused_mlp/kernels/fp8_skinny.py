@@ -108,6 +108,8 @@ def _fp8_skinny_kernel(
 def fp8_skinny(call: LinearCall, config: TileConfig) -> Linear:
     """The launch of the equation above, and where K is split that of the sum; with a gate, `split_k` is not read."""
     M, N = call.m, call.n
+    if SCALE_BLOCK % config.block_n:
+        raise ValueError(f"{config}: the rows of a tile must share their scales")
     split_k = 1 if call.gated else config.split_k
     activation = call.activation if split_k == 1 else "identity"
     readable = weight_reader(call.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fused_mlp import modes
+from hf_fused_mlp.numerics.fp8 import dequantized, fp8_by_reference, fp8_layers
 from hf_fused_mlp.numerics.report import LayerNumerics, severity
 from hf_fused_mlp.swap import Fused, original_form
 from hf_fused_mlp.validation import Errors, excess, mismatch, rms
@@ -61,7 +62,7 @@ def _judge(name: str, module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]
     judged = []
     for m, given, got in calls:
         eager = _in_parts(partial(_original, twin), m, given)
-        judged.append(replace(layer, tokens=m, **_verdict(got, eager, oracle)))
+        judged.append(replace(layer, tokens=m, **_verdict(got, eager, oracle, bool(fp8_layers(twin)))))
     return max(judged, key=severity)
 
 
@@ -101,11 +102,15 @@ def _original(twin: nn.Module, *inputs: Tensor) -> Tensor:
     """What the original forward of `twin`, fused or not, makes of `inputs`."""
     place = next((p.device for p in twin.parameters() if not p.is_meta), inputs[0].device)
     moved = (tensor.to(place) for tensor in inputs)
-    return twin.original_output(*moved) if isinstance(twin, Fused) else twin.forward(*moved)
+    with fp8_by_reference(twin):
+        return twin.original_output(*moved) if isinstance(twin, Fused) else twin.forward(*moved)
 
 
 def _oracle(module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, str]:
     """The original forward in float64, `[M, O]`; in fp32, projections as they are, where weights cannot be cast."""
+    if fp8_layers(twin):
+        with original_form([twin] if isinstance(twin, Fused) else []):
+            twin = dequantized(twin)
     if reason := _why_not_cast(twin):
         return _original(twin, *_cast(inputs, torch.float32)).flatten(0, -2), f"float32 ({reason})"
     # MPS has no float64
@@ -131,7 +136,7 @@ def _why_not_cast(twin: nn.Module) -> str | None:
     return None
 
 
-def _verdict(got: Tensor, eager: Tensor, oracle: Tensor) -> dict[str, Any]:
+def _verdict(got: Tensor, eager: Tensor, oracle: Tensor, quantized: bool) -> dict[str, Any]:
     """The `original`, `fused` and `failure` of one call, each `[..., O]`; the oracle `[M, O]` may have more tokens."""
     got, eager = (answer.flatten(0, -2).to(oracle.device) for answer in (got, eager))
     oracle = oracle[: len(got)]
@@ -147,4 +152,4 @@ def _verdict(got: Tensor, eager: Tensor, oracle: Tensor) -> dict[str, Any]:
         return {"failure": f"the original's own outputs are not finite in {eager.dtype}; load in another dtype"}
     half_a_place = torch.finfo(eager.dtype).eps / 2 * scaled.abs().max().item()
     allowed = replace(original, largest=max(original.largest, half_a_place))
-    return {"original": original, "fused": fused, "failure": excess(fused, allowed, eager.dtype)}
+    return {"original": original, "fused": fused, "failure": excess(fused, allowed, eager.dtype, quantized)}

@@ -1,13 +1,15 @@
 """The whole model: logits, perplexity and greedy answers, fused against the reference's original form."""
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_fused_mlp.numerics.fp8 import fp8_by_reference
 from hf_fused_mlp.numerics.report import Divergence, LogitsNumerics
 from hf_fused_mlp.swap import Fused, original_form
 
@@ -107,8 +109,11 @@ def compare_greedy(model: nn.Module, source: nn.Module, text: Tensor, new_tokens
     return tuple(answers)
 
 
-def _originals_of(model: nn.Module) -> AbstractContextManager[None]:
-    return original_form(module for module in model.modules() if isinstance(module, Fused))
+@contextmanager
+def _originals_of(model: nn.Module) -> Iterator[None]:
+    fused = [module for module in model.modules() if isinstance(module, Fused)]
+    with original_form(fused), fp8_by_reference(model):
+        yield
 
 
 def _greedy(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:

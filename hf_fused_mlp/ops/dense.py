@@ -7,7 +7,7 @@ from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.modes import runs_now
 from hf_fused_mlp.ops.library import define, gradients, on_gpu
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.types import FP8, MLPOperands, has_block_scales
+from hf_fused_mlp.types import FLOATS, FP8, MLPOperands, has_block_scales
 
 
 def mlp(
@@ -54,6 +54,10 @@ def mlp_if_fits(x: Tensor, operands: MLPOperands) -> Tensor | None:
     flat = operands.flat()
     if not _fits(x, *flat):
         return None
+    if operands.up[1] is not None and torch.is_grad_enabled():  # FP8 weights get no gradients, and need none
+        flat = tuple(t.detach() if isinstance(t, Tensor) and t.itemsize == 1 else t for t in flat)
+        *rest, gate_scale, up_scale, down_scale = flat
+        flat = *rest, *(t if t is None else t.detach() for t in (gate_scale, up_scale, down_scale))
     return on_gpu().mlp_cuda(x, operands) if runs_now(x) else torch.ops.hf_fused_mlp.mlp(x, *flat)
 
 
@@ -62,6 +66,8 @@ def _fits(
 ) -> bool:
     """True if the tensors fit together; otherwise a kernel would read beyond them."""
     dtype, device, shape, dim = x.dtype, x.device, up.shape, x.dim()
+    if up_scale is not None and dtype not in FLOATS:
+        return False
     stored = dtype if up_scale is None else FP8
     if len(shape) != 2 or dim == 0 or x.shape[-1] != shape[1] or up.dtype != stored or up.device != device:
         return False
@@ -134,6 +140,8 @@ def _backward(ctx, grad):
     before, after = tensors[:_ACTIVATION], tensors[_ACTIVATION:]
     needed = [*ctx.needs_input_grad[:_ACTIVATION]]
     wanted = [i for i, tensor in enumerate(before) if needed[i] and tensor.dtype != FP8]
+    if not wanted:
+        return (None,) * (len(tensors) + 1)
     grads = gradients(lambda *before: mlp_ref(*before, ctx.activation, *after), before, wanted, grad)
     found = dict(zip(wanted, grads, strict=True))
     return *(found.get(i) for i in range(len(before))), None, *(None for _ in after)

@@ -17,17 +17,35 @@ from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, UNFUSED, ExpertsOperands, MLPOperands, Plan, ProblemKey, next_power_of_two
+from hf_fused_mlp.types import (
+    GPU,
+    UNFUSED,
+    ExpertsOperands,
+    MLPOperands,
+    Plan,
+    ProblemKey,
+    TileConfig,
+    next_power_of_two,
+)
 from hf_fused_mlp.weights import is_packed
 
 # asked in turn; the last knows every problem
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]
 
 
+# where another plan does not run
+_DEQUANTIZED = Plan(TileConfig("fp8_dequantized"), TileConfig("fp8_dequantized"))
+
+
 def find_plan(key: ProblemKey) -> Plan:
-    """The plan of the first source that knows `key`; `UNFUSED` if that plan turned out not to run here."""
+    """The plan of the first source that knows `key`, or a safer one if that turned out not to run here."""
     plan = next(filter(None, (source(key) for source in SOURCES)))
-    return UNFUSED if plan in unusable else plan
+    return _safer(plan, key.storage) if plan in unusable else plan
+
+
+def _safer(plan: Plan, storage: str) -> Plan:
+    is_first = storage == "fp8" and plan != _DEQUANTIZED and _DEQUANTIZED not in unusable
+    return _DEQUANTIZED if is_first else UNFUSED
 
 
 def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None) -> ProblemKey:
@@ -81,7 +99,8 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows
         return mlp_cuda(rows, operands) if has_rows(rows) else mlp_ref(x, *operands.flat())
 
-    plan = find_plan(problem_key(x.numel() // x.shape[-1], operands, x.dtype))
+    key = problem_key(x.numel() // x.shape[-1], operands, x.dtype)
+    plan = find_plan(key)
     try:
         run = prepare(plan, x, operands)
         out = run(x, gate, up, down)
@@ -94,6 +113,8 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         # may have been written by anyone
         logger.warning("%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
         unusable.add(plan)
+        if find_plan(key) != UNFUSED:
+            return _first_call(x, operands)
         run = prepare(UNFUSED, x, operands)
         out = run(x, gate, up, down)
     remember(_kind(mlp_kind(*operands)), (x, *tensors), run)

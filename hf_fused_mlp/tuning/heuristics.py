@@ -55,7 +55,9 @@ def _transposed(key: LinearKey, half: bool) -> TileConfig:
 def _fp8(key: LinearKey) -> TileConfig:
     """For weights in FP8; nothing was measured for these yet but prototypes (docs/notes-kernels.md)."""
     if key.m == 1:
-        return TileConfig("fp8_gemv", block_n=1, block_k=min(4096, next_power_of_two(key.k)), num_warps=4)
+        return TileConfig(
+            "fp8_gemv", block_n=1, block_k=max(SCALE_BLOCK, min(4096, next_power_of_two(key.k))), num_warps=4
+        )
     if key.dtype.itemsize == 2 and key.m <= 64:
         block_m, block_n, split_k = max(16, key.m), 64, 1
         programs = -(-key.n // block_n)

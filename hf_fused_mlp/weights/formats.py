@@ -16,9 +16,8 @@ from torch._subclasses import FakeTensor
 
 from hf_fused_mlp.calls import class_path, has_hooks, has_own_forward, is_hooked, is_wrapped, only_aligns
 from hf_fused_mlp.originals import LINEAR, addmm_is_own, runs_own_forward
-from hf_fused_mlp.types import FP8, SCALE_BLOCK, Matrix, has_block_scales
+from hf_fused_mlp.types import FLOATS, FP8, SCALE_BLOCK, Matrix, has_block_scales
 
-FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # while torch.export traces, fake tensors stand for the parameters
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
 _NN_LINEAR = "torch.nn.modules.linear.Linear"
@@ -212,10 +211,15 @@ def _original_class(linear: nn.Module) -> type[nn.Module]:
 
 
 def fp8_matrix(linear: nn.Module) -> Matrix | None:
-    """The matrix of an `FP8Linear`, whatever its hooks; None if it has other scales, or something else beside it."""
+    """The matrix of an `FP8Linear`, whatever its hooks; None if it has other scales, or something else beside it.
+
+    Transformers leaves weights of other sizes than whole blocks in floats, and multiplies with them as they are.
+    """
     own = linear.__dict__
     parameters, block_size = own["_parameters"], own["block_size"]
     weight, scale = parameters.get("weight"), parameters.get("weight_scale_inv")
+    if type(weight) in _PARAMETERS and weight.dtype in FLOATS and weight.layout is torch.strided:
+        return Matrix(weight, None, parameters["bias"]) if _has_plain_bias(parameters, weight) else None
     is_block_scaled = (
         type(weight) in _PARAMETERS
         and type(scale) in _PARAMETERS
@@ -262,6 +266,8 @@ def why_not_fp8(linear: nn.Module) -> str | None:
         )
     if weight is not None and weight.is_meta:
         return "has its weight on meta (offloaded, or not loaded yet); load with a device_map that keeps it in memory"
+    if fp8_matrix(linear) is None:
+        return "holds something else than an FP8 weight, its scales and a bias; load it without sharding"
     return None
 
 
@@ -325,7 +331,7 @@ def why_called(linear: nn.Module) -> str:
     path = class_path(type(linear))
     rows = [row for row in FORMATS if path in row.classes]
     matrix = described(linear)
-    if matrix is not None and matrix.scale is not None:
+    if matrix is not None and matrix.scale is not None and not has_block_scales(matrix.data, matrix.scale):
         return f"is {path}, whose scales no kernel takes yet; load without quantization_config, or pass exclude=[...]"
     for row in rows:
         if reason := row.why_not(linear):

@@ -69,7 +69,9 @@ class MLPFamily(Family):
             activation=activation,
             dtype=up.data.dtype if up.scale is None else torch.bfloat16,
             bias=any(matrix.bias is not None for matrix in matrices),
-            one_block=not spec.up_first and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
+            one_block=not spec.up_first
+            and (up.scale is None or (up.scale.nbytes % 16 == 0 and up.data.nbytes % 16 == 0))
+            and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
             gpu=gpu,
             storage=storage,
         )

@@ -176,8 +176,9 @@ class FusedGatedMLP(FusedMLP):
         if found.gate is None or found.up is None:
             return []
         pairs = [(found.gate.data, found.up.data)]
-        if found.gate.scale is not None and found.up.scale is not None and found.gate.scale.nbytes % 16 == 0:
-            pairs.append((found.gate.scale, found.up.scale))  # where both would be aligned
+        if found.gate.scale is not None and found.up.scale is not None:
+            pairs.append((found.gate.scale, found.up.scale))
+            pairs = [pair for pair in pairs if pair[0].nbytes % 16 == 0]  # or up would not be aligned
         return pairs
 
 
