@@ -7,7 +7,7 @@ from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.modes import runs_now
 from hf_fused_mlp.ops.library import define, gradients, on_gpu
 from hf_fused_mlp.reference import mlp_ref
-from hf_fused_mlp.types import FLOATS, FP8, MLPOperands, has_block_scales
+from hf_fused_mlp.types import FLOATS, FP8, Matrix, MLPOperands, has_block_scales
 
 
 def mlp(
@@ -51,14 +51,18 @@ def mlp(
 
 def mlp_if_fits(x: Tensor, operands: MLPOperands) -> Tensor | None:
     """`mlp`, or None if that would raise."""
+    if operands.up[1] is not None and torch.is_grad_enabled():
+        operands = MLPOperands(*map(_constant, operands[:3]), operands.activation)
     flat = operands.flat()
     if not _fits(x, *flat):
         return None
-    if operands.up[1] is not None and torch.is_grad_enabled():  # FP8 weights get no gradients, and need none
-        flat = tuple(t.detach() if isinstance(t, Tensor) and t.itemsize == 1 else t for t in flat)
-        *rest, gate_scale, up_scale, down_scale = flat
-        flat = *rest, *(t if t is None else t.detach() for t in (gate_scale, up_scale, down_scale))
     return on_gpu().mlp_cuda(x, operands) if runs_now(x) else torch.ops.hf_fused_mlp.mlp(x, *flat)
+
+
+def _constant(matrix: tuple) -> Matrix:
+    """An FP8 matrix whose numbers get no gradients, so that an output needs none for them; one that is not stays."""
+    data, scale, bias = matrix
+    return Matrix(data, scale, bias) if scale is None else Matrix(data.detach(), scale.detach(), bias)
 
 
 def _fits(
