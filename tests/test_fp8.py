@@ -39,8 +39,7 @@ def oracle(x, *operands):
     return mlp_ref(x.double(), *doubled, activation, gate_scale, up_scale, down_scale)
 
 
-@pytest.mark.parametrize("scales", ["fp32", "e8m0"])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("scales", "bias"), [("fp32", False), ("e8m0", True)])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("sizes", [(256, 128), (200, 136)], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
