@@ -115,7 +115,7 @@ def test_more_programs_than_a_grid_holds(tokens, device, monkeypatch):
         check(run(plan, operands, PLANES), operands, PLANES)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 20])
+@pytest.mark.parametrize("tokens", [0, 1, 6])
 @pytest.mark.parametrize("change", ["none", "strided weights", "unaligned", "rows apart", "fails"])
 def test_dispatch(change, tokens, device, monkeypatch, caplog):
     """Whatever the tensors are like, and where a launch fails, the operator's answer is right."""
@@ -142,4 +142,4 @@ def test_dispatch(change, tokens, device, monkeypatch, caplog):
     if tokens:
         check(got, (x, ids, weights, up, down, None, None), PLANES)
     assert got.shape == x.shape
-    assert ("slower plan" in caplog.text) == (change == "fails" and tokens == 20)
+    assert ("slower plan" in caplog.text) == (change == "fails" and tokens == 6)
