@@ -33,19 +33,18 @@ from hf_fused_mlp.weights import is_packed
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]
 
 
-# where another plan does not run
-_DEQUANTIZED = Plan(TileConfig("fp8_dequantized"), TileConfig("fp8_dequantized"))
+# by storage, the plans for problems whose own does not run; the last always runs
+_FALLBACKS = {"fp8": (Plan(TileConfig("fp8_dequantized"), TileConfig("fp8_dequantized")), UNFUSED)}
 
 
 def find_plan(key: ProblemKey) -> Plan:
-    """The plan of the first source that knows `key`, or a safer one if that turned out not to run here."""
+    """The plan of the first source that knows `key`, or a fallback if that turned out not to run here."""
     plan = next(filter(None, (source(key) for source in SOURCES)))
-    return _safer(plan, key.storage) if plan in unusable else plan
+    return next(plan for plan in (plan, *_fallbacks(key.storage)) if plan not in unusable)
 
 
-def _safer(plan: Plan, storage: str) -> Plan:
-    is_first = storage == "fp8" and plan != _DEQUANTIZED and _DEQUANTIZED not in unusable
-    return _DEQUANTIZED if is_first else UNFUSED
+def _fallbacks(storage: str | None) -> tuple[Plan, ...]:
+    return _FALLBACKS.get(storage or "", (UNFUSED,))
 
 
 def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None) -> ProblemKey:
@@ -99,26 +98,35 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows
         return mlp_cuda(rows, operands) if has_rows(rows) else mlp_ref(x, *operands.flat())
 
-    key = problem_key(x.numel() // x.shape[-1], operands, x.dtype)
-    plan = find_plan(key)
-    try:
-        run = prepare(plan, x, operands)
-        out = run(x, gate, up, down)
-    except torch.OutOfMemoryError:  # not the plan's fault
-        raise
-    except Exception as error:
-        if plan == UNFUSED:
-            raise
-        # a shipped plan may have been measured with a Triton that needed less or compiled more; and a file of plans
-        # may have been written by anyone
-        logger.warning("%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`", plan, error)
-        unusable.add(plan)
-        if find_plan(key) != UNFUSED:
-            return _first_call(x, operands)
-        run = prepare(UNFUSED, x, operands)
-        out = run(x, gate, up, down)
+    plan = find_plan(problem_key(x.numel() // x.shape[-1], operands, x.dtype))
+    plans = plan, *_fallbacks(operands.storage)
+    # a shipped plan may have been measured with a Triton that needed less or compiled more; and a file of plans may
+    # have been written by anyone
+    message = "%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`"
+    run, out = _first_that_runs(plans, lambda plan: prepare(plan, x, operands), (x, gate, up, down), message)
     remember(_kind(mlp_kind(*operands)), (x, *tensors), run)
     return out
+
+
+def _first_that_runs(plans, prepared, arguments, message):
+    """The function that `prepared` makes of the first of `plans` that runs, and its answer.
+
+    Those that fail are logged once and not tried again; the error of the last one is raised.
+    """
+    *others, last = dict.fromkeys(plans)
+    for plan in others:
+        if plan in unusable:
+            continue
+        try:
+            run = prepared(plan)
+            return run, run(*arguments)
+        except torch.OutOfMemoryError:  # not the plan's fault
+            raise
+        except Exception as error:
+            logger.warning(message, plan, error)
+            unusable.add(plan)
+    run = prepared(last)
+    return run, run(*arguments)
 
 
 def experts_cuda(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOperands) -> Tensor:
@@ -153,20 +161,8 @@ def _first_experts(kind, tensors, form):
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
     slowest = without_sorting(call)
     plan = rule_of_thumb(call) if aligned else slowest
-    if plan in unusable:
-        plan = slowest
-    try:
-        run = prepare_experts(plan, call)
-        out = run(*tensors)
-    except torch.OutOfMemoryError:  # not the plan's fault
-        raise
-    except Exception as error:
-        if plan == slowest:
-            raise
-        logger.warning("%s does not run here (%s); a slower plan does", plan, error)
-        unusable.add(plan)
-        run = prepare_experts(slowest, call)
-        out = run(*tensors)
+    message = "%s does not run here (%s); a slower plan does"
+    run, out = _first_that_runs((plan, slowest), lambda plan: prepare_experts(plan, call), tensors, message)
     if usual:
         remember(kind, tensors, run)
     return out
