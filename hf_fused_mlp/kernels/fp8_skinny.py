@@ -14,8 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate, add_bias
 from hf_fused_mlp.kernels._fp8 import from_fp8, load_scale, scale_for_kernels, weight_reader, why_not_fp8
-from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
-from hf_fused_mlp.kernels.skinny import adder
+from hf_fused_mlp.kernels._launch import Linear, launcher
+from hf_fused_mlp.kernels.skinny import output_of
 from hf_fused_mlp.types import GPU, SCALE_BLOCK, LinearCall, LinearKey, TileConfig
 
 
@@ -125,17 +125,14 @@ def fp8_skinny(call: LinearCall, config: TileConfig) -> Linear:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if split_k == 1:
-        empty, finish = allocator((*call.lead, N), call.dtype, call.device), None
-    else:
-        empty, finish = allocator((split_k, M, N), torch.float32, call.device), adder(call, split_k)
+    empty, finish = output_of(call, split_k)
 
     def run(x, weight, gate):
         (weight, scale, bias), (gate, gate_scale, gate_bias) = weight, gate
         scales = scale_for_kernels(scale), scale_for_kernels(gate_scale)
         out = empty()
-        first_bias = bias if finish is None else None
-        launch((x, readable(weight), scales[0], first_bias, readable(gate), scales[1], gate_bias, out))
+        bias_here = bias if finish is None else None
+        launch((x, readable(weight), scales[0], bias_here, readable(gate), scales[1], gate_bias, out))
         return out if finish is None else finish(out, bias)
 
     return run

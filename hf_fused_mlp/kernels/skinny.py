@@ -135,43 +135,39 @@ def _sum_kernel(
 def skinny(call: LinearCall, config: TileConfig) -> Linear:
     """The launch of the equation above, and where K is split that of the sum; with a gate, `split_k` is not read."""
     M, N = call.m, call.n
-    empty = allocator((*call.lead, N), call.dtype, call.device)
     split_k = 1 if call.gated else config.split_k
-    can_overlap = GPU.of(call.device).can_overlap
     activation = call.activation if split_k == 1 else "identity"
     tile = config.block_m, config.block_n, config.block_k
     launch = launcher(
         _skinny_kernel,
         call.device,
         (-(-N // config.block_n), -(-M // config.block_m), split_k),
-        (M, N, call.k, call.stride_xm, activation, *tile, split_k, can_overlap),
+        (M, N, call.k, call.stride_xm, activation, *tile, split_k, GPU.of(call.device).can_overlap),
         overlap=call.overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    empty, finish = output_of(call, split_k)
 
     def run(x, weight, gate):
         (weight, _, bias), (gate, _, gate_bias) = weight, gate
         out = empty()
-        launch((x, weight, bias, gate, gate_bias, out))
-        return out
+        launch((x, weight, bias if finish is None else None, gate, gate_bias, out))
+        return out if finish is None else finish(out, bias)
 
-    if split_k == 1:
-        return run
-    empty_parts, add = allocator((split_k, M, N), torch.float32, call.device), adder(call, split_k)
-
-    def run_split(x, weight, gate):
-        weight, _, bias = weight
-        parts = empty_parts()
-        launch((x, weight, None, None, None, parts))
-        return add(parts, bias)
-
-    return run_split
+    return run
 
 
-def adder(call: LinearCall, split_k: int) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The launch of ``act(parts.sum(0) + bias)``: a function of `parts`, fp32 `[split_k, m, n]`, and `bias`."""
+def output_of(call: LinearCall, split_k: int) -> tuple[Callable[[], Tensor], Callable[..., Tensor] | None]:
+    """What a kernel that may split K writes to, and what makes the output of it.
+
+    Returns:
+        A function that allocates `[*lead, n]`, and None; or one that allocates fp32 `[split_k, m, n]`, and the launch
+        of ``act(parts.sum(0) + bias)``, a function of `parts` and `bias`.
+    """
     empty = allocator((*call.lead, call.n), call.dtype, call.device)
+    if split_k == 1:
+        return empty, None
     can_overlap = GPU.of(call.device).can_overlap
     add = launcher(
         _sum_kernel,
@@ -182,9 +178,9 @@ def adder(call: LinearCall, split_k: int) -> Callable[[Tensor, Tensor | None], T
         num_warps=4,
     )
 
-    def run(parts, bias):
+    def finish(parts, bias):
         out = empty()
         add((parts, bias, out))
         return out
 
-    return run
+    return allocator((split_k, call.m, call.n), torch.float32, call.device), finish

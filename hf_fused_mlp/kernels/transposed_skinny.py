@@ -14,9 +14,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate, add_bias
-from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
-from hf_fused_mlp.kernels.skinny import adder
+from hf_fused_mlp.kernels._launch import Linear, launcher
 from hf_fused_mlp.kernels.skinny import candidates as candidates_of_skinny
+from hf_fused_mlp.kernels.skinny import output_of
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 
@@ -96,10 +96,7 @@ def transposed_skinny(call: LinearCall, config: TileConfig) -> Linear:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if split_k == 1:
-        empty, finish = allocator((*call.lead, N), call.dtype, call.device), None
-    else:
-        empty, finish = allocator((split_k, M, N), torch.float32, call.device), adder(call, split_k)
+    empty, finish = output_of(call, split_k)
 
     def run(x, weight, gate):
         weight, _, bias = weight

@@ -59,10 +59,8 @@ def _fp8(key: LinearKey) -> TileConfig:
             "fp8_gemv", block_n=1, block_k=max(SCALE_BLOCK, min(4096, next_power_of_two(key.k))), num_warps=4
         )
     if key.dtype.itemsize == 2 and key.m <= 64:
-        block_m, block_n, split_k = max(16, key.m), 64, 1
-        programs = -(-key.n // block_n)
-        while split_k < 4 and not key.gated and programs < key.gpu.num_sms:
-            split_k, programs = split_k * 2, programs * 2
+        block_m, block_n = max(16, key.m), 64
+        split_k = _split_k(key, block_n)
         stage_bytes = (2 * block_m + block_n * (2 if key.gated else 1)) * SCALE_BLOCK
         stages = min(6, max(1, key.gpu.shared_memory // stage_bytes))
         return TileConfig("fp8_skinny", block_m, block_n, SCALE_BLOCK, num_stages=stages, split_k=split_k)
@@ -75,15 +73,21 @@ def _rounds_filled(key: LinearKey, tile: TileConfig) -> float:
     return tiles / (-(-tiles // key.gpu.num_sms) * key.gpu.num_sms)
 
 
+def _split_k(key: LinearKey, block_n: int) -> int:
+    """Into how many parts K is split so that tiles of so many rows fill the GPU; with a gate it is not."""
+    split_k = 1
+    while split_k < 4 and not key.gated and -(-key.n // block_n) * split_k < key.gpu.num_sms:
+        split_k *= 2
+    return split_k
+
+
 def _skinny(key: LinearKey) -> TileConfig:
     """All tokens in one tile, so that weights are read once, unless many multiprocessors would be idle.
 
     Then K is split, or with a gate the tokens are.
     """
-    block_m, block_n, split_k = max(16, key.m), 64, 1
-    programs = -(-key.n // block_n)
-    while split_k < 4 and not key.gated and programs < key.gpu.num_sms:
-        split_k, programs = split_k * 2, programs * 2
+    block_m, block_n = max(16, key.m), 64
+    programs, split_k = -(-key.n // block_n), _split_k(key, block_n)
     while block_m > 16 and key.gated and 2 * programs <= key.gpu.num_sms:
         block_m, programs = block_m // 2, programs * 2
     block_k, num_stages = (256, 3) if split_k == 2 and block_m <= 32 else (128, 4)
