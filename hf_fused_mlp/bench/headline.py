@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_fused_mlp.bench.generate import PROBLEM
 from hf_fused_mlp.bench.results import Header, Row, read
 
 BENCHMARKS = Path(__file__).parents[2] / "docs/benchmarks"
@@ -28,8 +29,7 @@ class Line:
     impl: str = "fused"
 
     def matches(self, row: Row, impl: str) -> bool:
-        fields = ("model", "mode", "phase", "batch", "prompt")
-        return row["impl"] == impl and all(row[name] == getattr(self, name) for name in fields)
+        return row["impl"] == impl and all(row[name] == getattr(self, name) for name in PROBLEM)
 
     @property
     def workload(self) -> str:

@@ -1,7 +1,7 @@
 """Projections of FP8 checkpoints, those of attention too, fused on request.
 
-Transformers loads the kernels of `FP8Linear` from the Hub at run time. These need no download, and for few tokens are
-faster. An MLP that is fused reads its projections itself, whether they are fused or not.
+Transformers loads the kernels of `FP8Linear` from the Hub at run time; these need no download. A fused MLP reads its
+projections itself, whether they are fused or not.
 """
 
 from collections.abc import Hashable

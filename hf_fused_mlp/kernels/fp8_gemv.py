@@ -1,4 +1,4 @@
-"""``out = act(x @ gate.T) * (x @ weight.T)`` for one token and FP8 weights: dot products at memory speed.
+"""``out = act(x @ gate.T) * (x @ weight.T)`` for one token and FP8 weights: dot products on the CUDA cores.
 
 Without a gate, ``out = act(x @ weight.T)``. Picked at M = 1, for the up and the down launch. The token is not
 quantized, which is more accurate. A program multiplies a few rows of each weight. They all have the same scales, so
