@@ -65,6 +65,17 @@ def test_a_shape(gpu, plan_cache):
     assert find_plan(key).up.kernel == "skinny"
 
 
+def test_weights_keep_their_storage(gpu, monkeypatch, tmp_path):
+    """GPT-2's are transposed, and those of a shape floats, unless FP8 is asked for."""
+    tiny_model("gpt2", n_embd=64, n_inner=96, n_layer=1).config.save_pretrained(tmp_path)
+    tuned, tune = [], tuner.tune
+    monkeypatch.setattr(tuner, "tune", lambda key: tuned.append(key.storage) or tune(key))
+    for arguments in ((tmp_path,), ("phi-3-mini",), ("phi-3-mini", "--fp8")):
+        result = invoke(*arguments, "--m", "2")
+        assert result.exit_code == 0, result.output
+    assert tuned == ["transposed", "float", "fp8"]
+
+
 def test_a_second_run_adds_to_the_file(gpu, plan_cache, tmp_path):
     file = tmp_path / "my" / "plans.json"
     for arguments in (("phi-3-mini", "--m", "2"), ("phi-3-mini", "--m", "2,4"), ("llama-3-8b", "--m", "2")):

@@ -59,8 +59,9 @@ def tune(
     path = keep([], gpu, file)  # if it cannot be written, that is better known before than after
     tuned = []
     tokens = sorted({next_power_of_two(count) for count in counts})
-    storage = "fp8" if fp8 else "float"
-    problems = [replace(key, m=m, gpu=gpu, storage=storage) for key in keys for m in tokens]
+    if fp8:
+        keys = [replace(key, storage="fp8") for key in keys]
+    problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
     for key in progress(problems, "tuning"):
         try:
             tuned.append(tuner.tune(key))
