@@ -90,7 +90,7 @@ def interpreter(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     from hf_fused_mlp import kernels
-    from hf_fused_mlp.kernels import _common, _fp8, experts, norm
+    from hf_fused_mlp.kernels import _common, _fp8, _quantize, experts, norm
     from hf_fused_mlp.tuning import cache
 
     cache.forget()  # of what is kept of calls, kernels are a part
@@ -98,7 +98,7 @@ def interpreter(monkeypatch):
     before = [dict(vars(owner)) for owner in changed]
     of_experts = experts._common, experts.pairs, experts.routing, experts.grouped
     monkeypatch.setattr(interpreter_module, "_convert_float", partial(_cast_fp8, interpreter_module._convert_float))
-    for module in (tl, tl.standard, _common, _fp8, norm, *kernels.KERNELS.values(), *of_experts):
+    for module in (tl, tl.standard, _common, _fp8, _quantize, norm, *kernels.KERNELS.values(), *of_experts):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))

@@ -186,6 +186,9 @@ def test_fp8_compiles(family, gated, scales, target, monkeypatch):
     first, *rest = compiled(call, TARGETS[target], monkeypatch)
     codes = [kernel.asm["ptx" if target.startswith("sm") else "amdgcn"] for kernel in (first, *rest)]
     assert all(codes)
+    if "skinny" in family and target in ("sm_90", "sm_100"):
+        assert len(rest) == 1 + (family.startswith("split") and not gated)
+        assert ("wgmma" if target == "sm_90" else "tcgen05.mma") in codes[1]
     assert ("e4m3x2" in codes[0]) == (target in ("sm_90", "sm_100"))
 
 

@@ -8,7 +8,8 @@ import torch
 from numerics import assert_accurate, quantized_mlp, run_plan
 
 from hf_fused_mlp import ops
-from hf_fused_mlp.kernels import KERNELS, describe_launch, fp8_dequantized, fp8_gemm, prepare
+from hf_fused_mlp.kernels import KERNELS, describe_launch, fp8_dequantized, fp8_gemm, fp8_skinny, prepare
+from hf_fused_mlp.kernels._quantize import quantize_rows
 from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import dequantize, fp8_linear_ref, mlp_ref, quantize_ref
 from hf_fused_mlp.tuning import tuner
@@ -53,6 +54,30 @@ def test_kernels(family, sizes, gated, bias, scales, device):
     assert_accurate(run_plan(Plan(config, config), x, *operands), baseline(x, *operands), oracle(x, *operands))
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("quantized", [True, False], ids=["quantized", "converted"])
+@pytest.mark.parametrize("sizes", [(256, 128), (200, 136)], ids=str)
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize("m", [5, 21])
+def test_few_tokens(m, split_k, sizes, quantized, gated, device, monkeypatch):
+    """Tokens are quantized as in Transformers where tensor cores multiply FP8; elsewhere weights are converted."""
+    if quantized and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 on this GPU")
+    monkeypatch.setattr(fp8_skinny, "multiplies_fp8", lambda gpu: quantized)
+    H, I = sizes
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
+    operands = quantized_mlp(H, I, gated, True, dtype, device)
+    x = torch.randn(m, H, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    x[1] *= 20
+    config = TileConfig("fp8_skinny", block_m=16, block_n=64, block_k=128, split_k=split_k)
+    out, expected, exact = run_plan(Plan(config, config), x, *operands), baseline(x, *operands), oracle(x, *operands)
+    if quantized:
+        assert inaccuracy(out, expected, exact, quantized=True) is None
+        assert 0.9 < Errors.of(out, exact).relative_rms / Errors.of(expected, exact).relative_rms < 1.1
+    else:
+        assert_accurate(out, expected, exact)
+
+
 def reference_mm(data, scale, weight, weight_scale):
     """What `torch._scaled_mm` computes on Hopper."""
     x = data.float() * scale.t().repeat_interleave(128, 1)
@@ -95,7 +120,7 @@ def test_quantizing(device):
     x[2, :128], x[3, 130] = 0, 1e30
     x = x.to(device, torch.bfloat16)
     call = describe_launch(x, torch.empty(8, 1024), False, "identity")
-    data, scale = fp8_gemm._activation(call, 1024, 1024, "identity", True)(x, None, None, None)
+    data, scale = quantize_rows(call)(x)
     expected, factors = quantize_ref(x)
     assert data.shape == (16, 1024)
     assert scale.shape == (8, 16)

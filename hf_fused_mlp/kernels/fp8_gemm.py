@@ -10,20 +10,15 @@ Source: PyTorch's `torch._scaled_mm`, which is cuBLAS's GEMM with 1 x 128 and 12
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from hf_fused_mlp.kernels._common import activate
 from hf_fused_mlp.kernels._fp8 import why_not_fp8
-from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
-from hf_fused_mlp.types import FP8, GPU, SCALE_BLOCK, LinearCall, LinearKey, TileConfig
+from hf_fused_mlp.kernels._launch import Linear
+from hf_fused_mlp.kernels._quantize import activation, quantize_rows
+from hf_fused_mlp.types import SCALE_BLOCK, LinearCall, LinearKey, TileConfig
 from hf_fused_mlp.weights.packing import as_one, is_packed
 
-ROW_MULTIPLE = 16  # of the rows in a GEMM's operands and scales
 SCALES_MULTIPLE = 4  # cuBLAS reads a weight's scales by rows of so many, which checkpoints do not pad
-BLOCKS = 8  # of scales in a program of the kernel
 
 
 def supports(key: LinearKey) -> str | None:
@@ -47,51 +42,6 @@ def candidates(key: LinearKey) -> list[TileConfig]:
     return [TileConfig("fp8_gemm")] if key.m >= 32 else []
 
 
-@triton.jit(do_not_specialize=["ROWS"])
-def _activate_kernel(
-    up_ptr,
-    bias_ptr,
-    gate_ptr,
-    gate_bias_ptr,
-    out_ptr,
-    scale_ptr,
-    N,
-    ROWS,
-    stride_up,
-    ACTIVATION: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SHORT: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """``act(gate + gate_bias) * (up + bias)``, some blocks of one row, into `[M, N]`.
-
-    Quantized if there is a `scale_ptr`, fp32 `[N / SCALE_BLOCK, ROWS]`, `ROWS` being at least M.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    offs_s = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    offs_n = offs_s[:, None] * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)[None, :]
-    mask_s, mask_n = offs_s * SCALE_BLOCK < N, offs_n < N
-    if OVERLAP:
-        gdc_launch_dependents()
-    out = tl.load(up_ptr + row * stride_up + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + row * stride_up + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        if gate_bias_ptr is not None:
-            gate += tl.load(gate_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        out = activate(gate, ACTIVATION, SHORT) * out
-    else:
-        out = activate(out, ACTIVATION, SHORT)
-    if scale_ptr is not None:
-        scale = tl.max(tl.abs(out), 1) / 448.0
-        scale = tl.where(scale == 0, 1.0, scale)
-        out = out / scale[:, None]
-        tl.store(scale_ptr + offs_s.to(tl.int64) * ROWS + row, scale, mask=mask_s)
-    tl.store(out_ptr + row * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask_n)
-
-
 def scaled_mm(data: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """``x @ weight.T`` in bf16, `[rows, N]`, of x as `data` `[rows, K]` and `scale` `[K / 128, rows]`."""
     return torch._scaled_mm(
@@ -102,9 +52,9 @@ def scaled_mm(data: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor)
 def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
     """The launches of the equation above; nothing of `config` is read."""
     M, N = call.m, call.n
-    quantize = _activation(call, call.k, call.stride_xm, "identity", True)
+    quantize = quantize_rows(call)
     # of gate and up in one product `[rows, 2N]`, or in one each
-    finish_wide, finish = (_activation(call, N, width, call.activation, call.gives_fp8) for width in (2 * N, N))
+    finish_wide, finish = (activation(call, N, width, call.activation, call.gives_fp8) for width in (2 * N, N))
     is_bare = not call.gated and call.activation == "identity" and not call.gives_fp8
     blocks: dict[tuple[int, ...], tuple[Tensor, Tensor] | None] = {}
 
@@ -120,7 +70,7 @@ def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
 
     def run(x: Any, weight, gate):
         (weight, scale, bias), (gate, gate_scale, gate_bias) = weight, gate
-        data, factors = x if call.reads_fp8 else quantize(x, None, None, None)
+        data, factors = x if call.reads_fp8 else quantize(x)
         if is_bare:
             out = scaled_mm(data, factors, weight, scale)[:M]
             if bias is not None:
@@ -135,37 +85,3 @@ def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
         return finish(scaled_mm(data, factors, weight, scale), bias, gate, gate_bias)
 
     return run
-
-
-def _activation(call: LinearCall, n: int, stride: int, activation: str, quantized: bool):
-    """The launch of `_activate_kernel`: a function of up, its bias, gate and its bias.
-
-    It gives `[*lead, n]`, or if `quantized` the operands of `scaled_mm`, the rows of which are padded.
-    """
-    rows = -(-call.m // ROW_MULTIPLE) * ROW_MULTIPLE
-    gpu = GPU.of(call.device)
-    launch = launcher(
-        _activate_kernel,
-        call.device,
-        (call.m, -(-n // (BLOCKS * SCALE_BLOCK)), 1),
-        (n, rows, stride, activation, SCALE_BLOCK, BLOCKS, gpu.is_nvidia, gpu.can_overlap),
-        num_warps=4,
-    )
-    if not quantized:
-        empty = allocator((*call.lead, n), call.dtype, call.device)
-
-        def run(up, bias, gate, gate_bias):
-            out = empty()
-            launch((up, bias, gate, gate_bias, out, None))
-            return out
-
-        return run
-    empty_data = allocator((rows, n), FP8, call.device)
-    empty_scale = allocator((n // SCALE_BLOCK, rows), torch.float32, call.device)
-
-    def run_quantized(up, bias, gate, gate_bias):
-        data, scale = empty_data(), empty_scale()
-        launch((up, bias, gate, gate_bias, data, scale))
-        return data, scale
-
-    return run_quantized

@@ -1,10 +1,11 @@
 """``out = act(x @ gate.T) * (x @ weight.T)`` for a few tokens and FP8 weights, on the tensor cores.
 
 Without a gate, ``out = act(x @ weight.T)``. Picked at M = 2 to 64, for the up and the down launch, in fp16 and bf16.
-Like `skinny`, but the weights, the left operand, are converted to x's dtype in registers. So the tokens are not
-quantized: that is more accurate, saves a launch, and works on any GPU. A step along K covers one block of scales; its
-product is multiplied by the scale.
-Launches: 1, or 2 with `split_k`. Bytes: the weights once for every `block_m` tokens, half of what they are in 16 bits.
+Like `skinny`: the weights are the left operand. A step along K covers one block of scales, by which its product is
+multiplied. Where tensor cores multiply FP8, x is quantized first, with a scale for each 128 elements of a row.
+Elsewhere the weights are converted to x's dtype in registers, which is more accurate and slower.
+Launches: 1, one more to quantize, and one more with `split_k`. Bytes: the weights once for every `block_m` tokens,
+half of what they are in 16 bits.
 """
 
 import torch
@@ -15,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fused_mlp.kernels._common import activate, add_bias
 from hf_fused_mlp.kernels._fp8 import from_fp8, load_scale, scale_for_kernels, weight_reader, why_not_fp8
 from hf_fused_mlp.kernels._launch import Linear, launcher
+from hf_fused_mlp.kernels._quantize import padded, quantize_rows
 from hf_fused_mlp.kernels.skinny import output_of
 from hf_fused_mlp.types import GPU, SCALE_BLOCK, LinearCall, LinearKey, TileConfig
 
@@ -29,18 +31,25 @@ def supports(key: LinearKey) -> str | None:
 def candidates(key: LinearKey) -> list[TileConfig]:
     """What a tuner should try: all tokens in one tile, or two, and tiles to fill the GPU with few rows or many."""
     block_m = max(16, key.m)
+    most = 8192 if multiplies_fp8(key.gpu) else 4096  # elements of a tile's sums; more would not fit into registers
     return [
-        TileConfig("fp8_skinny", rows, block_n, SCALE_BLOCK, num_warps=4, num_stages=stages, split_k=split_k)
+        TileConfig("fp8_skinny", rows, block_n, SCALE_BLOCK, num_warps=warps, num_stages=stages, split_k=split_k)
         for rows in ((128, 64) if block_m == 128 else (block_m,))
-        for block_n, stages in ((128, 4), (64, 6), (64, 4), (32, 6), (16, 6))
-        if block_n * rows <= 4096  # more would not fit into registers
-        for split_k in ((1,) if key.gated else (1, 2, 4))
+        for block_n, warps, stages in ((128, 8, 4), (64, 4, 3), (64, 4, 4), (64, 4, 6), (32, 4, 4))
+        if block_n * rows <= most and (warps == 8 or block_n * rows < 8192)
+        for split_k in ((1,) if key.gated else (1, 2, 4, 8) if block_n == 128 else (1, 2, 4))
     ]
 
 
-@triton.jit(do_not_specialize=["M"])
+def multiplies_fp8(gpu: GPU) -> bool:
+    """Whether the tensor cores of `gpu` multiply e4m3."""
+    return gpu.capability >= (8, 9)
+
+
+@triton.jit(do_not_specialize=["M", "stride_scale"])
 def _fp8_skinny_kernel(
     x_ptr,
+    x_scale_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
@@ -52,6 +61,7 @@ def _fp8_skinny_kernel(
     N,
     K,
     stride_xm,
+    stride_scale,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,7 +71,8 @@ def _fp8_skinny_kernel(
 ):
     """`out_ptr` is `[M, N]`, or with `SPLIT_K` fp32 `[SPLIT_K, M, N]`: the sums over each part of K.
 
-    `BLOCK_K` is a block of scales, of whose rows `BLOCK_N` is a divisor.
+    `x_ptr` is e4m3 if there is an `x_scale_ptr`, fp32 `[K / BLOCK_K, stride_scale]`. `BLOCK_K` is a block of scales,
+    of whose rows `BLOCK_N` is a divisor.
     """
     pid_n, pid_m, pid_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     if OVERLAP:
@@ -90,11 +101,14 @@ def _fp8_skinny_kernel(
         mask_k = k + offs_k < K
         mask_w = mask_n[:, None] & mask_k[None, :]
         x = tl.load(x_ptr + offs_x + k, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+        x_scale = 1.0
+        if x_scale_ptr is not None:
+            x_scale = tl.load(x_scale_ptr + step * stride_scale + offs_m, mask=mask_m, other=0.0)[None, :]
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + offs_w + k, mask=mask_w, other=0.0)
-            acc_gate += tl.dot(from_fp8(gate, x.dtype), x) * load_scale(gate_scale_ptr + step, True)
+            acc_gate += tl.dot(from_fp8(gate, x.dtype), x) * (x_scale * load_scale(gate_scale_ptr + step, True))
         weight = tl.load(weight_ptr + offs_w + k, mask=mask_w, other=0.0)
-        acc += tl.dot(from_fp8(weight, x.dtype), x) * load_scale(scale_ptr + step, True)
+        acc += tl.dot(from_fp8(weight, x.dtype), x) * (x_scale * load_scale(scale_ptr + step, True))
 
     out = add_bias(acc, bias_ptr, offs_n, mask_n, 1)
     if gate_ptr is not None:
@@ -106,22 +120,25 @@ def _fp8_skinny_kernel(
 
 
 def fp8_skinny(call: LinearCall, config: TileConfig) -> Linear:
-    """The launch of the equation above, and where K is split that of the sum; with a gate, `split_k` is not read."""
+    """The launches of the equation above; with a gate, `split_k` is not read."""
     M, N = call.m, call.n
     if SCALE_BLOCK % config.block_n:
         raise ValueError(f"{config}: the rows of a tile must share their scales")
     split_k = 1 if call.gated else config.split_k
     activation = call.activation if split_k == 1 else "identity"
-    readable = weight_reader(call.device)
+    gpu, readable = GPU.of(call.device), weight_reader(call.device)
+    quantize, stride_xm, overlap = None, call.stride_xm, call.overlap
+    if multiplies_fp8(gpu):
+        quantize, stride_xm, overlap = quantize_rows(call), call.k, gpu.can_overlap
     launch = launcher(
         _fp8_skinny_kernel,
         call.device,
         (-(-N // config.block_n), -(-M // config.block_m), split_k),
         (
-            *(M, N, call.k, call.stride_xm, activation),
-            *(config.block_m, config.block_n, SCALE_BLOCK, split_k, GPU.of(call.device).can_overlap),
+            *(M, N, call.k, stride_xm, padded(M), activation),
+            *(config.block_m, config.block_n, SCALE_BLOCK, split_k, gpu.can_overlap),
         ),
-        overlap=call.overlap,
+        overlap=overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -130,9 +147,10 @@ def fp8_skinny(call: LinearCall, config: TileConfig) -> Linear:
     def run(x, weight, gate):
         (weight, scale, bias), (gate, gate_scale, gate_bias) = weight, gate
         scales = scale_for_kernels(scale), scale_for_kernels(gate_scale)
+        x, x_scale = (x, None) if quantize is None else quantize(x)
         out = empty()
         bias_here = bias if finish is None else None
-        launch((x, readable(weight), scales[0], bias_here, readable(gate), scales[1], gate_bias, out))
+        launch((x, x_scale, readable(weight), scales[0], bias_here, readable(gate), scales[1], gate_bias, out))
         return out if finish is None else finish(out, bias)
 
     return run

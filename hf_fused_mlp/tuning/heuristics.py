@@ -7,7 +7,7 @@ PyTorch's GEMMs with one kernel for the rest.
 
 from dataclasses import replace
 
-from hf_fused_mlp.kernels import fp8_gemm, gemm, transposed_gemv
+from hf_fused_mlp.kernels import fp8_gemm, fp8_skinny, gemm, transposed_gemv
 from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
 
 
@@ -53,16 +53,17 @@ def _transposed(key: LinearKey, half: bool) -> TileConfig:
 
 
 def _fp8(key: LinearKey) -> TileConfig:
-    """For weights in FP8; nothing was measured for these yet but prototypes (docs/notes-kernels.md)."""
+    """For weights in FP8."""
     if key.m == 1:
         return TileConfig(
             "fp8_gemv", block_n=1, block_k=max(SCALE_BLOCK, min(4096, next_power_of_two(key.k))), num_warps=4
         )
     if key.dtype.itemsize == 2 and key.m <= 64:
-        block_m, block_n = max(16, key.m), 64
+        block_m, block_n, quantized = max(16, key.m), 64, fp8_skinny.multiplies_fp8(key.gpu)
+        stage_bytes = block_m * SCALE_BLOCK * (1 if quantized else 2) + block_n * SCALE_BLOCK * (2 if key.gated else 1)
+        # a converted gate and up take so many registers that fewer stages, and so more blocks at once, are faster
+        stages = min(4 if quantized or not key.gated else 3, max(1, key.gpu.shared_memory // stage_bytes))
         split_k = _split_k(key, block_n)
-        stage_bytes = (2 * block_m + block_n * (2 if key.gated else 1)) * SCALE_BLOCK
-        stages = min(6, max(1, key.gpu.shared_memory // stage_bytes))
         return TileConfig("fp8_skinny", block_m, block_n, SCALE_BLOCK, num_stages=stages, split_k=split_k)
     return TileConfig("fp8_gemm" if fp8_gemm.supports(key) is None else "fp8_dequantized")
 
