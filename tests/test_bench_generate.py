@@ -15,6 +15,7 @@ from hf_fused_mlp.bench.shapes import fused_twin
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.families.norm import FusedRMSNorm
+from hf_fused_mlp.fuse import fusion_report
 from hf_fused_mlp.profiling.trace import Breakdown
 
 
@@ -76,6 +77,28 @@ def test_rows(clock):
     ]
 
 
+def test_fp8_forms(monkeypatch):
+    """Their weights are FP8 where they say so, and the model that they are copies of stays as it was."""
+    model = tiny_model("llama", torch.bfloat16)
+    monkeypatch.setattr(generate, "load", lambda *args: model)
+    monkeypatch.setattr(generate, "measure_workload", lambda name, forms, workload, rounds: [forms])
+    ((forms,),) = generate.measure("llama", [Workload("static-compile", 1, 3)], torch.bfloat16, rounds=2, fp8=True)
+    in_fp8 = {
+        impl: {name for name, weight in form.model.named_parameters() if weight.dtype == torch.float8_e4m3fn}
+        for impl, form in forms.items()
+    }
+    linears = {name for name, _ in model.named_parameters() if "proj" in name}
+    assert in_fp8 == {
+        "original": set(),
+        "fused": set(),
+        "fused-fp8-mlps": {name for name in linears if "mlp" in name},
+        "fused-fp8": linears,
+    }
+    for impl, form in forms.items():
+        assert all(status.state == "fused" for status in fusion_report(form.model).mlps) == (impl != "original")
+        assert form.model.lm_head.weight is model.lm_head.weight
+
+
 def test_eager_forms_are_compared_round_by_round(clock, monkeypatch):
     times = {"original": [30.0, 40.0, 10.0], "fused": [10.0, 20.0, 20.0]}
     by_phase = {(impl, phase): ms for impl, ms in times.items() for phase in generate.PHASES}
@@ -135,10 +158,11 @@ def test_host_time(monkeypatch):
 @pytest.mark.gpu
 def test_for_real(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "load", lambda name, dtype: tiny_model(name, dtype).cuda())
-    args = ["bench", "generate", "llama", "--batch", "2", "--prompt", "9"]
+    args = ["bench", "generate", "llama", "--batch", "2", "--prompt", "9", "--fp8"]
     assert CliRunner().invoke(app, [*args, "--json", str(tmp_path / "run.json")]).exit_code == 0
     rows = json.loads((tmp_path / "run.json").read_text())["rows"]
-    assert len(rows) == 10  # norms are a form of their own in eager mode
+    # norms are a form of their own in eager mode, FP8 weights are two in compiled code
+    assert len(rows) == 2 * (3 + 4)
     assert all(row["median_ms"] > 0 and 0 < row["gpu_busy"] <= 1 for row in rows)
     result = CliRunner().invoke(app, ["bench", "host", "--m", "1", "--json", str(tmp_path / "host.json")])
     assert result.exit_code == 0, result.output

@@ -1,5 +1,6 @@
 """`hf-fused-mlp bench generate MODEL`: time of a token in `generate` of a whole model, original and fused in turn."""
 
+import copy
 import logging
 import random
 import statistics
@@ -23,10 +24,11 @@ from transformers import (
 )
 
 from hf_fused_mlp.bench.results import Row
-from hf_fused_mlp.bench.shapes import fused_twin
+from hf_fused_mlp.bench.shapes import fused_twin, to_fp8
 from hf_fused_mlp.families.experts import FusedExperts
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.families.norm import FusedRMSNorm
+from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.integrations import demo
 from hf_fused_mlp.profiling.request import make_request
 from hf_fused_mlp.profiling.trace import record
@@ -126,12 +128,16 @@ class Form:
         return original_form(self.originals)
 
 
-def measure(name: str, workloads: Iterable[Workload], dtype: torch.dtype, rounds: int) -> Iterator[list[Row]]:
+def measure(
+    name: str, workloads: Iterable[Workload], dtype: torch.dtype, rounds: int, fp8: bool = False
+) -> Iterator[list[Row]]:
     """Times `generate` of one model, original and fused.
 
     Args:
         name: see `load`.
         rounds: rounds in which all forms take turns; at least 2.
+        fp8: time also two fused copies with FP8 weights, in MLPs only and everywhere but in `lm_head`; in compiled
+            code only, where a form has a model of its own.
 
     Yields:
         For each workload the rows of every form: one for the prefill, one for a token of the decoding. A workload that
@@ -139,6 +145,10 @@ def measure(name: str, workloads: Iterable[Workload], dtype: torch.dtype, rounds
     """
     original = load(name, dtype)
     models = {"original": original, "fused": fused_twin(original, strict=False, norms=True)}
+    if fp8:
+        mlps = [name for name, module in models["fused"].named_modules() if isinstance(module, FusedMLP)]
+        models["fused-fp8-mlps"] = quantized(original, mlps)
+        models["fused-fp8"] = quantized(original, [original.base_model_prefix])
     for workload in workloads:
         torch.compiler.reset()  # sizes are compiled separately, and the memory of the last one is freed
         for model in models.values():
@@ -148,6 +158,15 @@ def measure(name: str, workloads: Iterable[Workload], dtype: torch.dtype, rounds
             yield measure_workload(name, forms_of(models, workload), workload, rounds)
         except torch.OutOfMemoryError:
             logger.warning("skipped, since the GPU has no room for it: %s", workload)
+
+
+def quantized(original: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
+    """A fused copy of `original` with FP8 weights in the submodules of these names; the others share theirs."""
+    shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
+    model = copy.deepcopy(original, shared)
+    for name in names:
+        to_fp8(model.get_submodule(name))
+    return fuse_model(model, fp8_linears=True)
 
 
 def forms_of(models: dict[str, PreTrainedModel], workload: Workload) -> dict[str, Form]:
@@ -161,7 +180,8 @@ def forms_of(models: dict[str, PreTrainedModel], workload: Workload) -> dict[str
     )
     fused = Form(models["fused"], norms)
     if workload.mode != "eager":
-        return {"original": Form(models["original"], ()), "fused": fused}
+        in_fp8 = {name: Form(model, ()) for name, model in models.items() if name.startswith("fused-fp8")}
+        return {"original": Form(models["original"], ()), "fused": fused} | in_fp8
     forms = {"original": Form(models["fused"], mlps + norms), "fused": fused}
     return forms | ({"fused-norms": Form(models["fused"], ())} if norms else {})
 

@@ -274,6 +274,7 @@ def generate(
     batch: Annotated[str, typer.Option(help="Requests at once, comma-separated.")] = "1,8,32",
     prompt: Annotated[str, typer.Option(help="Tokens a request, comma-separated.")] = "128",
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which all forms take turns.")] = 20,
+    fp8: Annotated[bool, typer.Option("--fp8", help="With static-compile, also with FP8 weights.")] = False,
     dtype: Dtype = "bfloat16",
     json_file: Json = None,
     table: Table = None,
@@ -297,7 +298,7 @@ def generate(
         fail("generate needs a MODEL to measure, or --table FILE to print an earlier run")
     if model is not None and not model.endswith(".json"):
         require_directory(model)
-    batches = bench.measure(model or "", progress(workloads, "measuring"), kind, rounds)
+    batches = bench.measure(model or "", progress(workloads, "measuring"), kind, rounds, fp8)
     header, kept, rows = measured("end-to-end", batches, json_file, table, by=bench.WORKLOAD)
     print(bench.table(rows))
     draw(header, kept)
