@@ -41,14 +41,15 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
 
 def without_sorting(call: ExpertsCall) -> ExpertsPlan:
     """The plan that runs everything, and any number of tokens slowly."""
-    return ExpertsPlan("pairs", 1, _row(call, call.hidden), _row(call, call.intermediate))
+    return ExpertsPlan("pairs", 1, _row(call, call.hidden), _row(call, call.intermediate, call.top_k))
 
 
-def _row(call: ExpertsCall, k: int) -> TileConfig:
-    """For dot products of length `k`: as much of a row as goes at once, or several rows where they interleave."""
-    if call.form.layout == "planes":
-        return TileConfig("pairs", block_n=2, block_k=min(1024, next_power_of_two(k)), num_warps=4)
-    return TileConfig("pairs", block_n=16, block_k=max(16, next_power_of_two(-(-k // 32))), num_warps=4)
+def _row(call: ExpertsCall, k: int, pairs: int = 1) -> TileConfig:
+    """For dot products of length `k`, those of so many pairs in one program: pieces of rows that registers hold, or of
+    several rows where they interleave; at most 64 pieces, for each of which there is code."""
+    block_n, block_k = (2, 2048) if call.form.layout == "planes" else (16, 128)
+    block_k = max(min(1024, block_k // next_power_of_two(pairs)), next_power_of_two(-(-k // 64)), 16)
+    return TileConfig("pairs", block_n=block_n, block_k=min(block_k, next_power_of_two(k)), num_warps=4)
 
 
 def _grouped(call: ExpertsCall, order: str, rows: int, *tiles: tuple[int, int, int, int]) -> ExpertsPlan:
@@ -72,7 +73,7 @@ def _grouped(call: ExpertsCall, order: str, rows: int, *tiles: tuple[int, int, i
 def prepare_experts(plan: ExpertsPlan, call: ExpertsCall) -> Callable[..., Tensor]:
     """The function of x, ids, weights, up, down, up_bias and down_bias that runs `plan` on calls like this one."""
     if plan.order != "pairs":
-        return grouped.grouped(call, plan.rows, plan.up, plan.down)
+        return grouped.grouped(call, plan)
     most = MOST_PROGRAMS // pairs.programs_of_a_token(call, plan.up, plan.down)
     return pairs.pairs(call, plan.up, plan.down) if call.tokens <= most else _in_parts(plan, call, most // 16 * 16)
 

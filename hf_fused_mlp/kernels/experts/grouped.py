@@ -11,12 +11,13 @@ Launches: 5, or 6 with the rows gathered before. Bytes: the weights of the exper
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import grouped_tile
 from hf_fused_mlp.kernels._launch import Tiling, allocator, launcher
 from hf_fused_mlp.kernels.experts import routing
 from hf_fused_mlp.kernels.experts._common import combine
-from hf_fused_mlp.types import GPU, ExpertsCall, TileConfig
+from hf_fused_mlp.types import GPU, ExpertsCall, ExpertsPlan, TileConfig
 
 
 @triton.jit
@@ -53,6 +54,46 @@ def _halves(acc, LAYOUT: tl.constexpr, LEFT: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @triton.jit
+def _finish(
+    gate,
+    up,
+    e,
+    rows,
+    mask_m,
+    scale,
+    n,
+    bias_ptr,
+    out_ptr,
+    N,
+    bias_e,
+    bias_p,
+    bias_n,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    LEFT: tl.constexpr,
+    SHORT: tl.constexpr,
+):
+    """From sums of products to results in memory: bias, activation, the routing weight in `scale` if there is one."""
+    AXIS: tl.constexpr = 1 if LEFT else 0
+    offs_n = n + tl.arange(0, up.shape[1 - AXIS])
+    mask_n = offs_n < N
+    if bias_ptr is not None:
+        place = bias_ptr + e.to(tl.int64) * bias_e + offs_n * bias_n
+        if GATED:
+            gate += tl.expand_dims(tl.load(place, mask=mask_n, other=0.0).to(tl.float32), AXIS)
+            place += bias_p
+        up += tl.expand_dims(tl.load(place, mask=mask_n, other=0.0).to(tl.float32), AXIS)
+    out = combine(gate, up, GATED, ACTIVATION, LIMIT, UP_OFFSET, SHORT)
+    if scale is not None:
+        out *= tl.expand_dims(scale, 1 - AXIS)
+    offs = tl.expand_dims(rows.to(tl.int64) * N, 1 - AXIS) + tl.expand_dims(offs_n, AXIS)
+    mask = tl.expand_dims(mask_m, 1 - AXIS) & tl.expand_dims(mask_n, AXIS)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _grouped_kernel(
     w_desc,
     x_desc,
@@ -82,11 +123,17 @@ def _grouped_kernel(
     PRECISION: tl.constexpr,
     SHORT: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Up: ``out[row]`` for sorted rows. Down, where there are routing weights: ``out[pair] = weight * ...``.
 
-    Rows come from `x_desc` in sorted order, or without it from `x_ptr` by token.
+    Rows come from `x_desc` in sorted order, or without it from `x_ptr` by token. LEFT says that the weights are the
+    left operand of the product. Without a gate, tokens on the left, a tile is stored in two halves, which need half of
+    the shared memory.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     ROWS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     num_tiles = tl.load(tiles_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
@@ -100,8 +147,12 @@ def _grouped_kernel(
         n = pid_n * BLOCK_N
         rows = first + tl.arange(0, BLOCK_M)
         mask_m = rows < end
+        scale = None
         if x_desc is None:
             token = (tl.load(sorted_ptr + rows, mask=mask_m, other=0) // TOP_K).to(tl.int64)
+        if weights_ptr is not None:  # loaded before the product, which hides that it takes two loads in a row
+            rows = tl.load(sorted_ptr + rows, mask=mask_m, other=0)  # where out is written: from here on, pairs
+            scale = tl.load(weights_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)
         acc = tl.zeros((ROWS, BLOCK_M), tl.float32) if LEFT else tl.zeros((BLOCK_M, ROWS), tl.float32)
         for k in range(0, K, BLOCK_K):
             w = _weight_tile(w_desc, e, n, k, GATED, LAYOUT, ROWS, BLOCK_K)
@@ -121,27 +172,26 @@ def _grouped_kernel(
             else:
                 acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
 
-        offs_n = n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        if GATED:
-            gate, up = _halves(acc, LAYOUT, LEFT, BLOCK_M, BLOCK_N)
-        else:
-            gate, up = acc, acc
-        AXIS: tl.constexpr = 1 if LEFT else 0
-        if bias_ptr is not None:
-            place = bias_ptr + e.to(tl.int64) * bias_e + offs_n * bias_n
+        if GATED or LEFT:
             if GATED:
-                gate += tl.expand_dims(tl.load(place, mask=mask_n, other=0.0).to(tl.float32), AXIS)
-                place += bias_p
-            up += tl.expand_dims(tl.load(place, mask=mask_n, other=0.0).to(tl.float32), AXIS)
-        out = combine(gate, up, GATED, ACTIVATION, LIMIT, UP_OFFSET, SHORT)
-        if weights_ptr is not None:
-            rows = tl.load(sorted_ptr + rows, mask=mask_m, other=0)  # from here on, pairs
-            scale = tl.load(weights_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)
-            out *= tl.expand_dims(scale, 1 - AXIS)
-        offs = tl.expand_dims(rows.to(tl.int64) * N, 1 - AXIS) + tl.expand_dims(offs_n, AXIS)
-        mask = tl.expand_dims(mask_m, 1 - AXIS) & tl.expand_dims(mask_n, AXIS)
-        tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+                gate, up = _halves(acc, LAYOUT, LEFT, BLOCK_M, BLOCK_N)
+            else:
+                gate, up = acc, acc
+            _finish(
+                gate, up, e, rows, mask_m, scale, n, bias_ptr, out_ptr, N, bias_e, bias_p, bias_n,
+                GATED, ACTIVATION, LIMIT, UP_OFFSET, LEFT, SHORT,
+            )  # fmt: skip
+        else:
+            HALF: tl.constexpr = BLOCK_N // 2
+            one, two = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+            _finish(
+                one, one, e, rows, mask_m, scale, n, bias_ptr, out_ptr, N, bias_e, bias_p, bias_n,
+                GATED, ACTIVATION, LIMIT, UP_OFFSET, LEFT, SHORT,
+            )  # fmt: skip
+            _finish(
+                two, two, e, rows, mask_m, scale, n + HALF, bias_ptr, out_ptr, N, bias_e, bias_p, bias_n,
+                GATED, ACTIVATION, LIMIT, UP_OFFSET, LEFT, SHORT,
+            )  # fmt: skip
 
 
 def _weight_tiling(call: ExpertsCall, gated: bool, n: int, k: int, tile: TileConfig) -> Tiling:
@@ -154,23 +204,23 @@ def _weight_tiling(call: ExpertsCall, gated: bool, n: int, k: int, tile: TileCon
     return [call.experts, k, planes * n], [planes * n * k, planes * n, 1], [1, block_k, planes * block_n]
 
 
-def grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
+def grouped(call: ExpertsCall, plan: ExpertsPlan):
     """All launches: a function of x, ids, weights, up, down and their biases that gives `[tokens, hidden]`.
 
-    Args:
-        rows: of one expert in a tile. Up to 64, weights are the left operand and tokens are gathered in the launch.
+    The order `"sorted"` has the weights on the left and finds tokens by pointers; `"gathered"`, the reverse, wants at
+    least 64 rows a tile. Launches overlap: each waits for the one before, which had waited for its own.
     """
-    form, H, I = call.form, call.hidden, call.intermediate
+    form, H, I, rows = call.form, call.hidden, call.intermediate, plan.rows
     gpu = GPU.of(call.device)
-    left = rows <= 64
-    programs = gpu.num_sms * (2 if rows <= 32 else 1)
+    left = plan.order == "sorted"
     precision = "ieee" if call.dtype == torch.float32 else "tf32"
-    sort, add = routing.sort(call, rows), routing.add(call)
+    sort, add = routing.sort(call, rows, positions=not left), routing.add(call)
     gather = None if left else routing.gather(call)
     empty_h = allocator((call.pairs, I), call.dtype, call.device)
     empty_y = allocator((call.pairs, H), call.dtype, call.device)
 
     def launch(gated, gate, n, k, tile, x_tiling, bias):
+        programs = gpu.num_sms * programs_a_multiprocessor(tile)
         blocks = (
             rows,
             tile.block_n,
@@ -179,6 +229,7 @@ def grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
             precision,
             gpu.is_nvidia and call.dtype != torch.float32,
             programs,
+            gpu.can_overlap,
         )
         return launcher(
             _grouped_kernel,
@@ -186,25 +237,31 @@ def grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
             (programs, 1, 1),
             (n, k, call.stride_xm, *bias, call.top_k, gated, form.layout, *gate, left, *blocks),
             (_weight_tiling(call, gated, n, k, tile), x_tiling),
+            overlap=gpu.can_overlap,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
 
     gate = form.activation, form.limit, form.up_offset
-    x_tiling = None if left else ([call.pairs, H], [H, 1], [rows, up.block_k])
-    launch_up = launch(form.gated, gate, I, H, up, x_tiling, call.bias_strides)
-    h_tiling = [call.pairs, I], [I, 1], [rows, down.block_k]
-    launch_down = launch(False, ("identity", 0.0, 0.0), H, I, down, h_tiling, (H, 0, 1))
+    x_tiling = None if left else ([call.pairs, H], [H, 1], [rows, plan.up.block_k])
+    launch_up = launch(form.gated, gate, I, H, plan.up, x_tiling, call.bias_strides)
+    h_tiling = [call.pairs, I], [I, 1], [rows, plan.down.block_k]
+    launch_down = launch(False, ("identity", 0.0, 0.0), H, I, plan.down, h_tiling, (H, 0, 1))
 
     def run(x, ids, weights, up, down, up_bias, down_bias):
-        in_order, table = sort(ids)
+        in_order, positions, table = sort(ids)
         h = empty_h()
         if gather is None:
             launch_up((x, in_order, table, up_bias, None, h), (up, None))
         else:
-            launch_up((None, in_order, table, up_bias, None, h), (up, gather(x, in_order, table)))
+            launch_up((None, in_order, table, up_bias, None, h), (up, gather(x, positions)))
         y = empty_y()
         launch_down((None, in_order, table, down_bias, weights, y), (down, h))
         return add(y, ids)
 
     return run
+
+
+def programs_a_multiprocessor(tile: TileConfig) -> int:
+    """How many there are at once: eight warps hold an accumulator that leaves no room for another program."""
+    return 1 if tile.num_warps > 4 else 2

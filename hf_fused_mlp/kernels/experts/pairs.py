@@ -1,7 +1,7 @@
 """Routed experts for few tokens: a program for each row of each pair of token and expert, nothing sorted.
 
-``h[pair] = act(x[token] @ gate[e].T) * (x[token] @ up[e].T)``, then ``out[token]`` is the sum over its experts, in
-their order, of ``weight * (h[pair] @ down[e].T)``. Dot products on the CUDA cores, at memory speed; picked up to about
+``h[pair] = act(x[token] @ gate[e].T) * (x[token] @ up[e].T)``, then ``out[token]`` is the sum over its experts of
+``weight * (h[pair] @ down[e].T)``, in a fixed order. Dot products on the CUDA cores, at memory speed; picked up to about
 32 pairs, and for shapes that no tensor descriptor has, at any number. Any layout; fp16, bf16 and fp32, with fp32 sums.
 Launches: 2. Bytes: the weights of each pair's expert once.
 """
@@ -12,17 +12,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._launch import allocator, launcher
 from hf_fused_mlp.kernels.experts._common import combine
-from hf_fused_mlp.types import GPU, ExpertsCall, TileConfig
+from hf_fused_mlp.types import GPU, ExpertsCall, TileConfig, next_power_of_two
 
 
 @triton.jit
-def _add_products(
-    acc, x_ptr, w_ptr, offs_n, mask_n, scale, stride_n, stride_k, K: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """`acc` `[BLOCK_N, BLOCK_K]` plus the products of rows of a weight with `scale * x`, not yet summed."""
+def _add_products(acc, x_ptr, w_ptr, offs_n, mask_n, stride_n, stride_k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`acc` `[BLOCK_N, BLOCK_K]` plus the products of rows of a weight with x, not yet summed."""
     for k in tl.static_range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32) * scale
+        x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
         mask = mask_n[:, None] & (offs_k < K)[None, :]
         w = tl.load(w_ptr + offs_n[:, None] * stride_n + offs_k[None, :] * stride_k, mask=mask, other=0.0)
         acc += w.to(tl.float32) * x[None, :]
@@ -69,9 +67,9 @@ def _up_kernel(
         w_ptr += e * stride_e
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         if GATED:
-            gate = _add_products(acc, x_ptr, w_ptr, offs_n, mask_n, 1.0, stride_n, stride_k, K, BLOCK_K)
+            gate = _add_products(acc, x_ptr, w_ptr, offs_n, mask_n, stride_n, stride_k, K, BLOCK_K)
             w_ptr += stride_p
-        up = _add_products(acc, x_ptr, w_ptr, offs_n, mask_n, 1.0, stride_n, stride_k, K, BLOCK_K)
+        up = _add_products(acc, x_ptr, w_ptr, offs_n, mask_n, stride_n, stride_k, K, BLOCK_K)
         out = tl.sum(up, 1)
         first = tl.sum(gate, 1) if GATED else out
         if bias_ptr is not None:
@@ -99,29 +97,42 @@ def _down_kernel(
     stride_k,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """`out_ptr` is `[tokens, N]`."""
+    """`out_ptr` is `[tokens, N]`. All pairs of a token, `PAIRS` with padding, are in one block: weights that depend on
+    one another for nothing are loaded at once, and the first of them before h is ready."""
     num_n = tl.cdiv(N, BLOCK_N)
     token = (tl.program_id(0) // num_n).to(tl.int64)
     offs_n = (tl.program_id(0) % num_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    if OVERLAP:
-        gdc_wait()
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    bias = tl.zeros((BLOCK_N,), tl.float32)
-    for j in tl.range(TOP_K):
-        pair = token * TOP_K + j
-        e = tl.load(ids_ptr + pair).to(tl.int64)
-        if (e >= 0) & (e < num_experts):
-            scale = tl.load(weights_ptr + pair).to(tl.float32)
-            w = w_ptr + e * stride_e
-            acc = _add_products(acc, h_ptr + pair * K, w, offs_n, mask_n, scale, stride_n, stride_k, K, BLOCK_K)
-            if bias_ptr is not None:
-                bias += scale * tl.load(bias_ptr + e * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    out = tl.sum(acc, 1) + bias
+    offs_j = tl.arange(0, PAIRS)
+    pairs = token * TOP_K + offs_j
+    e = tl.load(ids_ptr + pairs, mask=offs_j < TOP_K, other=-1).to(tl.int64)
+    known = (e >= 0) & (e < num_experts)
+    e = tl.where(known, e, 0)
+    scale = tl.load(weights_ptr + pairs, mask=known, other=0.0).to(tl.float32)
+    rows = (e * stride_e)[:, None] + (offs_n * stride_n)[None, :]
+    mask = known[:, None] & mask_n[None, :]
+    acc = tl.zeros((PAIRS, BLOCK_N, BLOCK_K), tl.float32)
+    for k in tl.static_range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        w = tl.load(
+            w_ptr + rows[:, :, None] + (offs_k * stride_k)[None, None, :],
+            mask=mask[:, :, None] & mask_k[None, None, :],
+            other=0.0,
+        )
+        if OVERLAP and k == 0:
+            gdc_wait()
+        h = tl.load(h_ptr + pairs[:, None] * K + offs_k[None, :], mask=known[:, None] & mask_k[None, :], other=0.0)
+        acc += w.to(tl.float32) * (h.to(tl.float32) * scale[:, None])[:, None, :]
+    out = tl.sum(tl.sum(acc, 2), 0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + e[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+        out += tl.sum(scale[:, None] * bias.to(tl.float32), 0)
     tl.store(out_ptr + token * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
@@ -168,7 +179,7 @@ def pairs(call: ExpertsCall, up: TileConfig, down: TileConfig):
         _down_kernel,
         call.device,
         (m * -(-H // down.block_n), 1, 1),
-        (call.experts, H, *down_strides, I, k, down.block_n, down.block_k, can_overlap),
+        (call.experts, H, *down_strides, I, k, next_power_of_two(k), down.block_n, down.block_k, can_overlap),
         overlap=can_overlap,
         num_warps=down.num_warps,
     )

@@ -3,18 +3,23 @@
 A pair is a token with one of its experts: number `token * top_k + j`. The sort is stable and counts: chunks of pairs
 are counted by expert, then each pair is placed. Ids that are no expert's, which expert parallelism gives to tokens of
 other ranks, are not placed, and their outputs count as zero. Nothing is read by the host, so all of it can be captured
-in a CUDA graph. Tiles are as many as could be needed at most.
+in a CUDA graph. Tiles are as many as could be needed at most. Each launch may begin while the one before is finishing,
+and waits for it before it reads anything.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._launch import allocator, launcher
-from hf_fused_mlp.types import ExpertsCall, next_power_of_two
+from hf_fused_mlp.types import GPU, ExpertsCall, next_power_of_two
 
 SUM_BLOCK = 1024
+COPY_BLOCK = 2048
 TILE_STEP = 16
+CHUNKS = 256  # at most; every chunk reads the counts of all
+ONE_CHUNK = 256  # pairs that one program sorts alone
 
 
 @triton.jit
@@ -25,17 +30,35 @@ def _experts_of(ids_ptr, pair, num_pairs, num_experts, NONE: tl.constexpr):
 
 
 @triton.jit
-def _count_kernel(
-    ids_ptr, counts_ptr, num_pairs, num_experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr
+def _counts_of(
+    ids_ptr, chunk, num_pairs, num_experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr
 ):
-    """`counts_ptr` is `[chunks, EXPERTS]`: how many pairs of each chunk an expert has."""
-    chunk = tl.program_id(0)
+    """How many pairs of a chunk an expert has."""
     experts = tl.arange(0, EXPERTS)
     counts = tl.zeros((EXPERTS,), tl.int32)
     for first in tl.range(0, CHUNK, STEP):
         e = _experts_of(ids_ptr, chunk * CHUNK + first + tl.arange(0, STEP), num_pairs, num_experts, EXPERTS)
         counts += tl.sum((e[:, None] == experts[None, :]).to(tl.int32), 0)
-    tl.store(counts_ptr + chunk * EXPERTS + experts, counts)
+    return counts
+
+
+@triton.jit
+def _count_kernel(
+    ids_ptr,
+    counts_ptr,
+    num_pairs,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """`counts_ptr` is `[chunks, EXPERTS]`."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    chunk = tl.program_id(0)
+    counts = _counts_of(ids_ptr, chunk, num_pairs, num_experts, EXPERTS, CHUNK, STEP)
+    tl.store(counts_ptr + chunk * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
 @triton.jit
@@ -43,6 +66,7 @@ def _place_kernel(
     ids_ptr,
     counts_ptr,
     sorted_ptr,
+    positions_ptr,
     tiles_ptr,
     num_pairs,
     num_experts,
@@ -53,23 +77,32 @@ def _place_kernel(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     TILE_STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Writes a chunk's pairs in the order of experts, and `TILES` entries of the table of tiles.
 
+    Without `counts_ptr` there is one chunk. `positions_ptr`, if given, is for each pair its place in that order, or -1.
     The table begins with the number of tiles; entry `i`, at `4 * (i + 1)`, is the expert of tile `i`, its first row
     and the end of the expert's rows.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
+        if counts_ptr is not None:
+            gdc_wait()
     chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
-    counts = tl.zeros((EXPERTS,), tl.int32)
     before = tl.zeros((EXPERTS,), tl.int32)
-    for first in tl.range(0, num_chunks, STEP):
-        row = first + tl.arange(0, STEP)
-        some = tl.load(
-            counts_ptr + row[:, None] * EXPERTS + experts[None, :], mask=(row < num_chunks)[:, None], other=0
-        )
-        counts += tl.sum(some, 0)
-        before += tl.sum(tl.where((row < chunk)[:, None], some, 0), 0)
+    if counts_ptr is None:
+        counts = _counts_of(ids_ptr, chunk, num_pairs, num_experts, EXPERTS, CHUNK, STEP)
+    else:
+        counts = tl.zeros((EXPERTS,), tl.int32)
+        for first in tl.range(0, num_chunks, STEP):
+            row = first + tl.arange(0, STEP)
+            some = tl.load(
+                counts_ptr + row[:, None] * EXPERTS + experts[None, :], mask=(row < num_chunks)[:, None], other=0
+            )
+            counts += tl.sum(some, 0)
+            before += tl.sum(tl.where((row < chunk)[:, None], some, 0), 0)
     ends = tl.cumsum(counts, 0)
     starts = ends - counts
 
@@ -79,7 +112,10 @@ def _place_kernel(
         e = _experts_of(ids_ptr, pair, num_pairs, num_experts, EXPERTS)
         hit = (e[:, None] == experts[None, :]).to(tl.int32)
         rank = tl.cumsum(hit, 0) - hit
-        tl.store(sorted_ptr + tl.sum(hit * (rank + place[None, :]), 1), pair, mask=e < EXPERTS)
+        position = tl.sum(hit * (rank + place[None, :]), 1)
+        tl.store(sorted_ptr + position, pair, mask=e < EXPERTS)
+        if positions_ptr is not None:
+            tl.store(positions_ptr + pair, tl.where(e < EXPERTS, position, -1), mask=pair < num_pairs)
         place += tl.sum(hit, 0)
 
     tiles = (counts + ROWS - 1) // ROWS
@@ -98,26 +134,31 @@ def _place_kernel(
 
 
 @triton.jit
-def _gather_kernel(x_ptr, sorted_ptr, tiles_ptr, rows_ptr, K, stride_xm, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """``rows[i] = x[sorted[i] // TOP_K]`` for all rows that have a pair."""
-    row = tl.program_id(0).to(tl.int64)
-    # the last tile ends where the pairs do
-    num_tiles = tl.load(tiles_ptr)
-    if row < tl.load(tiles_ptr + 4 * num_tiles + 2, mask=num_tiles > 0, other=0):
-        token = (tl.load(sorted_ptr + row) // TOP_K).to(tl.int64)
-        for first in tl.range(0, K, BLOCK):
-            offs = first + tl.arange(0, BLOCK)
-            tl.store(
-                rows_ptr + row * K + offs, tl.load(x_ptr + token * stride_xm + offs, mask=offs < K), mask=offs < K
-            )
+def _gather_kernel(
+    x_ptr, positions_ptr, rows_ptr, K, stride_xm, TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """``rows[positions[token * TOP_K + j]] = x[token]``: a token is read once and written for each of its pairs."""
+    token = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + token * stride_xm + offs, mask=offs < K)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    for j in tl.static_range(TOP_K):
+        row = tl.load(positions_ptr + token * TOP_K + j).to(tl.int64)
+        tl.store(rows_ptr + row * K + offs, x, mask=(offs < K) & (row >= 0))
 
 
 @triton.jit
-def _sum_kernel(y_ptr, ids_ptr, out_ptr, num_experts, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    y_ptr, ids_ptr, out_ptr, num_experts, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """``out[token] = sum over j of y[token * TOP_K + j]``, in the order of j, without pairs that have no expert."""
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
+    if OVERLAP:
+        gdc_wait()
     for j in tl.static_range(TOP_K):
         e = tl.load(ids_ptr + token * TOP_K + j)
         mask = (offs < N) & (e >= 0) & (e < num_experts)
@@ -130,41 +171,52 @@ def most_tiles(call: ExpertsCall, rows: int) -> int:
     return min(call.pairs, call.pairs // rows + call.experts)
 
 
-def sort(call: ExpertsCall, rows: int):
-    """Two launches: a function of ids that gives the sorted pairs and the table of tiles of `rows` rows."""
+def sort(call: ExpertsCall, rows: int, positions: bool):
+    """A function of ids that gives the sorted pairs, their positions and the table of tiles of `rows` rows.
+
+    Two launches, or one for few pairs. Without `positions`, it gives None for them.
+    """
     experts = next_power_of_two(max(16, call.experts))
     step = max(16, min(64, 16384 // experts))
-    chunk = max(step, next_power_of_two(-(-call.pairs // 256)))
+    chunk = max(step, next_power_of_two(call.pairs if call.pairs <= ONE_CHUNK else -(-call.pairs // CHUNKS)))
     chunks = -(-call.pairs // chunk)
     tiles = -(-most_tiles(call, rows) // (chunks * TILE_STEP)) * TILE_STEP
     empty_counts = allocator((chunks, experts), torch.int32, call.device)
     empty_sorted = allocator((call.pairs,), torch.int32, call.device)
     empty_tiles = allocator((4 * (chunks * tiles + 1),), torch.int32, call.device)
+    overlap = GPU.of(call.device).can_overlap
     sizes = call.pairs, call.experts
-    count = launcher(_count_kernel, call.device, (chunks, 1, 1), (*sizes, experts, chunk, step), num_warps=4)
-    values = *sizes, chunks, experts, chunk, step, rows, tiles, TILE_STEP
-    place = launcher(_place_kernel, call.device, (chunks, 1, 1), values, num_warps=8)
+    count = launcher(_count_kernel, call.device, (chunks, 1, 1), (*sizes, experts, chunk, step, overlap), num_warps=4)
+    values = *sizes, chunks, experts, chunk, step, rows, tiles, TILE_STEP, overlap
+    place = launcher(
+        _place_kernel, call.device, (chunks, 1, 1), values, overlap=overlap and chunks > 1, num_warps=8
+    )
 
     def run(ids):
-        counts = empty_counts()
-        count((ids, counts))
+        counts = None
+        if chunks > 1:
+            counts = empty_counts()
+            count((ids, counts))
         in_order, table = empty_sorted(), empty_tiles()
-        place((ids, counts, in_order, table))
-        return in_order, table
+        places = empty_sorted() if positions else None
+        place((ids, counts, in_order, places, table))
+        return in_order, places, table
 
     return run
 
 
 def gather(call: ExpertsCall):
-    """One launch: a function of x, the sorted pairs and the table that gives `[pairs, hidden]`, sorted."""
+    """One launch: a function of x and the positions of pairs that gives `[pairs, hidden]`, sorted."""
     empty = allocator((call.pairs, call.hidden), call.dtype, call.device)
-    block = min(4096, next_power_of_two(call.hidden))
-    values = call.hidden, call.stride_xm, call.top_k, block
-    launch = launcher(_gather_kernel, call.device, (call.pairs, 1, 1), values, num_warps=4)
+    block = min(COPY_BLOCK, next_power_of_two(call.hidden))
+    overlap = GPU.of(call.device).can_overlap
+    values = call.hidden, call.stride_xm, call.top_k, block, overlap
+    grid = call.tokens, -(-call.hidden // block), 1
+    launch = launcher(_gather_kernel, call.device, grid, values, overlap=overlap, num_warps=4)
 
-    def run(x, in_order, table):
+    def run(x, positions):
         rows = empty()
-        launch((x, in_order, table, rows))
+        launch((x, positions, rows))
         return rows
 
     return run
@@ -174,8 +226,10 @@ def add(call: ExpertsCall):
     """One launch: a function of the experts' outputs `[pairs, hidden]` and ids that gives `[tokens, hidden]`."""
     empty = allocator((call.tokens, call.hidden), call.dtype, call.device)
     block = min(SUM_BLOCK, next_power_of_two(call.hidden))
+    overlap = GPU.of(call.device).can_overlap
     grid = call.tokens, -(-call.hidden // block), 1
-    launch = launcher(_sum_kernel, call.device, grid, (call.experts, call.hidden, call.top_k, block), num_warps=4)
+    values = call.experts, call.hidden, call.top_k, block, overlap
+    launch = launcher(_sum_kernel, call.device, grid, values, overlap=overlap, num_warps=4)
 
     def run(y, ids):
         out = empty()
