@@ -267,6 +267,51 @@ class ProblemKey:
 
 
 @dataclass(frozen=True)
+class ExpertsKey:
+    """What a plan of routed experts is chosen by.
+
+    `m` is the token count rounded up to a power of two. `limit` and `up_offset` of an `ExpertsForm` are left out: they
+    cost nothing. All addresses are multiples of 16; calls with others have no plan to choose.
+    """
+
+    m: int
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    layout: str
+    gated: bool
+    activation: str
+    dtype: torch.dtype
+    bias: bool
+    gpu: GPU
+
+    @staticmethod
+    def of(call: ExpertsCall, bias: bool) -> "ExpertsKey":
+        """Of calls like `call`; `bias` says that up or down has one."""
+        form = call.form
+        return ExpertsKey(
+            m=next_power_of_two(call.tokens),
+            experts=call.experts,
+            top_k=call.top_k,
+            hidden=call.hidden,
+            intermediate=call.intermediate,
+            layout=form.layout,
+            gated=form.gated,
+            activation=form.activation,
+            dtype=call.dtype,
+            bias=bias,
+            gpu=GPU.of(call.device),
+        )
+
+    def call(self, device: torch.device) -> ExpertsCall:
+        """A call of `m` tokens at `device`."""
+        form = ExpertsForm(self.layout, self.gated, self.activation)
+        sizes = self.m, self.top_k, self.experts, self.hidden, self.intermediate, self.hidden
+        return ExpertsCall(*sizes, form, self.dtype, device)
+
+
+@dataclass(frozen=True)
 class TileConfig:
     """Which kernel runs a launch, and how; a kernel reads only the fields that it needs."""
 

@@ -1,6 +1,7 @@
 """`hf-fused-mlp tune`: which problems it finds in a model, and what it keeps. The tuner has tests of its own."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from hf_fused_mlp.bench.shapes import SHAPES
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.cli.tune import problems_of
 from hf_fused_mlp.families.mlp.fused import FusedMLP
-from hf_fused_mlp.ops.dispatch import find_plan, problem_key
+from hf_fused_mlp.ops.dispatch import experts_plans, find_plan, problem_key
 from hf_fused_mlp.tuning import cache, tuner
+from hf_fused_mlp.tuning import experts as tuner_of_experts
 from hf_fused_mlp.tuning.plan_files import TunedPlan
-from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, ExpertsPlan, Plan, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 
@@ -63,6 +65,24 @@ def test_a_shape(gpu, plan_cache):
     key = ProblemKey(32, 4096, 16384, 4096, False, "gelu", torch.bfloat16, True, True, gpu)
     assert key.m == 32
     assert find_plan(key).up.kernel == "skinny"
+
+
+def test_experts(gpu, monkeypatch):
+    """A shape of `bench experts`, or a model of them; plans are compared with the rule's."""
+
+    def tune(key):
+        tile = TileConfig("grouped", block_n=64, block_k=128, num_stages=3)
+        return TunedPlan(key, ExpertsPlan("sorted", 16, tile, tile), 10.0, 12.0)
+
+    monkeypatch.setattr(tuner_of_experts, "tune", tune)
+    result = invoke("qwen3-30b-a3b", "--m", "1,16")
+    assert result.exit_code == 0, result.output
+    assert "128 experts, 8 a token, 2048 x 768 gated silu, planes, bfloat16" in result.stdout
+    assert "rule, us" in result.stdout and "sorted 16: grouped 64x128" in result.stdout
+    (key,) = problems_of("qwen3-30b-a3b", torch.bfloat16)
+    assert experts_plans(replace(key, m=16, gpu=gpu).call(torch.device("cpu")), False)[0].rows == 16
+    assert len(problems_of("all-experts", None)) == 7
+    assert "nothing to tune" not in invoke("qwen3-30b-a3b", "--m", "1", "--fp8").output
 
 
 def test_weights_keep_their_storage(gpu, monkeypatch, tmp_path):
@@ -126,7 +146,7 @@ def test_a_model_without_known_mlps(tmp_path):
     tiny_config("apertus").save_pretrained(tmp_path)
     result = invoke(tmp_path)
     assert result.exit_code == 2
-    assert "no MLP that would be fused" in result.output
+    assert "no MLP or experts that would be fused" in result.output
 
 
 @pytest.mark.gpu

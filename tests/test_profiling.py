@@ -156,12 +156,12 @@ def test_prediction(monkeypatch):
 
 
 def test_prediction_of_routed_experts(monkeypatch):
-    """`tune` measures none, so it is not advised."""
+    """`tune` compares their plans with one another only, so it is not advised."""
     as_on_gpu(monkeypatch)
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
     experts = fuse_model(tiny_model("mixtral", **sizes), strict=True).model.layers[0].mlp.experts
     found = predict({"a": experts}, 16, "memory-bound", a_step(a=100.0), 500.0)
-    assert found.gain is None and "no plans are measured for modules like a" in found.basis
+    assert found.gain is None and "no plan says what modules like a gain" in found.basis
 
 
 def test_prediction_asks_the_plans(plan_cache):
@@ -171,7 +171,7 @@ def test_prediction_asks_the_plans(plan_cache):
         assert prediction._gain_alone(mlp, 3) is None
         gpu = GPU.of(torch.device("cpu"))
         key = ProblemKey(4, 64, 176, 64, True, "silu", torch.float32, False, True, gpu)
-        cache.save([TunedPlan(key, UNFUSED, plan_us=2.0, unfused_us=3.0)], gpu)
+        cache.save([TunedPlan(key, UNFUSED, plan_us=2.0, other_us=3.0)], gpu)
         assert prediction._gain_alone(mlp, 3) == 1.5
         assert prediction._gain_alone(mlp, 5) is None
         patch.setattr(cache, "unusable", {UNFUSED})

@@ -51,8 +51,8 @@ MOST_COPIED = 20e9  # bytes that batched_mm may copy
 MOST_DIFFERENCE = 0.01  # relative, between the outputs of two implementations in bfloat16
 
 
-def build(shape: Experts) -> nn.Module:
-    """Experts of these sizes in bfloat16 on the GPU, of a class of Transformers."""
+def build(shape: Experts, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> nn.Module:
+    """Experts of these sizes with random weights, of a class of Transformers."""
     from transformers import GptOssConfig, MixtralConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -61,13 +61,14 @@ def build(shape: Experts) -> nn.Module:
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
     }
-    with torch.device("cuda"):
+    with torch.device(device):
         made: nn.Module
         if shape.gpt_oss:
-            made = GptOssExperts(GptOssConfig(**sizes)).bfloat16()
+            made = GptOssExperts(GptOssConfig(**sizes)).to(dtype)
         else:
-            made = MixtralExperts(MixtralConfig(**sizes, hidden_act=shape.activation)).bfloat16()
+            made = MixtralExperts(MixtralConfig(**sizes, hidden_act=shape.activation)).to(dtype)
     for parameter in made.requires_grad_(False).parameters():
         parameter.normal_(0, shape.hidden**-0.5)
     return made.eval()

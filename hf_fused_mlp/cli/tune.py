@@ -1,4 +1,4 @@
-"""`hf-fused-mlp tune`: measures the fastest plan for a model's MLPs on this GPU, and keeps it for every later run."""
+"""`hf-fused-mlp tune`: measures the fastest plans for a model's MLPs and experts on this GPU, and keeps them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_fused_mlp.tuning.plan_files import TunedPlan
-    from hf_fused_mlp.types import GPU, ProblemKey, TileConfig
+    from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, TileConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
 POWERS_OF_TWO = ",".join(str(2**i) for i in range(15))
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="A directory or hub id, a shape of `bench`, or 'all' of those shapes.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A directory or hub id; a shape of `bench mlp` or `bench experts`, or 'all' or 'all-experts'."
+        ),
+    ],
     m: Annotated[str, typer.Option(help="Token counts, comma-separated; each stands for its power of two.")] = (
         POWERS_OF_TWO
     ),
@@ -38,14 +43,17 @@ def tune(
         ),
     ] = None,
 ) -> None:
-    """Measure which kernels run a model's MLPs fastest on this GPU, and keep the answer. Weights are not needed."""
+    """Measure which kernels run a model's MLPs and experts fastest on this GPU, and keep the answer.
+
+    Weights are not needed.
+    """
     counts = token_counts(m)
     if dtype != "auto" and dtype not in DTYPES:
         fail(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
 
     import torch
 
-    from hf_fused_mlp.types import GPU, next_power_of_two
+    from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two
 
     keys = problems_of(model, None if dtype == "auto" else getattr(torch, dtype))
     if not torch.cuda.is_available():
@@ -54,17 +62,17 @@ def tune(
     if gpu.capability < (8, 0):
         fail(f"no kernels for {gpu.name}; they need CUDA compute capability 8.0 or later")
 
-    from hf_fused_mlp.tuning import tuner  # imports Triton
+    from hf_fused_mlp.tuning import experts, tuner  # imports Triton
 
     path = keep([], gpu, file)  # if it cannot be written, that is better known before than after
     tuned = []
     tokens = sorted({next_power_of_two(count) for count in counts})
     if fp8:
-        keys = [replace(key, storage="fp8") for key in keys]
+        keys = [replace(key, storage="fp8") for key in keys if isinstance(key, ProblemKey)]
     problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
     for key in progress(problems, "tuning"):
         try:
-            tuned.append(tuner.tune(key))
+            tuned.append(tuner.tune(key) if isinstance(key, ProblemKey) else experts.tune(key))
         except torch.OutOfMemoryError:
             problem = f"{describe_problem(key)}, {key.m} tokens"
             console.print(f"skipped, since the GPU has no room for it: {problem}", soft_wrap=True)
@@ -84,10 +92,11 @@ def keep(tuned: "list[TunedPlan]", gpu: "GPU", file: Path | None) -> Path:
         fail(f"plans cannot be kept ({error}); name a new file, or one of plans, with --output")
 
 
-def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey]":
+def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey | ExpertsKey]":
     """The distinct problems of one token in a model of that name, in a shape, or in all shapes; their GPU is a CPU."""
     import torch
 
+    from hf_fused_mlp.bench import experts
     from hf_fused_mlp.bench.shapes import SHAPES, build
     from hf_fused_mlp.fuse import examine
     from hf_fused_mlp.types import GPU
@@ -95,6 +104,9 @@ def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey]":
     if name == "all" or name in SHAPES:
         shapes = SHAPES.values() if name == "all" else [SHAPES[name]]
         modules = [build(shape, dtype or torch.bfloat16, "meta") for shape in shapes]
+    elif name == "all-experts" or name in experts.SHAPES:
+        chosen = experts.SHAPES.values() if name == "all-experts" else [experts.SHAPES[name]]
+        modules = [experts.build(shape, dtype or torch.bfloat16, "meta") for shape in chosen]
     else:
         modules = [skeleton(name, dtype)]
     gpu = GPU.of(torch.device("cpu"))
@@ -105,7 +117,7 @@ def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey]":
         if entry.finding.spec is not None
     ]
     if not any(keys):
-        fail(f"{name} has no MLP that would be fused, so there is nothing to tune")
+        fail(f"{name} has no MLP or experts that would be fused, so there is nothing to tune")
     return [key for key in dict.fromkeys(keys) if key is not None]
 
 
@@ -122,23 +134,45 @@ def skeleton(name: str, dtype: "torch.dtype | None") -> "nn.Module":
 
 
 def report(tuned: "list[TunedPlan]") -> Iterator[Table]:
-    """A table an MLP: by token count the plan, its time, and how many times faster than unfused it is."""
+    """A table an MLP: by token count the plan, its time, and how many times faster than unfused it is.
+
+    Experts are compared with the rule's plan instead.
+    """
+    from hf_fused_mlp.types import ExpertsKey
+
     for title, entries in groupby(tuned, lambda entry: describe_problem(entry.key)):
-        table = Table("M", "up", "down", "us", "unfused, us", "gain", title=title, title_justify="left")
+        first, *rest = entries
+        other = "rule" if isinstance(first.key, ExpertsKey) else "unfused"
+        table = Table("M", "up", "down", "us", f"{other}, us", "gain", title=title, title_justify="left")
         for index in (0, 3, 4, 5):
             table.columns[index].justify = "right"
-        for entry in entries:
-            configs = [describe_config(config) for config in (entry.plan.up, entry.plan.down)]
-            times = f"{entry.plan_us:.1f}", f"{entry.unfused_us:.1f}"
-            table.add_row(str(entry.key.m), *configs, *times, f"{entry.unfused_us / entry.plan_us:.2f}x")
+        for entry in (first, *rest):
+            times = f"{entry.plan_us:.1f}", f"{entry.other_us:.1f}"
+            gain = f"{entry.other_us / entry.plan_us:.2f}x"
+            table.add_row(str(entry.key.m), *describe_plan(entry.plan), *times, gain)
         yield table
 
 
-def describe_problem(key: "ProblemKey") -> str:
+def describe_problem(key: "ProblemKey | ExpertsKey") -> str:
+    from hf_fused_mlp.types import ExpertsKey
+
     kind = "gated" if key.gated else "plain"
     bias = ", bias" if key.bias else ""
-    dtype = str(key.dtype).removeprefix("torch.") + ("" if key.storage == "float" else f", weights in {key.storage}")
+    dtype = str(key.dtype).removeprefix("torch.")
+    if isinstance(key, ExpertsKey):
+        sizes = f"{key.experts} experts, {key.top_k} a token, {key.hidden} x {key.intermediate}"
+        return f"{sizes} {kind} {key.activation}{bias}, {key.layout}, {dtype}"
+    dtype += "" if key.storage == "float" else f", weights in {key.storage}"
     return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {dtype}"
+
+
+def describe_plan(plan: "Plan | ExpertsPlan") -> tuple[str, str]:
+    """Up and down. Of experts, the order with the rows of a tile comes first."""
+    order = getattr(plan, "order", None)
+    up = describe_config(plan.up)
+    if order is not None:
+        up = f"{order} {plan.rows}: {up}"  # type: ignore[union-attr]
+    return up, describe_config(plan.down)
 
 
 def describe_config(config: "TileConfig") -> str:

@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused
-from hf_fused_mlp.types import GPU, ProblemKey
+from hf_fused_mlp.types import GPU, ExpertsKey, ProblemKey
 
 
 class Family(Protocol):
@@ -43,5 +43,5 @@ class Family(Protocol):
     def mixin_for(self, spec: Hashable) -> type[Fused]:
         """The class that makes the fused form of a module that computes `spec`."""
 
-    def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
+    def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | ExpertsKey | None:
         """The problem that `m` tokens make, weights on meta included; None if it has no plan."""

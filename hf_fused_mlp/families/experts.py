@@ -29,7 +29,10 @@ from hf_fused_mlp.reading.experts import (
 from hf_fused_mlp.reading.implementations import implementation_of, runs_transformers_own
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
-from hf_fused_mlp.types import GPU, ExpertsOperands
+from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsOperands, next_power_of_two
+
+# what configs call the number of experts of a token; the modules themselves are not told
+TOP_K = "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"
 
 
 class FusedExperts(Fused):
@@ -214,8 +217,27 @@ class ExpertsFamily(Family):
     def mixin_for(self, spec: Hashable) -> type[Fused]:
         return FusedExperts
 
-    def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> None:
-        return None
+    def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ExpertsKey | None:
+        assert isinstance(spec, ExpertsSpec)
+        config, operands = getattr(module, "config", None), operands_of(module, spec)
+        top_k = next((n for name in TOP_K if type(n := getattr(config, name, None)) is int), None)
+        if operands is None or top_k is None or not stacks_fit(*operands):
+            return None
+        up, down, up_bias, down_bias, form = operands
+        hidden, intermediate = down.shape[1:] if form.layout == "planes" else down.mT.shape[1:]
+        return ExpertsKey(
+            m=next_power_of_two(m),
+            experts=up.shape[0],
+            top_k=top_k,
+            hidden=hidden,
+            intermediate=intermediate,
+            layout=form.layout,
+            gated=form.gated,
+            activation=form.activation,
+            dtype=up.dtype,
+            bias=up_bias is not None or down_bias is not None,
+            gpu=gpu,
+        )
 
 
 def _reject_reason(module: nn.Module, spec: ExpertsSpec) -> str | None:

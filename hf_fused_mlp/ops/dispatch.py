@@ -4,6 +4,7 @@ Imports Triton, so it is imported at the first call on a GPU.
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.types import (
     GPU,
     UNFUSED,
+    ExpertsCall,
+    ExpertsKey,
     ExpertsOperands,
+    ExpertsPlan,
     MLPOperands,
     Plan,
     ProblemKey,
@@ -30,7 +34,8 @@ from hf_fused_mlp.types import (
 from hf_fused_mlp.weights import is_packed
 
 # asked in turn; the last knows every problem
-SOURCES: list[Callable[[ProblemKey], Plan | None]] = [user_plan, shipped_plan, heuristic_plan]
+MEASURED = user_plan, shipped_plan
+SOURCES: list[Callable[[ProblemKey], Plan | None]] = [*MEASURED, heuristic_plan]
 
 
 # by storage, the plans for problems whose own does not run; the last always runs
@@ -159,13 +164,20 @@ def _first_experts(kind, tensors, form):
     *_, up, down, _, _ = tensors
     call = describe_experts(x, ids, up, down, form)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    slowest = without_sorting(call)
-    plan = rule_of_thumb(call) if aligned else slowest
+    plans = experts_plans(call, any(tensor is not None for tensor in tensors[-2:])) if aligned else ()
+    plans = *plans, without_sorting(call)
     message = "%s does not run here (%s); a slower plan does"
-    run, out = _first_that_runs((plan, slowest), lambda plan: prepare_experts(plan, call), tensors, message)
+    run, out = _first_that_runs(plans, lambda plan: prepare_experts(plan, call), tensors, message)
     if usual:
         remember(kind, tensors, run)
     return out
+
+
+def experts_plans(call: ExpertsCall, bias: bool) -> tuple[ExpertsPlan, ...]:
+    """The plan that was measured for calls like this one, if any, and the rule's; `bias` says that there is one."""
+    key = ExpertsKey.of(call, bias)
+    measured = filter(None, (source(key) for source in MEASURED))
+    return *islice(measured, 1), rule_of_thumb(call)
 
 
 def _is_usual(tensor: Tensor) -> bool:

@@ -35,7 +35,7 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
             return Prediction(None, f"plans are measured for kernels alone, and {name} calls projections: {called}")
         gain = 1.0 if instead else _gain_alone(module, m)
         if gain is None and _problem(module, m) is None:
-            return Prediction(None, f"no plans are measured for modules like {name}; a rule of thumb chooses them")
+            return Prediction(None, f"no plan says what modules like {name} gain over the original")
         if gain is None:
             return Prediction(
                 None,
@@ -51,9 +51,10 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
 
 
 def _problem(module: Fused, m: int) -> ProblemKey | None:
-    """What a plan for `m` tokens would be measured for; None where none is."""
+    """What a plan for `m` tokens would be measured for, in turn with the original; None where none is."""
     family = next(family for family in FAMILIES if isinstance(module, family.mixin))
-    return family.problem(module, module.fused_spec, m, GPU.of(device_of(module)))
+    key = family.problem(module, module.fused_spec, m, GPU.of(device_of(module)))
+    return key if isinstance(key, ProblemKey) else None  # those of experts are measured in turn with the rule's
 
 
 def _gain_alone(module: Fused, m: int) -> float | None:
@@ -62,4 +63,4 @@ def _gain_alone(module: Fused, m: int) -> float | None:
 
     key = _problem(module, m)
     tuned = None if key is None else tuned_plan(key)
-    return None if tuned is None else tuned.unfused_us / tuned.plan_us
+    return None if tuned is None else tuned.other_us / tuned.plan_us

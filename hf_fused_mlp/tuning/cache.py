@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -17,12 +18,15 @@ from platformdirs import user_cache_dir
 from hf_fused_mlp.launch_cache import remembered
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
-from hf_fused_mlp.types import GPU, Plan, ProblemKey
+from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey
+
+# what a plan is looked up by
+Key = ProblemKey | ExpertsKey
 
 SHIPPED = Path(__file__).parent / "plans"
 
 # the plans that did not run
-unusable: set[Plan] = set()
+unusable: set[Plan | ExpertsPlan] = set()
 
 
 def user_file(gpu: GPU) -> Path:
@@ -59,13 +63,13 @@ def file_name(what: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", what.lower()) + ".json"
 
 
-def user_plan(key: ProblemKey) -> Plan | None:
+def user_plan(key: Key) -> Any:
     """The plan that was measured on this machine, with the versions of PyTorch and Triton that run now."""
     tuned = _user_tuned(key)
     return tuned.plan if tuned else None
 
 
-def shipped_plan(key: ProblemKey) -> Plan | None:
+def shipped_plan(key: Key) -> Any:
     """The plan that came with the package, measured on the same GPU and kernels but maybe with other versions.
 
     Plans ship for bf16; what is fastest for it is for fp16 too, which moves and multiplies as much.
@@ -74,7 +78,7 @@ def shipped_plan(key: ProblemKey) -> Plan | None:
     return tuned.plan if tuned else None
 
 
-def tuned_plan(key: ProblemKey) -> TunedPlan | None:
+def tuned_plan(key: Key) -> TunedPlan | None:
     """The plan that runs `key`, with its times; None where none was measured, or it turned out not to run here."""
     tuned = _user_tuned(key) or _shipped_tuned(key)
     return None if tuned is None or tuned.plan in unusable else tuned
@@ -101,18 +105,18 @@ def forget() -> None:
     unusable.clear()
 
 
-def _user_tuned(key: ProblemKey) -> TunedPlan | None:
+def _user_tuned(key: Key) -> TunedPlan | None:
     return _user_plans(key.gpu).get(key)
 
 
-def _shipped_tuned(key: ProblemKey) -> TunedPlan | None:
+def _shipped_tuned(key: Key) -> TunedPlan | None:
     if key.dtype == torch.float16:
         key = replace(key, dtype=torch.bfloat16)
     return _shipped_plans(key.gpu).get(key)
 
 
 @cache
-def _user_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
+def _user_plans(gpu: GPU) -> dict[Key, TunedPlan]:
     try:
         path = user_file(gpu)
     except RuntimeError as error:
@@ -122,10 +126,11 @@ def _user_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
 
 
 @cache
-def _shipped_plans(gpu: GPU) -> dict[ProblemKey, TunedPlan]:
+def _shipped_plans(gpu: GPU) -> dict[Key, TunedPlan]:
     return _with_halves(read(shipped_file(gpu), gpu, any_version=True))
 
 
-def _with_halves(plans: dict[ProblemKey, TunedPlan]) -> dict[ProblemKey, TunedPlan]:
+def _with_halves(plans: dict[Key, TunedPlan]) -> dict[Key, TunedPlan]:
     """`plans`, and for the same MLPs without down the plan of one that has it."""
-    return {replace(key, out=0): tuned for key, tuned in plans.items()} | plans
+    halves = {replace(key, out=0): tuned for key, tuned in plans.items() if isinstance(key, ProblemKey)}
+    return halves | plans

@@ -1,4 +1,4 @@
-"""Plans on disk: a JSON document of measured plans for one GPU.
+"""Plans on disk: a JSON document of measured plans for one GPU, a list for each kind of problem (`KINDS`).
 
 Its header says what the plans were measured on. Whatever does not apply here, or cannot be read, is skipped with a
 warning, so a wrong plan is never loaded, and a bad file never stops a forward.
@@ -11,12 +11,13 @@ import json
 import math
 import reprlib
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 import triton
@@ -24,8 +25,9 @@ from filelock import FileLock
 
 from hf_fused_mlp import kernels
 from hf_fused_mlp.files import replace_file
+from hf_fused_mlp.kernels.experts import choices
 from hf_fused_mlp.logs import logger
-from hf_fused_mlp.types import GPU, Plan, ProblemKey, TileConfig, next_power_of_two
+from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, TileConfig, next_power_of_two
 
 FORMAT = 1
 VERSIONS = ("torch", "triton")
@@ -43,21 +45,24 @@ shown = _quote.repr  # of what a file may hold, which may be long or deep
 
 @dataclass(frozen=True)
 class TunedPlan:
-    """The fastest plan for a problem, and the median microseconds that it and the unfused path took."""
+    """The fastest plan for a problem, and the median microseconds that it took and that it is compared with.
 
-    key: ProblemKey
-    plan: Plan
+    That is the unfused path for MLPs, and the rule's plan for routed experts.
+    """
+
+    key: ProblemKey | ExpertsKey
+    plan: Plan | ExpertsPlan
     plan_us: float
-    unfused_us: float
+    other_us: float
 
 
-def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, TunedPlan]:
+def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey | ExpertsKey, TunedPlan]:
     """The plans in `path` that apply on `gpu`; one warning says what was skipped.
 
     Args:
         any_version: take plans that were measured with other versions of PyTorch and Triton.
     """
-    plans: dict[ProblemKey, TunedPlan] = {}
+    plans: dict[ProblemKey | ExpertsKey, TunedPlan] = {}
     try:
         document = _load(path)
         reason = _stale_reason(document, gpu, ignored=VERSIONS if any_version else ())
@@ -70,12 +75,13 @@ def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey, Tu
         return plans
 
     skipped: list[str] = []
-    for index, entry in enumerate(document["plans"]):
-        try:
-            tuned = _from_json(entry, gpu, document["kernels"])
-            plans[tuned.key] = tuned
-        except Exception as error:  # and so may an entry
-            skipped.append(f"plans[{index}]: {_short(error)}")
+    for name, kind in KINDS.items():
+        for index, entry in enumerate(document.get(name, [])):
+            try:
+                tuned = _from_json(kind, entry, gpu, document["kernels"])
+                plans[tuned.key] = tuned
+            except Exception as error:  # and so may an entry
+                skipped.append(f"{name}[{index}]: {_short(error)}")
     if skipped:
         more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
         logger.warning("%s: %s; skipped%s, %s", path, skipped[0], more, REMEDY)
@@ -96,9 +102,14 @@ def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         plans = read(path, gpu) | {entry.key: entry for entry in tuned}
-        lines = ",\n".join(json.dumps(_to_json(plans[key])) for key in sorted(plans, key=_order))
+        lists = ""
+        for name, kind in KINDS.items():
+            keys: Any = sorted((key for key in plans if type(key) is kind.key), key=kind.order)
+            if keys or name == "plans":
+                lines = ",\n".join(json.dumps(_to_json(kind, plans[key])) for key in keys)
+                lists += f',\n "{name}": [\n{lines}\n ]'
         header = json.dumps(header_of(gpu), indent=1)[:-2]
-        replace_file(path, f'{header},\n "plans": [\n{lines}\n ]\n}}\n')
+        replace_file(path, f"{header}{lists}\n}}\n")
 
 
 def header_of(gpu: GPU) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def header_of(gpu: GPU) -> dict[str, Any]:
     }
 
 
-def unsupported(key: ProblemKey, plan: Plan) -> str | None:
+def _unsupported(key: ProblemKey, plan: Plan) -> str | None:
     """Why `plan` cannot run `key`, or None if it can."""
     for name, launch, config in (("up", key.up, plan.up), ("down", key.down, plan.down)):
         if config.kernel == "torch":
@@ -126,25 +137,64 @@ def unsupported(key: ProblemKey, plan: Plan) -> str | None:
     return None
 
 
+class Kind(NamedTuple):
+    """A list of a file of plans: the classes of its problems and plans, and what its plans are compared with.
+
+    `unsupported` gives the reason why a plan cannot run a problem, `order` is what the list is sorted by.
+    """
+
+    key: type
+    plan: type
+    kernels: dict[str, ModuleType]
+    unsupported: Callable[[Any, Any], str | None]
+    order: Callable[[Any], tuple]
+    other: str
+
+
+def _order(key: ProblemKey) -> tuple:
+    kind = key.gated, key.activation, str(key.dtype), key.bias, key.storage
+    return key.hidden, key.intermediate, key.out, *kind, key.m
+
+
+def _order_of_experts(key: ExpertsKey) -> tuple:
+    kind = key.layout, key.gated, key.activation, str(key.dtype), key.bias
+    return key.hidden, key.intermediate, key.experts, key.top_k, *kind, key.m
+
+
+KINDS = {
+    "plans": Kind(ProblemKey, Plan, kernels.KERNELS, _unsupported, _order, "unfused_us"),
+    "experts": Kind(ExpertsKey, ExpertsPlan, choices.KERNELS, choices.unsupported, _order_of_experts, "rule_us"),
+}
+
+
 @cache
 def kernel_hashes() -> dict[str, str]:
     """For each kernel, a hash of its Triton functions and of those that all kernels share.
 
     Comments, docstrings, layout, launchers and the version of Python do not change it.
     """
-    codes = {name: _imported_code(name) + kernel_code(_source(name), name) for name in kernels.KERNELS}
+    files = {name: Path(str(kernel.__file__)) for kind in KINDS.values() for name, kernel in kind.kernels.items()}
+    codes = {name: _imported_code(file) + kernel_code(file.read_text(), name) for name, file in files.items()}
     return {name: hashlib.sha256(code.encode()).hexdigest()[:16] for name, code in codes.items()}
 
 
-def _source(name: str) -> str:
-    return Path(kernels.__file__).with_name(f"{name}.py").read_text()
+def _imported_code(file: Path) -> str:
+    """The canonical text of the Triton functions in the files of kernels that `file` imports.
 
-
-def _imported_code(name: str) -> str:
-    """The canonical text of the Triton functions in the files of kernels that the file of a kernel imports."""
-    nodes = (node for node in ast.parse(_source(name)).body if isinstance(node, ast.ImportFrom))
-    folders = (node.module.rpartition(".") for node in nodes if node.module)
-    return "".join(kernel_code(_source(file)) for folder, _, file in folders if folder == kernels.__name__)
+    A file in a folder of kernels brings along what it imports itself.
+    """
+    root = Path(kernels.__file__).parent
+    code = ""
+    for node in ast.parse(file.read_text()).body:
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(f"{kernels.__name__}."):
+            continue
+        place = root.joinpath(*str(node.module).removeprefix(f"{kernels.__name__}.").split("."))
+        for imported in (place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)):
+            if imported.exists():
+                code += (_imported_code(imported) if imported.parent != root else "") + kernel_code(
+                    imported.read_text()
+                )
+    return code
 
 
 def kernel_code(source: str, start: str | None = None) -> str:
@@ -218,40 +268,42 @@ def _stale_reason(document: Any, gpu: GPU, ignored: tuple[str, ...]) -> str | No
         found = document.get(name) if isinstance(document, dict) else None
         if name not in ("date", "kernels", *ignored) and found != here:
             return f"{name} is {shown(found)}, here {here!r}"
-    for name, expected, words in (("kernels", dict, "an object"), ("plans", list, "a list")):
-        if not isinstance(document[name], expected):
-            return f"its {name} are a {type(document[name]).__name__}, expected {words}"
+    if not isinstance(document["kernels"], dict):
+        return f"its kernels are a {type(document['kernels']).__name__}, expected an object"
+    for name, found in (("plans", document["plans"]), *((name, document.get(name, [])) for name in KINDS)):
+        if not isinstance(found, list):
+            return f"its {name} are a {type(found).__name__}, expected a list"
     return None
 
 
-def _to_json(tuned: TunedPlan) -> dict[str, Any]:
-    key = {name: getattr(tuned.key, name) for name in get_type_hints(ProblemKey) if name != "gpu"}
-    if tuned.key.storage == "float":
+def _to_json(kind: Kind, tuned: TunedPlan) -> dict[str, Any]:
+    key = {name: getattr(tuned.key, name) for name in get_type_hints(kind.key) if name != "gpu"}
+    if key.get("storage") == "float":
         del key["storage"]  # as in files that are older than FP8
     return {
         "problem": key | {"dtype": str(tuned.key.dtype).removeprefix("torch.")},
         "plan": asdict(tuned.plan),
         "plan_us": round(tuned.plan_us, 2),
-        "unfused_us": round(tuned.unfused_us, 2),
+        kind.other: round(tuned.other_us, 2),
     }
 
 
-def _from_json(entry: dict[str, Any], gpu: GPU, hashes: dict[str, str]) -> TunedPlan:
+def _from_json(kind: Kind, entry: dict[str, Any], gpu: GPU, hashes: dict[str, str]) -> TunedPlan:
     """Raises one of several exceptions where anything but a plan for its problem comes out."""
-    key = _typed(ProblemKey, entry["problem"], gpu=gpu)
+    key: Any = _typed(kind.key, entry["problem"], gpu=gpu)
     if next_power_of_two(key.m) != key.m:
         raise ValueError(f"m {shown(key.m)}: expected a power of two")
-    plan = Plan(up=_config(entry["plan"]["up"]), down=_config(entry["plan"]["down"]))
-    if reason := unsupported(key, plan):
+    plan: Any = _typed(kind.plan, entry["plan"])
+    if reason := kind.unsupported(key, plan):
         raise ValueError(reason)
     for kernel in {plan.up.kernel, plan.down.kernel} - {"torch"}:
         if hashes.get(kernel) != kernel_hashes()[kernel]:
             raise ValueError(f"{kernel} is not the kernel that was measured")
-    times = {name: float(entry[name]) for name in ("plan_us", "unfused_us")}
+    times = {name: float(entry[name]) for name in ("plan_us", kind.other)}
     for name, us in times.items():
         if not 0 < us < math.inf:
             raise ValueError(f"{name} is {shown(entry[name])}, expected microseconds")
-    return TunedPlan(key, plan, **times)
+    return TunedPlan(key, plan, *times.values())
 
 
 def _config(values: dict[str, Any]) -> TileConfig:
@@ -278,17 +330,14 @@ def _typed(cls: type[T], values: dict[str, Any], **given: Any) -> T:
     for name, value in values.items():
         if name not in types or name in given:
             raise ValueError(f"unknown field {shown(name)} of {cls.__name__}")
+        if types[name] is TileConfig:
+            value = _config(value)
         if types[name] is torch.dtype:
             value = vars(torch).get(value) if isinstance(value, str) else None
         if type(value) is not types[name] or (types[name] is int and value < 0):
             raise ValueError(f"{name} is {shown(values[name])}, expected a {types[name].__name__}")
         arguments[name] = value
     return cls(**arguments)
-
-
-def _order(key: ProblemKey) -> tuple:
-    kind = key.gated, key.activation, str(key.dtype), key.bias, key.storage
-    return key.hidden, key.intermediate, key.out, *kind, key.m
 
 
 def _short(error: Exception) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from os import cpu_count
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import triton
@@ -30,6 +30,7 @@ from hf_fused_mlp.types import (
     SCALE_BLOCK,
     TORCH,
     UNFUSED,
+    ExpertsPlan,
     LinearKey,
     Matrix,
     MLPOperands,
@@ -46,7 +47,22 @@ LONG = 4096  # tokens, from which on one call a turn is enough
 CHECKED_ROWS = 256  # of the output; at up to 16384 tokens every tile of 64 rows has one of them
 
 K = TypeVar("K")
+Config = TypeVar("Config", bound=TileConfig | ExpertsPlan, contravariant=True)
 Calls = list[Callable[[], Tensor]]
+
+
+class Measured(Protocol[Config]):
+    """What is tuned: tokens `x` and weights, and how a configuration runs them."""
+
+    @property
+    def key(self) -> Any: ...
+    @property
+    def x(self) -> Tensor: ...
+    def run(self, x: Tensor, copy: int, config: Config) -> Tensor:
+        """The output for one of the copies."""
+
+    def calls(self, config: Config) -> Calls:
+        """A call for each of the copies, which together exceed the L2."""
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
@@ -163,7 +179,7 @@ def mlp_calls(up: Launch, down: Launch, plan: Plan) -> Calls:
     return [partial(call, copy) for copy in range(max(len(up.copies), len(down.copies)))]
 
 
-def runnable(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
+def runnable(launch: Measured[Config], configs: Iterable[Config]) -> list[Config]:
     """Those of `configs` that compile and fit the GPU; they are compiled in parallel, and have run once.
 
     Most of a compilation is outside of Python, and Triton itself compiles in threads where it is asked to.
@@ -172,7 +188,7 @@ def runnable(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
         triton.runtime.driver.active.get_current_target()  # made at its first use, which is not for several threads
 
     @torch.no_grad()  # like the current device, a thread's own
-    def runs(config: TileConfig) -> bool:
+    def runs(config: Config) -> bool:
         try:
             with torch.cuda.device_of(launch.x):
                 launch.run(launch.x, 0, config)
@@ -220,7 +236,7 @@ def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
     return passed
 
 
-def fastest(launch: Launch, configs: list[TileConfig]) -> list[TileConfig]:
+def fastest(launch: Measured[Config], configs: list[Config]) -> list[Config]:
     """The configurations with the smallest medians, found in stages of fewer configurations and more rounds."""
     for rounds, keep, within in STAGES:
         if len(configs) > 1:

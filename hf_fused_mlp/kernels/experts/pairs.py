@@ -1,8 +1,9 @@
 """Routed experts for few tokens: a program for each row of each pair of token and expert, nothing sorted.
 
 ``h[pair] = act(x[token] @ gate[e].T) * (x[token] @ up[e].T)``, then ``out[token]`` is the sum over its experts of
-``weight * (h[pair] @ down[e].T)``, in a fixed order. Dot products on the CUDA cores, at memory speed; picked up to about
-32 pairs, and for shapes that no tensor descriptor has, at any number. Any layout; fp16, bf16 and fp32, with fp32 sums.
+``weight * (h[pair] @ down[e].T)``, in a fixed order. Dot products on the CUDA cores, at memory speed; picked up to
+about 32 pairs, and for shapes that no tensor descriptor has, at any number. Any layout; fp16, bf16 and fp32, with fp32
+sums.
 Launches: 2. Bytes: the weights of each pair's expert once.
 """
 

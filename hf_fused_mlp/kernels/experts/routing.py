@@ -30,9 +30,7 @@ def _experts_of(ids_ptr, pair, num_pairs, num_experts, NONE: tl.constexpr):
 
 
 @triton.jit
-def _counts_of(
-    ids_ptr, chunk, num_pairs, num_experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr
-):
+def _counts_of(ids_ptr, chunk, num_pairs, num_experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
     """How many pairs of a chunk an expert has."""
     experts = tl.arange(0, EXPERTS)
     counts = tl.zeros((EXPERTS,), tl.int32)
@@ -81,8 +79,8 @@ def _place_kernel(
 ):
     """Writes a chunk's pairs in the order of experts, and `TILES` entries of the table of tiles.
 
-    Without `counts_ptr` there is one chunk. `positions_ptr`, if given, is for each pair its place in that order, or -1.
-    The table begins with the number of tiles; entry `i`, at `4 * (i + 1)`, is the expert of tile `i`, its first row
+    Without `counts_ptr` there is one chunk. `positions_ptr`, if given, holds the place of each pair in that order,
+    or -1. The table begins with the number of tiles; entry `i`, at `4 * (i + 1)`, is the expert of tile `i`, its first row
     and the end of the expert's rows.
     """
     if OVERLAP:
@@ -188,9 +186,7 @@ def sort(call: ExpertsCall, rows: int, positions: bool):
     sizes = call.pairs, call.experts
     count = launcher(_count_kernel, call.device, (chunks, 1, 1), (*sizes, experts, chunk, step, overlap), num_warps=4)
     values = *sizes, chunks, experts, chunk, step, rows, tiles, TILE_STEP, overlap
-    place = launcher(
-        _place_kernel, call.device, (chunks, 1, 1), values, overlap=overlap and chunks > 1, num_warps=8
-    )
+    place = launcher(_place_kernel, call.device, (chunks, 1, 1), values, overlap=overlap and chunks > 1, num_warps=8)
 
     def run(ids):
         counts = None
