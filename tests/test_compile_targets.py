@@ -1,6 +1,12 @@
 """Every kernel family, as its launcher launches it, compiles for every GPU it may meet. No GPU needed."""
 
+import re
+import subprocess
+import tempfile
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +15,11 @@ from numerics import linear, quantized_mlp, random_mlp
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.kernels import describe_launch, fp8_gemm, norm
 from hf_fused_mlp.kernels import linear as launch_linear
-from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb
+from hf_fused_mlp.kernels.experts import choices, describe_experts, prepare_experts, rule_of_thumb
 from hf_fused_mlp.ops.dispatch import act_mul_backward_cuda, act_mul_cuda
 from hf_fused_mlp.reading.norm import FORMS
 from hf_fused_mlp.tuning import cache
-from hf_fused_mlp.types import GPU, ExpertsForm, Matrix, TileConfig
+from hf_fused_mlp.types import GPU, ExpertsCall, ExpertsForm, Matrix, TileConfig
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -200,24 +206,65 @@ FORMS_OF_EXPERTS = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (40, 5), (400, 6)])
+@pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (40, 4), (200, 5), (400, 6)])
 @pytest.mark.parametrize(
     ("target", "form"),
     [*((target, "planes") for target in TARGETS), ("sm_90", "interleaved"), ("sm_80", "transposed")],
 )
 def test_experts_compile(target, form, tokens, launches, monkeypatch):
-    """The plan that the rule chooses, in all of its launches."""
+    """The plan that the rule chooses, in all of its launches, each of which waits for the one before."""
+    kernels = compile_experts(rule_of_thumb, target, form, tokens, monkeypatch)
+    assert len(kernels) == (4 if tokens == 1 and FORMS_OF_EXPERTS[form].layout != "planes" else launches)
+    codes = [kernel.asm["ptx" if target.startswith("sm") else "amdgcn"] for kernel in kernels]
+    waits = [code.count("griddepcontrol.wait") > 0 for code in codes]
+    assert waits == [target in ("sm_90", "sm_100") and index > 0 for index in range(len(codes))]
+
+
+def compile_experts(plan, target, form, tokens, monkeypatch, experts=16):
+    """The compiled kernels of a call, of a plan or the one that a function gives."""
     form = FORMS_OF_EXPERTS[form]
-    up = torch.empty(16, 256, 512, dtype=torch.bfloat16)
-    down = torch.empty(16, 512, 128, dtype=torch.bfloat16)
+    up = torch.empty(experts, 256, 512, dtype=torch.bfloat16)
+    down = torch.empty(experts, 512, 128, dtype=torch.bfloat16)
     if form.layout != "planes":
         up, down = up.mT.contiguous(), down.mT.contiguous()
     x, ids = torch.empty(tokens, 512, dtype=torch.bfloat16), torch.zeros(tokens, 2, dtype=torch.int64)
 
     def call():
         about = describe_experts(x, ids, up, down, form)
-        prepare_experts(rule_of_thumb(about), about)(x, ids, torch.empty(tokens, 2), up, down, None, None)
+        run = prepare_experts(plan(about) if callable(plan) else plan, about)
+        run(x, ids, torch.empty(tokens, 2), up, down, None, None)
 
-    kernels = compiled(call, TARGETS[target], monkeypatch)
-    assert len(kernels) == (5 if tokens == 1 and form.layout != "planes" else launches)
-    assert all(kernel.asm["ptx" if target.startswith("sm") else "amdgcn"] for kernel in kernels)
+    return compiled(call, TARGETS[target], monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["planes", "interleaved"])
+@pytest.mark.parametrize("experts", [2, 16, 256])
+def test_candidates_of_experts_spill_no_registers(experts, form, monkeypatch):
+    """Those of the tuner, for many, some and few rows an expert."""
+    if not CUOBJDUMP:
+        pytest.skip("Triton's wheel has no cuobjdump")
+    tokens, seen = 300, set()
+    sizes = tokens, 2, experts, 512, 128, 512
+    call = ExpertsCall(*sizes, FORMS_OF_EXPERTS[form], torch.bfloat16, torch.device("cpu"))
+    for plan in choices.first_plans(call):
+        ups, downs = (choices.tiles(call, plan, launch) for launch in ("up", "down"))
+        for up, down in zip_longest(ups, downs):
+            chosen = replace(plan, up=up or plan.up, down=down or plan.down)
+            for kernel in compile_experts(chosen, "sm_90", form, tokens, monkeypatch, experts):
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    assert stack_bytes(kernel) <= 64, chosen  # more holds registers
+
+
+# NVIDIA's tool for compiled code
+CUOBJDUMP = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"), None)
+
+
+def stack_bytes(kernel) -> int:
+    """Of each thread, on its stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        found = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", found.stdout)[1])

@@ -4,6 +4,7 @@ GPU time of a captured call. Weights are random; each call of a round has tokens
 has, so that experts come from memory and not from a cache.
 """
 
+import logging
 import random
 import statistics
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from hf_fused_mlp.bench.names import EXPERTS_IMPLEMENTATIONS
 from hf_fused_mlp.bench.results import Row
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.swap import original_form
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ SHAPES = {
     "gemma-4-26b-a4b": Experts(128, 8, 2816, 704, "gelu_pytorch_tanh"),
     "deepseek-v3": Experts(256, 8, 7168, 2048),
 }
+OPTIONAL = ("sonicmoe", "deepgemm")  # Transformers loads their kernels from the hub, for some GPUs
 MOST_COPIED = 20e9  # bytes that batched_mm may copy
 MOST_DIFFERENCE = 0.01  # relative, between the outputs of two implementations in bfloat16
 
@@ -74,11 +78,11 @@ def build(shape: Experts, dtype: torch.dtype = torch.bfloat16, device: str = "cu
     return made.eval()
 
 
-def routing(kind: str, shape: Experts, m: int) -> Tensor:
+def routing(kind: str, shape: Experts, m: int, device: torch.device | str = "cuda") -> Tensor:
     """Random expert ids `[m, top_k]`: all experts equally likely, or the i-th with a weight of 1 / i."""
-    scores = -torch.empty(m, shape.experts, device="cuda").exponential_().log()  # Gumbel's distribution
+    scores = -torch.empty(m, shape.experts, device=device).exponential_().log()  # Gumbel's distribution
     if kind == "zipf":
-        scores -= torch.arange(1, shape.experts + 1, device="cuda").log()
+        scores -= torch.arange(1, shape.experts + 1, device=device).log()
     return scores.topk(shape.top_k)[1]
 
 
@@ -92,44 +96,63 @@ def measure(name: str, m: int, kind: str, names: list[str], rounds: int) -> list
         names: of `EXPERTS_IMPLEMENTATIONS`.
 
     Returns:
-        One row for each implementation and one for the floor, in microseconds.
+        One row for each implementation and one for the floor, in microseconds; `peak_mb` is how much memory a call
+        takes at most, its output included. Of `OPTIONAL`, those that do not load or run here are logged and left out.
 
     Raises:
         AssertionError: the fused experts give other numbers than Transformers'.
     """
     shape = SHAPES[name]
     module = fuse_model(build(shape), strict=True)
+    device = next(module.parameters()).device
     calls = 8 if m <= 1024 else 2
     inputs: list[tuple[Tensor, ...]] = [
         (
-            torch.randn(m, shape.hidden, device="cuda", dtype=torch.bfloat16),
-            routing(kind, shape, m),
-            torch.rand(m, shape.top_k, device="cuda"),
+            torch.randn(m, shape.hidden, device=device, dtype=torch.bfloat16),
+            routing(kind, shape, m, device),
+            torch.rand(m, shape.top_k, device=device),
         )
         for _ in range(calls)
     ]
     runs: dict[str, Callable[[], None]] = {}
+    peaks: dict[str, float] = {}
     expected = None
     for impl in names:
         copied = m * shape.top_k * 3 * shape.hidden * shape.intermediate * 2
         if impl.startswith("batched_mm") and copied > MOST_COPIED:
             continue
         call = implementation(impl, module)
-        answer = call(*inputs[0])
+        try:
+            answer = call(*inputs[0])
+            peaks[impl] = peak_mb(call, inputs[0])
+            run = repeated(call, inputs, graph=impl != "eager")
+        except Exception as error:
+            if impl not in OPTIONAL:
+                raise
+            logger.warning("%s: left out at %s, M = %d: %s: %s", impl, name, m, type(error).__name__, error)
+            continue
         expected = answer if expected is None else expected
         difference = ((answer - expected).float().norm() / expected.float().norm()).item()
         if not difference <= MOST_DIFFERENCE:
             raise AssertionError(f"{name}, M = {m}: {impl} is off by {difference:.1%}, so none is timed")
-        runs[impl] = repeated(call, inputs, graph=impl != "eager")
+        runs[impl] = run
     hit = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
     common = {"shape": name, "m": m, "routing": kind}
     floor = round(shape.floor_us(m, hit), 2)
     rows: list[Row] = [common | {"impl": "floor", "median_us": floor, "p20_us": floor, "p80_us": floor}]
     for impl, times in in_turn(runs, rounds).items():
         cuts = statistics.quantiles([time / calls for time in times], n=10)
-        figures = {"median_us": cuts[4], "p20_us": cuts[1], "p80_us": cuts[7]}
+        figures = {"median_us": cuts[4], "p20_us": cuts[1], "p80_us": cuts[7], "peak_mb": peaks[impl]}
         rows.append(common | {"impl": impl} | {field: round(value, 2) for field, value in figures.items()})
     return rows
+
+
+def peak_mb(call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
+    """Megabytes (10^6) that a call has allocated at its peak."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(*inputs)
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def implementation(impl: str, module: nn.Module) -> Callable[..., Tensor]:
@@ -187,20 +210,32 @@ def in_turn(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each shape and M: microseconds, how far from the floor, and how many times faster than the best."""
+    """A line for each shape and M: microseconds, how far from the floor, and how many times faster than the best.
+
+    Where it was measured, the peak memory of a fused call, and of `batched_mm`'s.
+    """
     problems: dict[tuple, dict[str, float]] = {}
+    peaks: dict[tuple, dict[str, float]] = {}
     for row in rows:
-        problems.setdefault((row["shape"], row["routing"], row["m"]), {})[row["impl"]] = row["median_us"]
+        problem = row["shape"], row["routing"], row["m"]
+        problems.setdefault(problem, {})[row["impl"]] = row["median_us"]
+        if "peak_mb" in row:
+            peaks.setdefault(problem, {})[row["impl"]] = row["peak_mb"]
     others = [name for name in EXPERTS_IMPLEMENTATIONS[1:] if any(name in times for times in problems.values())]
     lines = [
         f"| shape | routing | M | floor | fused | over floor | {' | '.join(others)} | faster than the best |",
         "|---|---|---:|---:|---:|---:|" + "---:|" * (len(others) + 1),
     ]
+    if peaks:
+        lines = [lines[0] + " peak, MB | of batched_mm |", lines[1] + "---:|---:|"]
     for (shape, kind, m), times in problems.items():
         fused, floor = times["fused"], times["floor"]
         best = min((times[name] for name in others if name in times), default=None)
         cells = [shape, kind, str(m), f"{floor:.0f}", f"{fused:.0f}", f"{fused / floor:.2f}x"]
         cells += [f"{times[name]:.0f}" if name in times else "-" for name in others]
         cells.append("-" if best is None else f"{best / fused:.2f}x")
+        if peaks:
+            peak = peaks.get((shape, kind, m), {})
+            cells += [f"{peak[name]:.1f}" if name in peak else "-" for name in ("fused", "batched_mm")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -28,4 +28,7 @@ EXPERTS = (
 )
 ROUTINGS = ("uniform", "zipf")
 # as Transformers calls them; "eager" waits for the GPU in every call, so it is timed without a graph
-EXPERTS_IMPLEMENTATIONS = ("fused", "grouped_mm", "batched_mm", "batched_mm-max-autotune", "eager")
+EXPERTS_IMPLEMENTATIONS = (
+    *("fused", "grouped_mm", "batched_mm", "batched_mm-max-autotune", "eager"),
+    *("sonicmoe", "deepgemm"),
+)

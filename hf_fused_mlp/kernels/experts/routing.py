@@ -80,8 +80,8 @@ def _place_kernel(
     """Writes a chunk's pairs in the order of experts, and `TILES` entries of the table of tiles.
 
     Without `counts_ptr` there is one chunk. `positions_ptr`, if given, holds the place of each pair in that order,
-    or -1. The table begins with the number of tiles; entry `i`, at `4 * (i + 1)`, is the expert of tile `i`, its first row
-    and the end of the expert's rows.
+    or -1. The table begins with the number of tiles; entry `i`, at `4 * (i + 1)`, is the expert of tile `i`, its first
+    row and the end of the expert's rows.
     """
     if OVERLAP:
         gdc_launch_dependents()
