@@ -129,7 +129,7 @@ def measure(name: str, m: int, kind: str, names: list[str], rounds: int) -> list
         except Exception as error:
             if impl not in OPTIONAL:
                 raise
-            logger.warning("%s: left out at %s, M = %d: %s: %s", impl, name, m, type(error).__name__, error)
+            logger.warning("%s: left out at %s, M = %s: %s: %s", impl, name, m, type(error).__name__, error)
             continue
         expected = answer if expected is None else expected
         difference = ((answer - expected).float().norm() / expected.float().norm()).item()
