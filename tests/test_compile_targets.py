@@ -206,18 +206,20 @@ FORMS_OF_EXPERTS = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (40, 4), (200, 5), (400, 6)])
+@pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (30, 4), (200, 5), (400, 6)])
 @pytest.mark.parametrize(
     ("target", "form"),
     [*((target, "planes") for target in TARGETS), ("sm_90", "interleaved"), ("sm_80", "transposed")],
 )
 def test_experts_compile(target, form, tokens, launches, monkeypatch):
-    """The plan that the rule chooses, in all of its launches, each of which waits for the one before."""
+    """The plan that the rule chooses, in all of its launches. Each waits for the one before, unless rows are gathered,
+    where they do not overlap."""
     kernels = compile_experts(rule_of_thumb, target, form, tokens, monkeypatch)
     assert len(kernels) == (4 if tokens == 1 and FORMS_OF_EXPERTS[form].layout != "planes" else launches)
     codes = [kernel.asm["ptx" if target.startswith("sm") else "amdgcn"] for kernel in kernels]
     waits = [code.count("griddepcontrol.wait") > 0 for code in codes]
-    assert waits == [target in ("sm_90", "sm_100") and index > 0 for index in range(len(codes))]
+    overlaps = target in ("sm_90", "sm_100") and tokens < 400
+    assert waits == [overlaps and index > 0 for index in range(len(codes))]
 
 
 def compile_experts(plan, target, form, tokens, monkeypatch, experts=16):

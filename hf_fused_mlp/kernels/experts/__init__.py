@@ -10,6 +10,8 @@ from hf_fused_mlp.kernels.experts import grouped, pairs
 from hf_fused_mlp.types import GPU, ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
 
 FEW_PAIRS = 32
+FEW_BYTES = 1 << 29  # of their weights; sorting takes as long as reading so much, and finds experts that are shared
+LARGE_EXPERT = 1 << 25  # bytes of gate and up that do not stay in the L2 until a second tile reads them
 MOST_PROGRAMS = (1 << 31) - 1  # in the first dimension of a grid, by CUDA
 
 
@@ -25,7 +27,9 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
     """A plan for shapes that none was measured for."""
     H, I = call.hidden, call.intermediate
     fits = H * call.dtype.itemsize % 16 == 0 and I * call.dtype.itemsize % 16 == 0
-    few = call.tokens == 1 or call.pairs <= min(FEW_PAIRS, call.experts // 4)  # more would share experts
+    up_bytes = (2 if call.form.gated else 1) * H * I * call.dtype.itemsize
+    few = call.pairs <= min(FEW_PAIRS, call.experts // 4)  # more would share experts
+    few = call.tokens == 1 or (few and call.pairs * (up_bytes + H * I * call.dtype.itemsize) <= FEW_BYTES)
     few = few and call.form.layout == "planes"  # dot products along the columns of a transposed stack are slow
     if few or not fits or min(H, I) < 16:
         return without_sorting(call)
@@ -36,19 +40,27 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
         return _grouped(call, "sorted", 16 if rows <= 8 else 32, (64, 128, 4, 3), (64, 128, 4, 4))
     if rows < 48:
         return _grouped(call, "sorted", 64, (64, 64, 4, 4), (128, 64, 4, 4))
-    return _grouped(call, "gathered", 128, (128 if call.form.gated else 256, 64, 8, 4), (256, 64, 8, 3))
+    up, down = (128 if call.form.gated else 256, 64, 8, 4), (256, 64, 8, 4 if call.form.layout == "planes" else 3)
+    if 96 < rows <= 192 and up_bytes > LARGE_EXPERT:  # all of an expert in one tile
+        return _grouped(call, "gathered", 256, (up[0] // 2, 64, 8, 4), (128, 64, 8, 4))
+    if rows < 112:  # bound by memory, where tiles of fewer weights are better balanced
+        up = up[0] // 2, 64, 8, 4
+    return _grouped(call, "gathered", 128, up, down)
 
 
 def without_sorting(call: ExpertsCall) -> ExpertsPlan:
     """The plan that runs everything, and any number of tokens slowly."""
-    return ExpertsPlan("pairs", 1, _row(call, call.hidden), _row(call, call.intermediate, call.top_k))
+    up, down = (1, 2048), (2, 2048) if call.intermediate <= 4096 else (1, 1024)
+    if call.form.layout != "planes":  # a row is read along the columns of several
+        up = down = 16, 128
+    return ExpertsPlan("pairs", 1, _row(up, call.hidden, 1), _row(down, call.intermediate, call.top_k))
 
 
-def _row(call: ExpertsCall, k: int, pairs: int = 1) -> TileConfig:
-    """For dot products of length `k`, those of so many pairs in one program: pieces of rows that registers hold, or of
-    several rows where they interleave; at most 64 pieces, for each of which there is code."""
-    block_n, block_k = (2, 2048) if call.form.layout == "planes" else (16, 128)
-    block_k = max(min(1024, block_k // next_power_of_two(pairs)), next_power_of_two(-(-k // 64)), 16)
+def _row(block: tuple[int, int], k: int, pairs: int) -> TileConfig:
+    """For dot products of length `k`, those of so many pairs in one program: pieces that registers hold, at most 64 of
+    them, for each of which there is code."""
+    block_n, size = block
+    block_k = max(size // next_power_of_two(pairs), next_power_of_two(-(-k // 64)), 16)
     return TileConfig("pairs", block_n=block_n, block_k=min(block_k, next_power_of_two(k)), num_warps=4)
 
 

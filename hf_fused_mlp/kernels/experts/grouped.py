@@ -208,13 +208,15 @@ def grouped(call: ExpertsCall, plan: ExpertsPlan):
     """All launches: a function of x, ids, weights, up, down and their biases that gives `[tokens, hidden]`.
 
     The order `"sorted"` has the weights on the left and finds tokens by pointers; `"gathered"`, the reverse, wants at
-    least 64 rows a tile. Launches overlap: each waits for the one before, which had waited for its own.
+    least 64 rows a tile. Sorted, launches overlap, and each waits for the one before, which had waited for its own;
+    gathered, calls are long, and took 1 to 16 % longer with it on an H100 (docs/notes-kernels.md).
     """
     form, H, I, rows = call.form, call.hidden, call.intermediate, plan.rows
     gpu = GPU.of(call.device)
     left = plan.order == "sorted"
     precision = "ieee" if call.dtype == torch.float32 else "tf32"
-    sort, add = routing.sort(call, rows, positions=not left), routing.add(call)
+    overlap = gpu.can_overlap and left
+    sort, add = routing.sort(call, rows, positions=not left, overlap=overlap), routing.add(call, overlap)
     gather = None if left else routing.gather(call)
     empty_h = allocator((call.pairs, I), call.dtype, call.device)
     empty_y = allocator((call.pairs, H), call.dtype, call.device)
@@ -229,7 +231,7 @@ def grouped(call: ExpertsCall, plan: ExpertsPlan):
             precision,
             gpu.is_nvidia and call.dtype != torch.float32,
             programs,
-            gpu.can_overlap,
+            overlap,
         )
         return launcher(
             _grouped_kernel,
@@ -237,7 +239,7 @@ def grouped(call: ExpertsCall, plan: ExpertsPlan):
             (programs, 1, 1),
             (n, k, call.stride_xm, *bias, call.top_k, gated, form.layout, *gate, left, *blocks),
             (_weight_tiling(call, gated, n, k, tile), x_tiling),
-            overlap=gpu.can_overlap,
+            overlap=overlap,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
