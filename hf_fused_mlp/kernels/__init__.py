@@ -22,6 +22,7 @@ from hf_fused_mlp.kernels import (
     skinny,
     transposed_gemv,
     transposed_skinny,
+    wide,
 )
 from hf_fused_mlp.kernels._launch import Linear
 from hf_fused_mlp.reference import dequantize, linear_ref
@@ -30,7 +31,7 @@ from hf_fused_mlp.types import ABSENT, GPU, TORCH, LinearCall, Matrix, MLPOperan
 KERNELS: dict[str, ModuleType] = {
     kernel.__name__.rpartition(".")[2]: kernel
     for kernel in (
-        *(gemv, skinny, gemm, elementwise),
+        *(gemv, skinny, gemm, wide, elementwise),
         *(transposed_gemv, transposed_skinny),
         *(fp8_gemv, fp8_skinny, fp8_gemm, fp8_dequantized),
     )
