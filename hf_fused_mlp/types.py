@@ -1,6 +1,6 @@
 """Values that cross function boundaries: frozen, hashable, independent of `nn.Module` and Triton."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -234,7 +234,7 @@ class LinearCall:
 class ProblemKey:
     """What a plan is chosen by.
 
-    `m` is the token count rounded up to a power of two; up is `[intermediate, hidden]`, down `[out, intermediate]`,
+    `m` is the token count, of measured plans a power of two (`bucket`); up is `[intermediate, hidden]`, down `[out, intermediate]`,
     and `out` is 0 where there is no down.
     `bias` says that any projection has one; `one_block` holds for the weights of both launches. `dtype` is that of `x`
     and the output, and unless `storage` says otherwise of the weights.
@@ -304,5 +304,10 @@ UNFUSED = Plan(TORCH, TORCH)
 
 
 def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`; of token counts, the bucket that shares a plan."""
+    """The smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def bucket(key: ProblemKey) -> ProblemKey:
+    """The problem whose measured plan serves `key`: token counts up to a power of two share one."""
+    return replace(key, m=next_power_of_two(key.m))

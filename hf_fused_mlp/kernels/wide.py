@@ -1,4 +1,4 @@
-"""``out = act(x @ gate.T) * (x @ weight.T)`` by one GEMM of PyTorch's over gate and weight, and one kernel for the rest.
+"""``out = act(x @ gate.T) * (x @ weight.T)``: one GEMM of PyTorch's over gate and weight, one kernel for the rest.
 
 Without a gate, ``out = act(x @ weight.T)``. For tens to hundreds of tokens, and for rows that our GEMMs cannot read
 fast: the library's GEMM fills the GPU better with twice the columns, and the kernel does what eager takes two for.

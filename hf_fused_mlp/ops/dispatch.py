@@ -25,7 +25,6 @@ from hf_fused_mlp.types import (
     Plan,
     ProblemKey,
     TileConfig,
-    next_power_of_two,
 )
 from hf_fused_mlp.weights import is_packed
 
@@ -58,7 +57,7 @@ def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None)
     if gate.scale is not None:
         packed = packed and is_packed(gate.scale, up.scale)
     return ProblemKey(
-        m=next_power_of_two(m),
+        m=m,
         hidden=up.data.shape[1],
         intermediate=up.data.shape[0],
         out=0 if down.data is None else down.data.shape[0],

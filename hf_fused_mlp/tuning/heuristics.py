@@ -7,12 +7,13 @@ PyTorch's GEMMs with one kernel for the rest.
 
 from dataclasses import replace
 
-from hf_fused_mlp.kernels import fp8_gemm, gemm, transposed_gemv
-from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
+from hf_fused_mlp.kernels import fp8_gemm, gemm, skinny, transposed_gemv
+from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, bucket, next_power_of_two
 
 
 def heuristic_plan(key: ProblemKey) -> Plan:
     """The plan by rule; every key has one."""
+    key = bucket(key)
     return Plan(up=_linear(key.up), down=_linear(key.down) if key.out else TORCH)
 
 
@@ -27,7 +28,7 @@ def _linear(key: LinearKey) -> TileConfig:
     if key.m == 1 or (key.m == 2 and half):
         return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
     bare = key.activation == "identity" and not key.gated
-    if half and key.m <= (128 if key.gated else 64 if bare else 32):
+    if skinny.supports(key) is None and key.m <= (128 if key.gated else 64 if bare else 32):
         return _skinny(key)
     if key.gpu.capability == (9, 0) and not bare and gemm.supports(key) is None:
         tile = TileConfig("gemm", 128, 128 if key.gated else 256, 64, num_warps=8, num_stages=4, group_m=8)

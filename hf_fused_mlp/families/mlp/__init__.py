@@ -16,7 +16,7 @@ from hf_fused_mlp.reading.expression import reading_of
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, is_known, patched_reason, unknown_child
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, why_not_swappable
-from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two, storage_of
+from hf_fused_mlp.types import GPU, ProblemKey, storage_of
 from hf_fused_mlp.weights.formats import described
 
 _MIXINS: dict[MLPKind, type[Fused]] = {
@@ -61,7 +61,7 @@ class MLPFamily(Family):
             return None
         *_, up, down = matrices
         return ProblemKey(
-            m=next_power_of_two(m),
+            m=m,
             hidden=up.data.shape[1],
             intermediate=down.data.shape[1],
             out=down.data.shape[0],
