@@ -84,7 +84,7 @@ def prepare(plan: Plan, x: Tensor, operands: MLPOperands) -> MLP:
     `x` is `[..., H]`, passes `has_rows` and has at least one token; the weights are stored in that way of
     `storage_of` for which the plan was made. Without down, the function returns the hidden activation `[..., I]`.
     """
-    gate, up, down, activation = operands
+    gate, up, down, activation, _ = operands
     call = describe_launch(x, up.data, gate.data is not None, activation)
     if hands_over := down.data is not None and plan.up.kernel == plan.down.kernel == HANDS_OVER_FP8:
         call = replace(call, gives_fp8=True)

@@ -45,7 +45,7 @@ def forms_of(model: nn.Module) -> Forms:
         if option in of_option:
             of_option[option][entry.name] = entry.module
             if finding.state == "fusable":
-                fusable[option][entry.name] = entry.family.mixin_for(finding.spec), finding.spec
+                fusable[option][entry.name] = entry.family.mixin_for(finding.spec, False), finding.spec
     recipes = {"original": {}, "fused": fusable[None], "fused_norms": fusable[None] | fusable["norms"]}
     return Forms(of_option[None], of_option["norms"], recipes)
 

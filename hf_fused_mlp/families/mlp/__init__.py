@@ -9,7 +9,15 @@ from torch import nn
 
 from hf_fused_mlp.families.base import Family
 from hf_fused_mlp.families.mlp.checks import reject_reason, unknown_activation_reason
-from hf_fused_mlp.families.mlp.fused import FusedGatedMLP, FusedMLP, FusedPackedMLP, FusedPlainMLP
+from hf_fused_mlp.families.mlp.fused import (
+    FusedGatedMLP,
+    FusedMLP,
+    FusedPackedMLP,
+    FusedPlainMLP,
+    InvariantGatedMLP,
+    InvariantPackedMLP,
+    InvariantPlainMLP,
+)
 from hf_fused_mlp.originals import is_patched
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.expression import reading_of
@@ -24,6 +32,12 @@ _MIXINS: dict[MLPKind, type[Fused]] = {
     MLPKind.PACKED: FusedPackedMLP,
     MLPKind.PLAIN: FusedPlainMLP,
     MLPKind.HALF: FusedPlainMLP,
+}
+_INVARIANT_MIXINS: dict[MLPKind, type[Fused]] = {
+    MLPKind.GATED: InvariantGatedMLP,
+    MLPKind.PACKED: InvariantPackedMLP,
+    MLPKind.PLAIN: InvariantPlainMLP,
+    MLPKind.HALF: InvariantPlainMLP,
 }
 _CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|GLU|Experts")
 _NAME = re.compile(r"(^|\.)(mlp|ffn|feed_forward|experts)$")
@@ -46,9 +60,9 @@ class MLPFamily(Family):
             return None
         return _unknown_reason(module)
 
-    def mixin_for(self, spec: Hashable) -> type[Fused]:
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         assert isinstance(spec, MLPSpec)
-        return _MIXINS[spec.kind]
+        return (_INVARIANT_MIXINS if batch_invariant else _MIXINS)[spec.kind]
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
         assert isinstance(spec, MLPSpec)
