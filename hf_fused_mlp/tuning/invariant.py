@@ -21,7 +21,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def count(self, m: int, n: int) -> int:
+    def needed(self, m: int, n: int) -> int:
         """How many tiles the product of `m` tokens and `n` rows has."""
         return -(-m // self.block_m) * -(-n // self.rows)
 
@@ -46,7 +46,7 @@ def _linear(key: LinearKey) -> TileConfig | None:
         return TileConfig("skinny", 64, 64, BLOCK_K, num_warps=4, num_stages=stages)
     tiles = [tile for tile in TILES if tile.block_m <= max(64, key.m) and tile.rows >= 32 * planes]
     # the largest of which there are enough for all multiprocessors, or the smallest
-    filling = [tile for tile in tiles if tile.count(key.m, planes * key.n) >= key.gpu.num_sms]
+    filling = [tile for tile in tiles if tile.needed(key.m, planes * key.n) >= key.gpu.num_sms]
     block_m, rows, warps, stages = (filling or tiles[-1:])[0]
     stage_bytes = (block_m + rows) * BLOCK_K * key.dtype.itemsize
     stages = min(stages, max(1, key.gpu.shared_memory // stage_bytes - 1))  # one for the output
