@@ -17,12 +17,19 @@ from hf_fused_mlp.options import FusionError, FusionOptions
 from hf_fused_mlp.report import FamilyReport, Finding, FusionReport, ModuleStatus
 from hf_fused_mlp.swap import Fused, fuse, unfuse_module, was_changed
 from hf_fused_mlp.threads import LOCK
+from hf_fused_mlp.tune import tune_model
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def fuse_model(
-    model: M, strict: bool = False, exclude: Iterable[str] = (), norms: bool = False, fp8_linears: bool = False
+    model: M,
+    strict: bool = False,
+    exclude: Iterable[str] = (),
+    norms: bool = False,
+    fp8_linears: bool = False,
+    tune: bool = False,
+    batch_invariant: bool = False,
 ) -> M:
     """Fuses every recognised MLP in place and logs which were skipped and why.
 
@@ -37,6 +44,12 @@ def fuse_model(
             original, so leave them out there. `strict` and `exclude` then apply to the report's `norms` as well.
         fp8_linears: of an FP8 checkpoint, fuse the projections outside of MLPs too, so that it runs without kernels
             from the Hub. `strict` and `exclude` then apply to the report's `fp8_linears` as well.
+        tune: measure the fastest kernels for the model's own MLPs on its GPU, which takes seconds, where no plan of
+            `hf-fused-mlp tune` or of this package is known; kept in the user's cache, so that the next load measures
+            nothing.
+        batch_invariant: run kernels whose sums do not depend on how many tokens a call has: a token's output is the
+            same to the bit, alone or among others. For float16 and bfloat16 in inference; slower, see
+            docs/numerics.md. Routed experts stay as they are.
 
     Returns:
         `model`.
@@ -46,7 +59,7 @@ def fuse_model(
         FusionError: an `exclude` that matches nothing; with `strict`, an MLP that cannot be fused, or none at all. The
             model is unchanged.
     """
-    return fuse_with(model, FusionOptions(strict, exclude, norms, fp8_linears))
+    return fuse_with(model, FusionOptions(strict, exclude, norms, fp8_linears, tune, batch_invariant))
 
 
 def fuse_with(model: M, options: FusionOptions) -> M:
@@ -55,21 +68,27 @@ def fuse_with(model: M, options: FusionOptions) -> M:
         raise TypeError(f"fuse_model: {type(model).__name__} is not an nn.Module; pass the model itself")
     wanted = [family for family in FAMILIES if family.option is None or getattr(options, family.option)]
     with LOCK:
-        found = examine(model)
+        found = _as_asked(examine(model), options)
         report = _selected(_report(found), wanted, options)
         if options.strict:
             _require_fusable(found, report, wanted)
         names = {status.name for group in report.families for status in group.select("fusable")}
-        _fuse_all([entry for entry in found if entry.name in names])
+        _fuse_all([entry for entry in found if entry.name in names], options)
+        names = {status.name for group in report.families for status in group.select("skipped")}
+        for entry in found:
+            if entry.name in names and isinstance(entry.module, Fused):  # it was asked for less before
+                unfuse_module(entry.module)
         for module in model.modules():
             if isinstance(module, Fused):
                 module.repack()
-        report = fusion_report(model)
+        report = _report(_as_asked(examine(model), options))
     _log(_selected(report, wanted, options), options)
     if options.strict:
         reasons = {no_kernels(device_of(module)) or "" for module in model.modules() if isinstance(module, Fused)}
         if reasons and "" not in reasons:
             _warn_of_no_kernels(", ".join(sorted(reasons)))
+    if options.tune:
+        tune_model(model)
     return model
 
 
@@ -227,12 +246,34 @@ def _require_fusable(found: list[Examined], report: FusionReport, wanted: list[F
             )
 
 
-def _fuse_all(entries: list[Examined]) -> None:
+def _as_asked(found: list[Examined], options: FusionOptions) -> list[Examined]:
+    """`found`; with `batch_invariant`, what cannot be so is skipped, and what is fused in another form is fusable."""
+    if not options.batch_invariant:
+        return found
+
+    def asked(entry: Examined) -> Examined:
+        spec = entry.module.fused_spec if isinstance(entry.module, Fused) else entry.finding.spec
+        if spec is None or entry.finding.state == "skipped":
+            return entry
+        mixin = entry.family.mixin_for(spec, batch_invariant=True)
+        if mixin is None:
+            reason = f"batch_invariant: no kernels for {entry.family.noun}s have sums that ignore the token count"
+            return replace(entry, finding=Finding("skipped", reason, spec))
+        is_so = isinstance(entry.module, mixin)
+        return entry if is_so else replace(entry, finding=Finding("fusable", spec=spec))
+
+    return [asked(entry) for entry in found]
+
+
+def _fuse_all(entries: list[Examined], options: FusionOptions) -> None:
     """Fuses all modules or, if one fails, none."""
     done: list[Any] = []
     try:
         for entry in entries:
-            fuse(entry.module, entry.family.mixin_for(entry.finding.spec), entry.finding.spec)
+            if isinstance(entry.module, Fused):  # in another form
+                unfuse_module(entry.module)
+            mixin: Any = entry.family.mixin_for(entry.finding.spec, options.batch_invariant)
+            fuse(entry.module, mixin, entry.finding.spec)
             done.append(entry.module)
     except BaseException:
         for module in done:

@@ -70,11 +70,11 @@ def _aligned(tensors: list[Tensor]) -> bool:
     return together % 16 == 0
 
 
-def mlp_kind(gate: tuple, up: tuple, down: tuple, activation: str) -> Hashable:
-    """The kind of an MLP's call: which tensors its matrices have, and whether gate and up are packed."""
+def mlp_kind(gate: tuple, up: tuple, down: tuple, activation: str, batch_invariant: bool = False) -> Hashable:
+    """The kind of an MLP's call: which tensors its matrices have, whether gate and up are packed, and so on."""
     (first, first_scale, first_bias), (data, scale, bias), (last, last_scale, last_bias) = gate, up, down
     packed = None if first is None else data.data_ptr() - first.data_ptr() == first.nbytes
-    kind = activation, packed, last is None, first_bias is None, bias is None, last_bias is None
+    kind = activation, batch_invariant, packed, last is None, first_bias is None, bias is None, last_bias is None
     if scale is None:
         return kind
     # scales are packed or not by themselves

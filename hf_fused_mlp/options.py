@@ -21,6 +21,8 @@ class FusionOptions:
     exclude: Iterable[str] = ()
     norms: bool = False
     fp8_linears: bool = False
+    tune: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self):
         if isinstance(self.exclude, str):

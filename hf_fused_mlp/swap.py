@@ -39,6 +39,8 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     was_read: ClassVar[tuple]
     # the name of the forward's first argument, if it may be passed by name
     input_name: ClassVar[str | None]
+    # whether only kernels run whose sums do not depend on the token count
+    batch_invariant: ClassVar[bool] = False
     _made_of: ClassVar[tuple]
 
     def __init_subclass__(cls, **kwargs):

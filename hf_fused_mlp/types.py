@@ -1,8 +1,8 @@
 """Values that cross function boundaries: frozen, hashable, independent of `nn.Module` and Triton."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ def storage_of(*matrices: Matrix) -> str | None:
 class MLPOperands(NamedTuple):
     """The weights of an MLP: gate and up are `[I, H]`, down is `[O, I]`; gate and down may be `ABSENT`.
 
+    `batch_invariant` asks for sums that do not depend on the token count.
+
     `flat` also takes bare tuples in place of matrices.
     """
 
@@ -106,6 +108,7 @@ class MLPOperands(NamedTuple):
     up: Matrix
     down: Matrix
     activation: str
+    batch_invariant: bool = False
 
     @property
     def storage(self) -> str | None:
@@ -113,18 +116,31 @@ class MLPOperands(NamedTuple):
         return storage_of(self.gate, self.up, self.down)
 
     def flat(self) -> tuple:
-        """In the order of the operator `torch.ops.hf_fused_mlp.mlp`: weights, biases, activation, scales."""
-        (gate, *of_gate), (up, *of_up), (down, *of_down), activation = self
+        """In the order of the operator `torch.ops.hf_fused_mlp.mlp`: weights, biases, activation, scales.
+
+        `batch_invariant` is not among them: it changes no equation.
+        """
+        (gate, *of_gate), (up, *of_up), (down, *of_down), activation, _ = self
         scales, biases = zip(of_gate, of_up, of_down, strict=True)
         return gate, up, down, *biases, activation, *scales
 
     @staticmethod
     def of(
-        gate, up, down, gate_bias, up_bias, down_bias, activation, gate_scale=None, up_scale=None, down_scale=None
+        gate,
+        up,
+        down,
+        gate_bias,
+        up_bias,
+        down_bias,
+        activation,
+        gate_scale=None,
+        up_scale=None,
+        down_scale=None,
+        batch_invariant=False,
     ) -> "MLPOperands":
         """The inverse of `flat`."""
         first = Matrix(gate, gate_scale, gate_bias), Matrix(up, up_scale, up_bias)
-        return MLPOperands(*first, Matrix(down, down_scale, down_bias), activation)
+        return MLPOperands(*first, Matrix(down, down_scale, down_bias), activation, batch_invariant)
 
 
 class ExpertsForm(NamedTuple):
@@ -234,8 +250,8 @@ class LinearCall:
 class ProblemKey:
     """What a plan is chosen by.
 
-    `m` is the token count rounded up to a power of two; up is `[intermediate, hidden]`, down `[out, intermediate]`,
-    and `out` is 0 where there is no down.
+    `m` is the token count, of measured plans a power of two (`bucket`); up is `[intermediate, hidden]`, down
+    `[out, intermediate]`, and `out` is 0 where there is no down.
     `bias` says that any projection has one; `one_block` holds for the weights of both launches. `dtype` is that of `x`
     and the output, and unless `storage` says otherwise of the weights.
     """
@@ -349,5 +365,13 @@ UNFUSED = Plan(TORCH, TORCH)
 
 
 def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`; of token counts, the bucket that shares a plan."""
+    """The smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+Key = TypeVar("Key", ProblemKey, ExpertsKey)
+
+
+def bucket(key: Key) -> Key:
+    """The problem whose measured plan serves `key`: token counts up to a power of two share one."""
+    return replace(key, m=next_power_of_two(key.m))

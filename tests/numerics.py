@@ -38,7 +38,7 @@ def kind_and_tensors(operands):
     """What the launch cache is asked for, but for the input."""
     from hf_fused_mlp.launch_cache import mlp_kind
 
-    gate, up, down, _ = operands
+    gate, up, down, *_ = operands
     return mlp_kind(*operands), (*gate, *up, *down)
 
 

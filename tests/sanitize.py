@@ -14,6 +14,7 @@ PLANS = (
     (2, TileConfig("gemv", block_k=128)),
     (17, TileConfig("skinny", 32, 64, 64, num_stages=3, split_k=2)),
     (129, TileConfig("elementwise")),
+    (129, TileConfig("wide")),
     (129, TileConfig("gemm", 64, 64, 64, num_warps=4, num_stages=3, group_m=2)),
     (1, TileConfig("transposed_gemv", block_n=32, block_k=64)),
     (17, TileConfig("transposed_skinny", 32, 64, 64, num_stages=3, split_k=2)),
@@ -26,7 +27,7 @@ for M, config in PLANS:
         if transposed:
             operands = [t if t is None or t.dim() == 1 else t.t().contiguous().t() for t in operands]
         x = torch.randn(M, H, device="cuda", dtype=torch.bfloat16)
-        plan = Plan(config, config) if config.kernel != "elementwise" else Plan(config, TORCH)
+        plan = Plan(config, TORCH if config.kernel in ("elementwise", "wide") else config)
         out = run_plan(plan, x, *operands, "gelu")
         again = run_plan(plan, x, *operands, "gelu")
         assert torch.equal(out, again), (M, config)

@@ -38,6 +38,7 @@ CONFIGS = {
     "skinny": TileConfig("skinny", block_m=16, block_n=64, block_k=128, num_stages=4),
     "split skinny": TileConfig("skinny", block_m=16, block_n=64, block_k=128, num_stages=4, split_k=2),
     "elementwise": TileConfig("elementwise"),
+    "wide": TileConfig("wide"),
     "gemm": TileConfig("gemm", 128, 128, 64, num_warps=8, num_stages=4, group_m=8),
 }
 TYPE_NAMES = {
@@ -68,7 +69,7 @@ def test_compiles(family, gated, bias, dtype, target, monkeypatch):
         assert ("griddepcontrol.wait" in code) == (target in ("sm_90", "sm_100") and family != "elementwise")
     if target == "sm_90":
         # the product runs on Hopper's tensor cores
-        assert ("wgmma.mma_async" in first.asm["ptx"]) == (family not in ("gemv", "elementwise"))
+        assert ("wgmma.mma_async" in first.asm["ptx"]) == (family in ("skinny", "split skinny", "gemm"))
 
 
 def compile_launches(family, gated, bias, dtype, target, monkeypatch, activation="silu"):

@@ -200,9 +200,9 @@ def test_site_builds_without_warnings(tmp_path):
 DOCUMENTED = sorted(
     str(path.relative_to(PACKAGE).with_suffix(""))
     for pattern in (
-        *("fuse.py", "options.py", "report.py", "calls.py", "modes.py", "families/**/*.py", "reading/**/*.py"),
-        *("weights/**/*.py", "ops/dense.py", "ops/product.py", "ops/dispatch.py", "integrations/transformers.py"),
-        *("integrations/demo.py", "tuning/cache.py", "tuning/tuner.py"),
+        *("fuse.py", "tune.py", "options.py", "report.py", "calls.py", "modes.py", "families/**/*.py"),
+        *("reading/**/*.py", "weights/**/*.py", "ops/dense.py", "ops/product.py", "ops/dispatch.py"),
+        *("integrations/transformers.py", "integrations/demo.py", "tuning/cache.py", "tuning/tuner.py"),
         *("cli/bench.py", "cli/console.py", "cli/list.py", "cli/run.py", "cli/tune.py", "cli/model_types.py"),
         *("bench/generate.py", "bench/measuring.py", "bench/results.py"),
     )

@@ -30,7 +30,7 @@ CONFIGS = {
 
 def baseline(x, *operands):
     """An MLP of Transformers' `FP8Linear`s."""
-    gate, up, down, activation = MLPOperands.of(*operands)
+    gate, up, down, activation, _ = MLPOperands.of(*operands)
     return fp8_linear_ref(fp8_linear_ref(x, up, gate, activation), down)
 
 

@@ -286,7 +286,7 @@ def test_register_mlp_for_a_class_of_ones_own():
     register_mlp(OwnMLP, spec)
     try:
         fuse_model(mlp, strict=True)
-        assert mlp.operands()[-1] == "gelu_tanh"
+        assert mlp.operands().activation == "gelu_tanh"
         assert torch.equal(mlp(x), expected)
     finally:
         del MLP_SPECS[OwnMLP]

@@ -25,6 +25,7 @@ SMALL = {
     "gemv": TileConfig("gemv", block_k=32),
     "skinny": TileConfig("skinny", block_m=16, block_n=64, block_k=64, num_stages=3),
     "gemm": TileConfig("gemm", block_m=64, block_n=64, block_k=64, num_stages=3, group_m=2),
+    "wide": TileConfig("wide"),
     "elementwise": TileConfig("elementwise"),
 }
 KINDS = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -34,7 +35,7 @@ def check(family, M, H, I, device, gated=True, bias=False, activation="silu", dt
     operands = random_mlp(H, I, gated, bias, dtype, device)
     x = torch.randn(M, H, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
     config = config or SMALL[family]
-    plan = Plan(up=config, down=TORCH if config.kernel == "elementwise" else config)
+    plan = Plan(up=config, down=TORCH if config.kernel in ("elementwise", "wide") else config)
     assert_accurate(
         run_plan(plan, x, *operands, activation),
         mlp_ref(x, *operands, activation),
@@ -44,10 +45,10 @@ def check(family, M, H, I, device, gated=True, bias=False, activation="silu", dt
 
 @KINDS
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 3), ("gemm", 3)])
+@pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 3), ("gemm", 3), ("wide", 3)])
 def test_activations(family, M, activation, gated, device):
     # in fp32 because the two GELUs differ by less than fp16 resolves
-    dtype = torch.float32 if family == "gemv" else torch.float16
+    dtype = torch.float32 if family in ("gemv", "wide") else torch.float16
     check(family, M, 72, 104, device, gated, bias=True, activation=activation, dtype=dtype)
 
 
@@ -55,7 +56,7 @@ def test_activations(family, M, activation, gated, device):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize(
     "family, M",
-    [("gemv", 1), ("gemv", 2), ("gemv", 3)]
+    [("gemv", 1), ("gemv", 2), ("gemv", 3), ("wide", 1), ("wide", 17)]
     + [(family, M) for family in ("skinny", "gemm") for M in (1, 2, 3, 16, 17, 63, 128)],
 )
 def test_token_counts(family, M, gated, bias, device):
@@ -63,12 +64,12 @@ def test_token_counts(family, M, gated, bias, device):
 
 
 @pytest.mark.parametrize("shape", [(100, 72), (72, 100), (33, 7), (128, 256)], ids=str)
-@pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 5)])
+@pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 5), ("wide", 5)])
 def test_any_hidden_and_intermediate_size(family, M, shape, device):
     check(family, M, *shape, device)
 
 
-@pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 3), ("gemm", 3)])
+@pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 3), ("gemm", 3), ("wide", 3)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_extreme_values(activation, family, M, device):
     """Infinities, NaN and the ends of the range give what PyTorch gives."""
@@ -213,7 +214,11 @@ def test_every_candidate(shape, gated):
         except OutOfResources:
             continue
         ran.add(config.kernel)
-    expected = {1: {"gemv"}, 64: {"skinny", "gemm"}, 1000: {"gemm", "elementwise"} if gated else {"gemm"}}
+    expected = {
+        1: {"gemv"},
+        64: {"skinny", "gemm", "wide"},
+        1000: {"gemm", "wide", *(("elementwise",) if gated else ())},
+    }
     assert ran == {"torch"} | expected[M]
 
 

@@ -20,7 +20,7 @@ from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning import cache
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan, kernel_code, kernel_hashes, read, write
-from hf_fused_mlp.types import GPU, TORCH, UNFUSED, MLPOperands, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, MLPOperands, Plan, ProblemKey, TileConfig, bucket
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 KEY = ProblemKey(16, 576, 1536, 576, True, "silu", torch.bfloat16, False, True, H100)
@@ -302,9 +302,9 @@ def test_dispatch_runs_a_plan_from_the_users_file(device, monkeypatch):
     monkeypatch.setattr(dispatch, "prepare", lambda plan, *args: ran.append(plan) or prepare(plan, *args))
     if device.type == "cpu":
         monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    plan = Plan(TileConfig("skinny", 16, 64, 64, num_stages=2), TORCH)
+    plan = Plan(TileConfig("gemm", 64, 64, 64, num_stages=2), TORCH)
     mlp_cuda(x, *operands, "silu")
-    cache.save([TunedPlan(key, plan, 1.0, 2.0)], gpu)
+    cache.save([TunedPlan(bucket(key), plan, 1.0, 2.0)], gpu)
     out = mlp_cuda(x, *operands, "silu")
     assert ran == [heuristic_plan(key), plan], "a plan that was added counts from the next call on"
     assert_accurate(out, mlp_ref(x, *operands, "silu"), oracle_of(x, operands, "silu"))

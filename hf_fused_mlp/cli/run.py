@@ -42,6 +42,7 @@ def run(
 
     from hf_fused_mlp.fuse import fusion_report
     from hf_fused_mlp.numerics.logits import first_difference
+    from hf_fused_mlp.tune import unmeasured
 
     network = load_model(model, dtype, device_map, use_fused_mlp={"norms": True})
     tokenizer = load_tokenizer(model)
@@ -54,6 +55,8 @@ def run(
         fail("no MLP of this model was fused; the table says why")
 
     on_gpu = network.device.type == "cuda"
+    if unmeasured(network):
+        note('no plan was measured for these MLPs on this GPU; use_fused_mlp={"tune": True} measures them once')
     fused, original = compare(network, tokenizer, encode(tokenizer, prompt).to(network.device), max_new_tokens)
     result = {
         "model": model or demo.NAME,

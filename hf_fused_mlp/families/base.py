@@ -40,8 +40,11 @@ class Family(Protocol):
         `holds_known` says that a module inside is the family's, or that of a family that is always on.
         """
 
-    def mixin_for(self, spec: Hashable) -> type[Fused]:
-        """The class that makes the fused form of a module that computes `spec`."""
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused] | None:
+        """The class that makes the fused form of a module that computes `spec`.
+
+        With `batch_invariant` one whose sums do not depend on the token count, or None if the family has none.
+        """
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | ExpertsKey | None:
         """The problem that `m` tokens make, weights on meta included; None if it has no plan."""

@@ -80,8 +80,8 @@ class FP8LinearFamily(Family):
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
         return None
 
-    def mixin_for(self, spec: Hashable) -> type[Fused]:
-        return FusedFP8Linear
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused] | None:
+        return None if batch_invariant else FusedFP8Linear
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> None:
         return None

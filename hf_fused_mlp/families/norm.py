@@ -102,7 +102,7 @@ class NormFamily(Family):
             return None
         return f"{class_name} is not one of the RMSNorms that are known, as far as its forward can be read"
 
-    def mixin_for(self, spec: Hashable) -> type[Fused]:
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         return FusedRMSNorm
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> None:

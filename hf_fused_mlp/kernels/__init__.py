@@ -22,6 +22,7 @@ from hf_fused_mlp.kernels import (
     skinny,
     transposed_gemv,
     transposed_skinny,
+    wide,
 )
 from hf_fused_mlp.kernels._launch import Linear
 from hf_fused_mlp.reference import dequantize, linear_ref
@@ -30,7 +31,7 @@ from hf_fused_mlp.types import ABSENT, GPU, TORCH, LinearCall, Matrix, MLPOperan
 KERNELS: dict[str, ModuleType] = {
     kernel.__name__.rpartition(".")[2]: kernel
     for kernel in (
-        *(gemv, skinny, gemm, elementwise),
+        *(gemv, skinny, gemm, wide, elementwise),
         *(transposed_gemv, transposed_skinny),
         *(fp8_gemv, fp8_skinny, fp8_gemm, fp8_dequantized),
     )
@@ -83,7 +84,7 @@ def prepare(plan: Plan, x: Tensor, operands: MLPOperands) -> MLP:
     `x` is `[..., H]`, passes `has_rows` and has at least one token; the weights are stored in that way of
     `storage_of` for which the plan was made. Without down, the function returns the hidden activation `[..., I]`.
     """
-    gate, up, down, activation = operands
+    gate, up, down, activation, _ = operands
     call = describe_launch(x, up.data, gate.data is not None, activation)
     if hands_over := down.data is not None and plan.up.kernel == plan.down.kernel == HANDS_OVER_FP8:
         call = replace(call, gives_fp8=True)

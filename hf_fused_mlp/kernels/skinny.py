@@ -28,6 +28,8 @@ def supports(key: LinearKey) -> str | None:
         return f"made for storage 'float', not {key.storage!r}"
     if key.dtype not in (torch.float16, torch.bfloat16):
         return f"made for fp16 and bf16, not {key.dtype}"
+    if key.k % 16:
+        return f"reads 16 bytes at a time if rows are a multiple of 16 elements, and slowly if not, as with {key.k}"
     return None if 2 <= key.m <= 128 else "made for M of 2 to 128"
 
 

@@ -22,6 +22,7 @@ def mlp(
     gate_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` if `gate` is None.
 
@@ -34,6 +35,8 @@ def mlp(
         activation: a key of `hf_fused_mlp.activations.ACTIVATIONS`.
         gate_scale, up_scale, down_scale: if the weights are FP8 (e4m3), a scale for each 128 x 128 block of them:
             `[ceil(I / 128), ceil(H / 128)]` and `[ceil(O / 128), ceil(I / 128)]`, fp32 or e8m0.
+        batch_invariant: a token's output shall be the same to the bit however many tokens there are. Holds for fp16
+            and bf16 on a GPU; a warning says where it does not.
 
     Returns:
         `[..., O]`, or `[..., I]` without `down`; dtype of `x`, contiguous. Differentiable in all tensors but FP8
@@ -44,7 +47,7 @@ def mlp(
         KeyError: unknown activation.
     """
     operands = gate, up, down, gate_bias, up_bias, down_bias, activation, gate_scale, up_scale, down_scale
-    if (out := mlp_if_fits(x, MLPOperands.of(*operands))) is None:
+    if (out := mlp_if_fits(x, MLPOperands.of(*operands, batch_invariant))) is None:
         _check(x, *operands)
     return out
 
@@ -52,11 +55,13 @@ def mlp(
 def mlp_if_fits(x: Tensor, operands: MLPOperands) -> Tensor | None:
     """`mlp`, or None if that would raise."""
     if operands.up[1] is not None and torch.is_grad_enabled():
-        operands = MLPOperands(*map(_constant, operands[:3]), operands.activation)
+        operands = MLPOperands(*map(_constant, operands[:3]), *operands[3:])
     flat = operands.flat()
     if not _fits(x, *flat):
         return None
-    return on_gpu().mlp_cuda(x, operands) if runs_now(x) else torch.ops.hf_fused_mlp.mlp(x, *flat)
+    if runs_now(x):
+        return on_gpu().mlp_cuda(x, operands)
+    return torch.ops.hf_fused_mlp.mlp(x, *flat, operands.batch_invariant)
 
 
 def _constant(matrix: tuple) -> Matrix:
@@ -112,27 +117,28 @@ def _check(x, gate, up, down, gate_bias, up_bias, down_bias, activation, *scales
     )
 
 
-def _mlp_cpu(*operands):
+_ACTIVATION, _INVARIANT = 7, 11  # their places among the arguments
+
+
+def _mlp_cpu(*arguments):
+    operands = arguments[:_INVARIANT]
     _check(*operands)
     return mlp_ref(*operands)
 
 
-def _mlp_cuda(x, *operands):
-    _check(x, *operands)
-    return on_gpu().mlp_cuda(x, MLPOperands.of(*operands))
+def _mlp_cuda(x, *arguments):
+    _check(x, *arguments[: _INVARIANT - 1])
+    return on_gpu().mlp_cuda(x, MLPOperands.of(*arguments))
 
 
 def _mlp_fake(x, gate, up, down, *rest):
-    _check(x, gate, up, down, *rest)
+    _check(x, gate, up, down, *rest[: _INVARIANT - 4])
     return x.new_empty((*x.shape[:-1], (up if down is None else down).shape[0]))
-
-
-_ACTIVATION = 7  # its place among the arguments
 
 
 def _setup_context(ctx, inputs, output):
     ctx.activation = inputs[_ACTIVATION]
-    ctx.save_for_backward(*inputs[:_ACTIVATION], *inputs[_ACTIVATION + 1 :])
+    ctx.save_for_backward(*inputs[:_ACTIVATION], *inputs[_ACTIVATION + 1 : _INVARIANT])
 
 
 def _backward(ctx, grad):
@@ -145,15 +151,16 @@ def _backward(ctx, grad):
     needed = [*ctx.needs_input_grad[:_ACTIVATION]]
     wanted = [i for i, tensor in enumerate(before) if needed[i] and tensor.dtype != FP8]
     if not wanted:
-        return (None,) * (len(tensors) + 1)
+        return (None,) * (len(tensors) + 2)
     grads = gradients(lambda *before: mlp_ref(*before, ctx.activation, *after), before, wanted, grad)
     found = dict(zip(wanted, grads, strict=True))
-    return *(found.get(i) for i in range(len(before))), None, *(None for _ in after)
+    return *(found.get(i) for i in range(len(before))), None, *(None for _ in after), None
 
 
 define(
     "mlp(Tensor x, Tensor? gate, Tensor up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, "
-    "str activation, Tensor? gate_scale=None, Tensor? up_scale=None, Tensor? down_scale=None) -> Tensor",
+    "str activation, Tensor? gate_scale=None, Tensor? up_scale=None, Tensor? down_scale=None, "
+    "bool batch_invariant=False) -> Tensor",
     _mlp_cpu,
     _mlp_cuda,
     _mlp_fake,

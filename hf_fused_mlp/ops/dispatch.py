@@ -4,6 +4,7 @@ Imports Triton, so it is imported at the first call on a GPU.
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import islice
 
 import torch
@@ -18,6 +19,7 @@ from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
+from hf_fused_mlp.tuning.invariant import invariant_plan
 from hf_fused_mlp.types import (
     GPU,
     UNFUSED,
@@ -29,7 +31,6 @@ from hf_fused_mlp.types import (
     Plan,
     ProblemKey,
     TileConfig,
-    next_power_of_two,
 )
 from hf_fused_mlp.weights import is_packed
 
@@ -48,13 +49,31 @@ def find_plan(key: ProblemKey) -> Plan:
     return next(plan for plan in (plan, *_fallbacks(key.storage)) if plan not in unusable)
 
 
+def _invariant_plan(key: ProblemKey) -> Plan:
+    """The plan whose sums do not depend on the token count; where there is none, the usual one and a warning."""
+    plan = invariant_plan(key)
+    if plan is None:
+        _warn_of_variance(key.storage, key.dtype)
+    return plan or find_plan(key)
+
+
+@cache
+def _warn_of_variance(storage: str, dtype: torch.dtype) -> None:
+    logger.warning(
+        "batch_invariant: no such kernels for %s with weights stored as %s; the usual ones run, whose sums depend on "
+        "the token count",
+        dtype,
+        storage,
+    )
+
+
 def _fallbacks(storage: str | None) -> tuple[Plan, ...]:
     return _FALLBACKS.get(storage or "", (UNFUSED,))
 
 
 def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None) -> ProblemKey:
     """The problem of `m` tokens of `dtype`, which is that of weights that are floats, and an MLP's weights."""
-    gate, up, down, activation = operands
+    gate, up, down, activation, _ = operands
     storage = operands.storage
     assert storage is not None  # or no kernel reads them
     first: Tensor = up.data if gate.data is None else gate.data
@@ -63,7 +82,7 @@ def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None)
     if gate.scale is not None:
         packed = packed and is_packed(gate.scale, up.scale)
     return ProblemKey(
-        m=next_power_of_two(m),
+        m=m,
         hidden=up.data.shape[1],
         intermediate=up.data.shape[0],
         out=0 if down.data is None else down.data.shape[0],
@@ -79,7 +98,7 @@ def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None)
 
 def mlp_cuda(x: Tensor, operands: MLPOperands) -> Tensor:
     """`hf_fused_mlp.ops.mlp` on a GPU, for tensors that fit together."""
-    gate, up, down, _ = operands
+    gate, up, down, *_ = operands
     kind = _kind(mlp_kind(*operands))
     out = answer(kind, (x, *gate, *up, *down), (x, gate, up, down))
     if out is None:
@@ -95,7 +114,7 @@ def _kind(kind):
 
 def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
     """Plans calls like this one, runs it, and remembers the launches if they succeeded."""
-    gate, up, down, _ = operands
+    gate, up, down, *_ = operands
     tensors = *gate, *up, *down
     if x.numel() == 0 or operands.storage is None:
         return mlp_ref(x, *operands.flat())
@@ -103,8 +122,8 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows
         return mlp_cuda(rows, operands) if has_rows(rows) else mlp_ref(x, *operands.flat())
 
-    plan = find_plan(problem_key(x.numel() // x.shape[-1], operands, x.dtype))
-    plans = plan, *_fallbacks(operands.storage)
+    key = problem_key(x.numel() // x.shape[-1], operands, x.dtype)
+    plans = _invariant_plan(key) if operands.batch_invariant else find_plan(key), *_fallbacks(operands.storage)
     # a shipped plan may have been measured with a Triton that needed less or compiled more; and a file of plans may
     # have been written by anyone
     message = "%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def forms_of(model: nn.Module) -> Forms:
         if option in of_option:
             of_option[option][entry.name] = entry.module
             if finding.state == "fusable":
-                fusable[option][entry.name] = entry.family.mixin_for(finding.spec), finding.spec
+                mixin: Any = entry.family.mixin_for(finding.spec, False)
+                fusable[option][entry.name] = mixin, finding.spec
     recipes = {"original": {}, "fused": fusable[None], "fused_norms": fusable[None] | fusable["norms"]}
     return Forms(of_option[None], of_option["norms"], recipes)
 

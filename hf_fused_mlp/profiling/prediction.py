@@ -2,13 +2,11 @@
 
 from torch import nn
 
-from hf_fused_mlp.calls import device_of
-from hf_fused_mlp.families import FAMILIES
+from hf_fused_mlp.families import problem_of
 from hf_fused_mlp.profiling.estimates import amdahl
 from hf_fused_mlp.profiling.report import Bound, Prediction
 from hf_fused_mlp.profiling.trace import Breakdown
 from hf_fused_mlp.swap import Fused
-from hf_fused_mlp.types import GPU, ProblemKey
 
 
 def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdown, wall_us: float) -> Prediction:
@@ -34,13 +32,13 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
         if called and not instead:
             return Prediction(None, f"plans are measured for kernels alone, and {name} calls projections: {called}")
         gain = 1.0 if instead else _gain_alone(module, m)
-        if gain is None and _problem(module, m) is None:
+        if gain is None and problem_of(module, m) is None:
             return Prediction(None, f"no plan says what modules like {name} gain over the original")
         if gain is None:
             return Prediction(
                 None,
                 f"no plan was measured for {name} and {m} tokens, whose tiles a rule of thumb chooses; "
-                "`hf-fused-mlp tune` measures one",
+                "fuse_model(model, tune=True) measures one",
             )
         us = original.us_by_mlp.get(name, 0.0)
         before, after = before + us, after + us / gain
@@ -50,17 +48,10 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
     return Prediction(amdahl(share, before / after), "the MLPs' share of the time, and what their plans gained alone")
 
 
-def _problem(module: Fused, m: int) -> ProblemKey | None:
-    """What a plan for `m` tokens would be measured for, in turn with the original; None where none is."""
-    family = next(family for family in FAMILIES if isinstance(module, family.mixin))
-    key = family.problem(module, module.fused_spec, m, GPU.of(device_of(module)))
-    return key if isinstance(key, ProblemKey) else None  # those of experts are measured in turn with the rule's
-
-
 def _gain_alone(module: Fused, m: int) -> float | None:
     """How many times faster than PyTorch's own kernels its plan for `m` tokens was measured to be; None: never."""
     from hf_fused_mlp.tuning.cache import tuned_plan  # imports Triton
 
-    key = _problem(module, m)
+    key = problem_of(module, m)
     tuned = None if key is None else tuned_plan(key)
     return None if tuned is None else tuned.other_us / tuned.plan_us

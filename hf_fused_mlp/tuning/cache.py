@@ -18,7 +18,7 @@ from platformdirs import user_cache_dir
 from hf_fused_mlp.launch_cache import remembered
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
-from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey
+from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, bucket
 
 # what a plan is looked up by
 Key = ProblemKey | ExpertsKey
@@ -106,13 +106,13 @@ def forget() -> None:
 
 
 def _user_tuned(key: Key) -> TunedPlan | None:
-    return _user_plans(key.gpu).get(key)
+    return _user_plans(key.gpu).get(bucket(key))
 
 
 def _shipped_tuned(key: Key) -> TunedPlan | None:
     if key.dtype == torch.float16:
         key = replace(key, dtype=torch.bfloat16)
-    return _shipped_plans(key.gpu).get(key)
+    return _shipped_plans(key.gpu).get(bucket(key))
 
 
 @cache

@@ -1,18 +1,26 @@
-"""The plan for a problem that nothing was measured for, from what was measured nearby.
+"""The plan for a problem that nothing was measured for: the configuration that should take the least time.
 
-Each choice repeats what won on an H100 in bf16 (docs/notes-kernels.md). The kernels for few tokens are bound by
-memory, and so are picked on every GPU that can run them; the one for many is picked on Hopper only, and elsewhere
-PyTorch's GEMMs with one kernel for the rest.
+`cost.py` predicts the time of floats in 16 bits that are stored row by row. Fp32, FP8 and transposed weights repeat
+what won nearby (docs/notes-kernels.md). The kernels for few tokens are bound by memory, and so are candidates on every
+GPU that can run them; `gemm` is one on Hopper only.
 """
 
-from dataclasses import replace
+from collections.abc import Iterator
 
-from hf_fused_mlp.kernels import fp8_gemm, fp8_skinny, gemm, transposed_gemv
-from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, next_power_of_two
+from hf_fused_mlp.kernels import fp8_gemm, fp8_skinny, gemm, skinny, transposed_gemv, wide
+from hf_fused_mlp.tuning.cost import expected_us
+from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, bucket, next_power_of_two
+
+# how many times faster than PyTorch's GEMMs a kernel must be expected to be: predictions are off by a few percent
+GATED_MARGIN, PLAIN_MARGIN = 1.02, 1.05
+FEW = 64  # tokens, from which on a tile of `gemm` is worth its padding; without a gate later
+MANY = 512
 
 
 def heuristic_plan(key: ProblemKey) -> Plan:
     """The plan by rule; every key has one."""
+    if key.storage != "float":
+        key = bucket(key)
     return Plan(up=_linear(key.up), down=_linear(key.down) if key.out else TORCH)
 
 
@@ -21,20 +29,61 @@ def _linear(key: LinearKey) -> TileConfig:
         return TORCH
     if key.storage == "fp8":
         return _fp8(key)
-    half = key.dtype.itemsize == 2  # fp32 without tf32 is what the library is best at
     if key.storage == "transposed":
-        return _transposed(key, half)
-    if key.m == 1 or (key.m == 2 and half):
-        return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
-    bare = key.activation == "identity" and not key.gated
-    if half and key.m <= (128 if key.gated else 64 if bare else 32):
-        return _skinny(key)
-    if key.gpu.capability == (9, 0) and not bare and gemm.supports(key) is None:
-        tile = TileConfig("gemm", 128, 128 if key.gated else 256, 64, num_warps=8, num_stages=4, group_m=8)
-        # a gate's second GEMM and activation outweigh a last round of few tiles, an activation alone does not
-        if key.gated or _rounds_filled(key, tile) > 0.8:
-            return tile
-    return TileConfig("elementwise") if key.gated else TORCH
+        return _transposed(key, key.dtype.itemsize == 2)
+    if key.m == 1:
+        return _gemv(key)
+    if key.dtype.itemsize > 2:  # fp32 without tf32 is what the library is best at
+        return TileConfig("elementwise") if key.gated else TORCH
+    by_library = _by_library(key)
+    margin = GATED_MARGIN if key.gated else PLAIN_MARGIN
+    times = {config: expected_us(key, config) for config in by_library}
+    times |= {config: margin * expected_us(key, config) for config in _ours(key)}
+    return min(times, key=lambda config: times[config])
+
+
+def _gemv(key: LinearKey) -> TileConfig:
+    return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
+
+
+def _by_library(key: LinearKey) -> list[TileConfig]:
+    """What PyTorch's GEMMs have a part in. With a gate one kernel for two is never slower than two."""
+    if not key.gated:
+        return [TORCH]
+    if wide.supports(key) is not None:
+        return [TileConfig("elementwise")]
+    # from there on cuBLAS runs two narrow GEMMs faster than a wide one at times, which the model does not know
+    return [TileConfig("wide")] if key.m <= MANY or key.k % 8 or key.n % 8 else [TileConfig("elementwise")]
+
+
+def _ours(key: LinearKey) -> Iterator[TileConfig]:
+    """The kernels' configurations that won somewhere, for rows that they can read fast."""
+    if key.m == 2:
+        yield _gemv(key)
+    if skinny.supports(key) is None:
+        yield from _skinny(key)
+    is_bare = key.activation == "identity" and not key.gated
+    if key.gpu.capability == (9, 0) and not is_bare and gemm.supports(key) is None:
+        planes = 2 if key.gated else 1
+        for block_m, rows in ((128, 256), (64, 256), (128, 128)):
+            # without a gate nothing but the activation is saved, which a short K's first loads outweigh
+            if key.m > FEW if key.gated else key.m >= MANY and key.k >= 2048 and block_m * rows == 128 * 256:
+                yield TileConfig("gemm", block_m, rows // planes, 64, num_warps=8, num_stages=4, group_m=8)
+
+
+def _skinny(key: LinearKey) -> Iterator[TileConfig]:
+    """All tokens in one tile, so that weights are read once; where many multiprocessors would be idle K may be split,
+    or with a gate the tokens."""
+    tokens, block_n, planes = max(16, next_power_of_two(key.m)), 64, 2 if key.gated else 1
+    for block_m in (tokens, tokens // 2, tokens // 4):
+        tiles = tokens // block_m * -(-key.n // block_n)
+        if block_m < 16 or (block_m < tokens and (not key.gated or tiles > key.gpu.num_sms)):
+            continue
+        for split_k in (1, 2, 4) if tiles < key.gpu.num_sms and not key.gated else (1,):
+            for block_k, stages in ((128, 4), (256, 3)) if split_k == 2 and block_m <= 32 else ((128, 4),):
+                stage_bytes = (block_m + block_n * planes) * block_k * key.dtype.itemsize
+                stages = min(stages, max(1, key.gpu.shared_memory // stage_bytes))
+                yield TileConfig("skinny", block_m, block_n, block_k, num_stages=stages, split_k=split_k)
 
 
 def _transposed(key: LinearKey, half: bool) -> TileConfig:
@@ -48,7 +97,7 @@ def _transposed(key: LinearKey, half: bool) -> TileConfig:
         block_k = max(128, next_power_of_two(-(-key.k // transposed_gemv.MOST_STEPS)))
         return TileConfig("transposed_gemv", block_n=block_n, block_k=block_k, num_warps=8 if block_k == 128 else 16)
     if half and key.m <= (64 if key.activation == "identity" else 32):
-        return replace(_skinny(key), kernel="transposed_skinny")
+        return _few_tokens(key)
     return TORCH
 
 
@@ -68,12 +117,6 @@ def _fp8(key: LinearKey) -> TileConfig:
     return TileConfig("fp8_gemm" if fp8_gemm.supports(key) is None else "fp8_dequantized")
 
 
-def _rounds_filled(key: LinearKey, tile: TileConfig) -> float:
-    """The share of the multiprocessors that is busy while they work through the tiles."""
-    tiles = -(-key.m // tile.block_m) * -(-key.n // tile.block_n)
-    return tiles / (-(-tiles // key.gpu.num_sms) * key.gpu.num_sms)
-
-
 def _split_k(key: LinearKey, block_n: int) -> int:
     """Into how many parts K is split so that tiles of so many rows fill the GPU; with a gate it is not."""
     split_k = 1
@@ -82,16 +125,9 @@ def _split_k(key: LinearKey, block_n: int) -> int:
     return split_k
 
 
-def _skinny(key: LinearKey) -> TileConfig:
-    """All tokens in one tile, so that weights are read once, unless many multiprocessors would be idle.
-
-    Then K is split, or with a gate the tokens are.
-    """
-    block_m, block_n = max(16, key.m), 64
-    programs, split_k = -(-key.n // block_n), _split_k(key, block_n)
-    while block_m > 16 and key.gated and 2 * programs <= key.gpu.num_sms:
-        block_m, programs = block_m // 2, programs * 2
+def _few_tokens(key: LinearKey) -> TileConfig:
+    """All tokens in one tile, and K split if many multiprocessors would be idle."""
+    block_m, block_n, split_k = max(16, key.m), 64, _split_k(key, 64)
     block_k, num_stages = (256, 3) if split_k == 2 and block_m <= 32 else (128, 4)
-    stage_bytes = (block_m + block_n * (2 if key.gated else 1)) * block_k * key.dtype.itemsize
-    num_stages = min(num_stages, max(1, key.gpu.shared_memory // stage_bytes))
-    return TileConfig("skinny", block_m, block_n, block_k, num_warps=4, num_stages=num_stages, split_k=split_k)
+    num_stages = min(num_stages, max(1, key.gpu.shared_memory // ((block_m + block_n) * block_k * key.dtype.itemsize)))
+    return TileConfig("transposed_skinny", block_m, block_n, block_k, num_stages=num_stages, split_k=split_k)

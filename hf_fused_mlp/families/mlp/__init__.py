@@ -9,14 +9,22 @@ from torch import nn
 
 from hf_fused_mlp.families.base import Family
 from hf_fused_mlp.families.mlp.checks import reject_reason, unknown_activation_reason
-from hf_fused_mlp.families.mlp.fused import FusedGatedMLP, FusedMLP, FusedPackedMLP, FusedPlainMLP
+from hf_fused_mlp.families.mlp.fused import (
+    FusedGatedMLP,
+    FusedMLP,
+    FusedPackedMLP,
+    FusedPlainMLP,
+    InvariantGatedMLP,
+    InvariantPackedMLP,
+    InvariantPlainMLP,
+)
 from hf_fused_mlp.originals import is_patched
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.expression import reading_of
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, is_known, patched_reason, unknown_child
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, why_not_swappable
-from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two, storage_of
+from hf_fused_mlp.types import GPU, ProblemKey, storage_of
 from hf_fused_mlp.weights.formats import described
 
 _MIXINS: dict[MLPKind, type[Fused]] = {
@@ -24,6 +32,12 @@ _MIXINS: dict[MLPKind, type[Fused]] = {
     MLPKind.PACKED: FusedPackedMLP,
     MLPKind.PLAIN: FusedPlainMLP,
     MLPKind.HALF: FusedPlainMLP,
+}
+_INVARIANT_MIXINS: dict[MLPKind, type[Fused]] = {
+    MLPKind.GATED: InvariantGatedMLP,
+    MLPKind.PACKED: InvariantPackedMLP,
+    MLPKind.PLAIN: InvariantPlainMLP,
+    MLPKind.HALF: InvariantPlainMLP,
 }
 _CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|GLU|Experts")
 _NAME = re.compile(r"(^|\.)(mlp|ffn|feed_forward|experts)$")
@@ -46,9 +60,9 @@ class MLPFamily(Family):
             return None
         return _unknown_reason(module)
 
-    def mixin_for(self, spec: Hashable) -> type[Fused]:
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         assert isinstance(spec, MLPSpec)
-        return _MIXINS[spec.kind]
+        return (_INVARIANT_MIXINS if batch_invariant else _MIXINS)[spec.kind]
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
         assert isinstance(spec, MLPSpec)
@@ -61,7 +75,7 @@ class MLPFamily(Family):
             return None
         *_, up, down = matrices
         return ProblemKey(
-            m=next_power_of_two(m),
+            m=m,
             hidden=up.data.shape[1],
             intermediate=down.data.shape[1],
             out=down.data.shape[0],

@@ -60,7 +60,7 @@ class FusedMLP(Fused):
             calls_down = spec.down is not None and not spec.other_steps
             names = spec.gate, spec.up, spec.down, spec.halves, spec.activation, spec.function, spec.dropouts
             named = spec.children if spec.unread else None
-            type.__setattr__(cls, "_fused_names", (*names, spec.sequence, calls_down, named))
+            type.__setattr__(cls, "_fused_names", (*names, spec.sequence, calls_down, named, cls.batch_invariant))
             type.__setattr__(cls, "_first_name", spec.first[0])
             reading = reading_of(cls.original_forward)
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
@@ -115,7 +115,7 @@ class FusedMLP(Fused):
         return (x,) if len(args) + len(kwargs) == 1 and isinstance(x, Tensor) else None
 
     def by_operator(self, *inputs: Tensor) -> Tensor:
-        return ops.mlp(*inputs, *self.operands().flat())
+        return ops.mlp(*inputs, *self.operands().flat(), batch_invariant=self.batch_invariant)
 
     def operands(self) -> MLPOperands:
         """The operands of `ops.mlp`, for a module all of whose projections may be read."""
@@ -207,6 +207,21 @@ class FusedPlainMLP(FusedMLP):
     """``down(act(up(x)))``, or half of it; there is nothing to pack."""
 
 
+# the same with kernels whose sums do not depend on the token count; at module level, for pickle
+
+
+class InvariantGatedMLP(FusedGatedMLP):
+    batch_invariant = True
+
+
+class InvariantPackedMLP(FusedPackedMLP):
+    batch_invariant = True
+
+
+class InvariantPlainMLP(FusedPlainMLP):
+    batch_invariant = True
+
+
 # Functions rather than methods: `torch.compile` guards each name that it looks up in a module, and the host checks
 # all guards before each replay of a graph. `cls` is the class of `module`, or in compiled code the module itself.
 
@@ -234,10 +249,10 @@ def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
         or (cls._reading is not None and not cls._reading.holds_for(forward))
     ):
         return None
-    gate, up, down, activation = operands
+    gate, up, down, *rest = operands
     if down is not None:
-        return answer(mlp_kind(gate, up, down, activation), (x, *gate, *up, *down), (x, gate, up, down))
-    h = answer(mlp_kind(gate, up, ABSENT, activation), (x, *gate, *up, *ABSENT), (x, gate, up, ABSENT))
+        return answer(mlp_kind(gate, up, down, *rest), (x, *gate, *up, *down), (x, gate, up, down))
+    h = answer(mlp_kind(gate, up, ABSENT, *rest), (x, *gate, *up, *ABSENT), (x, gate, up, ABSENT))
     return None if h is None else module._modules[cls.fused_spec.down](h)
 
 
@@ -287,8 +302,7 @@ def _first_half(module: FusedMLP, cls: type[FusedMLP], x: Tensor, found: Project
     spec = cls.fused_spec
     activation = _activation(module, spec)
     if found.first_are_read and not torch.is_grad_enabled() and not modes.autocasts():
-        gate, up, _, activation = _operands(module, spec, found)
-        h = ops.mlp_if_fits(x, MLPOperands(gate, up, ABSENT, activation))
+        h = ops.mlp_if_fits(x, _operands(module, spec, found)._replace(down=ABSENT))
         if h is not None:
             return h
     if spec.kind is MLPKind.PLAIN:
@@ -312,7 +326,7 @@ def _operands(module: FusedMLP, spec: MLPSpec, found: Projections) -> MLPOperand
     gate, up, down, _ = found
     if spec.halves is not None:
         gate, up = (Matrix(*half) for half in halves(up, *spec.halves))
-    return MLPOperands(gate, up, down, _activation(module, spec))
+    return MLPOperands(gate, up, down, _activation(module, spec), module.batch_invariant)
 
 
 @torch.compiler.assume_constant_result  # torch 2.11's compiler misreads functions of classes
@@ -332,8 +346,8 @@ def _keeps_forward(cls: type[FusedMLP]) -> bool:
 
 def _usual_operands(
     module: FusedMLP, cls: type[FusedMLP], read: Callable, find: Callable, runs_own_forward: Callable
-) -> tuple[tuple, tuple, tuple, str] | None:
-    """Gate, up, down and activation of a module in which everything is as usual, or None.
+) -> tuple[tuple, tuple, tuple, str, bool] | None:
+    """The fields of `MLPOperands` of a module in which everything is as usual, or None.
 
     In eager calls down is None if it must be called and may be.
 
@@ -345,7 +359,7 @@ def _usual_operands(
     """
     if module.training or ("forward" in module.__dict__ and has_own_forward(module)):
         return None
-    gate_name, up_name, down_name, order, activation, function, dropouts, sequence, calls_down, named = (
+    gate_name, up_name, down_name, order, activation, function, dropouts, sequence, calls_down, named, invariant = (
         cls._fused_names
     )
     children = module._modules
@@ -371,4 +385,4 @@ def _usual_operands(
         if not can_be_halved(up):
             return None
         gate, up = halves(up, *order)
-    return gate, up, down, function
+    return gate, up, down, function, invariant

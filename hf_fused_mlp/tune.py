@@ -1,0 +1,84 @@
+"""Plans for the MLPs of one model, measured once: what `fuse_model(model, tune=True)` does after fusing."""
+
+import os
+import time
+
+import torch
+from torch import nn
+
+from hf_fused_mlp import modes
+from hf_fused_mlp.calls import device_of
+from hf_fused_mlp.families import problem_of
+from hf_fused_mlp.logs import logger
+from hf_fused_mlp.swap import Fused
+from hf_fused_mlp.types import ProblemKey
+
+# each stands for all up to it; what is beyond runs by rule
+TOKENS = tuple(2**i for i in range(13))
+
+
+def unmeasured(model: nn.Module) -> dict[ProblemKey, torch.device]:
+    """The problems of the fused MLPs of `model` that have no measured plan, and the GPU to measure each on.
+
+    Modules that call some of their layers, or run their original forward, have none, nor do batch-invariant ones.
+    """
+    problems: dict[ProblemKey, torch.device] = {}
+    for module in model.modules():
+        if not isinstance(module, Fused) or module.batch_invariant or module.runs() != (None, None):
+            continue
+        for m in TOKENS:
+            if (key := problem_of(module, m)) is not None:
+                problems.setdefault(key, device_of(module))
+    if not problems:
+        return {}
+    from hf_fused_mlp.tuning.cache import tuned_plan  # imports Triton
+
+    return {key: device for key, device in problems.items() if tuned_plan(key) is None}
+
+
+def tune_model(model: nn.Module) -> None:
+    """Measures a plan for each problem of `unmeasured`, and adds it to the user's plans, for this and later processes.
+
+    Nothing is raised where plans cannot be measured or kept: a warning says why, and the rule chooses.
+    """
+    devices = {device_of(module) for module in model.modules() if isinstance(module, Fused)}
+    if reasons := sorted({reason for device in devices if (reason := modes.no_kernels(device))}):
+        logger.warning("tune: nothing is measured where no kernel runs: %s", "; ".join(reasons))
+    problems = unmeasured(model)
+    if not problems:
+        return
+
+    from hf_fused_mlp.tuning import cache, tuner  # imports Triton
+
+    began = time.monotonic()
+    try:
+        for gpu in {key.gpu for key in problems}:
+            cache.save([], gpu)  # if plans cannot be kept, that is better known before than after
+        for key, device in _with_progress(problems):
+            try:
+                on_gpu = device.type == "cuda"
+                # random weights take nothing from the caller's generators
+                with torch.random.fork_rng([device] if on_gpu else []), torch.cuda.device(device if on_gpu else -1):
+                    tuned = tuner.tune(key, device)
+            except torch.OutOfMemoryError:
+                logger.warning("tune: the GPU has no room to measure %s tokens of %s", key.m, _name(key))
+            else:
+                cache.save([tuned], key.gpu)
+    except (OSError, RuntimeError) as error:
+        logger.warning("tune: plans cannot be kept (%s); set HF_FUSED_MLP_CACHE to a directory", error)
+        return
+    logger.info("tune: %d problems measured in %.0f s", len(problems), time.monotonic() - began)
+
+
+def _with_progress(problems: dict[ProblemKey, torch.device]):
+    """The problems, with a bar on standard error where that is a terminal or a notebook."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    shown = (console.is_terminal or console.is_jupyter) and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+    return track(list(problems.items()), "measuring MLPs", console=console, disable=not shown, transient=True)
+
+
+def _name(key: ProblemKey) -> str:
+    return f"{key.hidden} x {key.intermediate}"

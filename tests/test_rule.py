@@ -1,0 +1,74 @@
+"""The rule for problems that nothing was measured for, and the model of costs that it rests on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_fused_mlp.tuning.cost import expected_us
+from hf_fused_mlp.tuning.heuristics import heuristic_plan
+from hf_fused_mlp.types import GPU, TORCH, ProblemKey, TileConfig
+
+H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
+A100 = GPU("NVIDIA A100", 108, (8, 0), 166912)
+COUNTS = (1, 2, 3, 8, 16, 24, 48, 64, 100, 128, 200, 300, 512, 600, 1000, 2048, 4096, 16384)
+
+
+def problem(m, hidden, intermediate, gated=True, gpu=H100, **changes):
+    key = ProblemKey(m, hidden, intermediate, hidden, gated, "silu", torch.bfloat16, False, True, gpu)
+    return replace(key, **changes)
+
+
+@pytest.mark.parametrize(
+    "m, up, down",
+    [
+        (1, "gemv", "gemv"),
+        (16, "skinny", "skinny"),
+        (4096, "gemm", "torch"),
+    ],
+)
+def test_what_won_on_an_h100(m, up, down):
+    """Llama-3.2-1B, whose plans were measured too; and Qwen3-14B between few tokens and many."""
+    plan = heuristic_plan(problem(m, 2048, 8192))
+    assert (plan.up.kernel, plan.down.kernel) == (up, down)
+    plan = heuristic_plan(problem(300, 5120, 17408))
+    assert (plan.up.kernel, plan.down.kernel) == ("wide", "torch")
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("m", COUNTS[2:])
+def test_rows_that_are_not_aligned_are_left_to_the_library(m, gated):
+    """The kernels took 4 times as long as PyTorch's GEMMs there."""
+    plan = heuristic_plan(problem(m, 1000, 2730, gated))
+    assert plan.up.kernel == ("wide" if gated else "torch")
+    assert plan.down == TORCH
+    assert heuristic_plan(problem(m, 1000, 2730, True, one_block=False)).up.kernel == "elementwise"
+
+
+def test_other_gpus_run_no_gemm_of_ours():
+    for m in COUNTS:
+        plan = heuristic_plan(problem(m, 4096, 14336, gpu=A100))
+        assert "gemm" not in (plan.up.kernel, plan.down.kernel)
+
+
+def test_the_library_is_chosen_unless_a_kernel_is_clearly_faster():
+    """Without a gate there is PyTorch's own path, and a kernel has to be expected to be faster than the error."""
+    for m in COUNTS[1:]:
+        key = problem(m, 4096, 16384, gated=False)
+        plan = heuristic_plan(key)
+        for launch, config in ((key.up, plan.up), (key.down, plan.down)):
+            assert config == TORCH or expected_us(launch, config) < expected_us(launch, TORCH) / 1.04
+
+
+def test_costs_grow_with_the_problem():
+    configs = (
+        *(TORCH, TileConfig("wide"), TileConfig("elementwise"), TileConfig("gemv", block_k=2048)),
+        *(TileConfig("skinny", 64, 64, 128, num_stages=3), TileConfig("gemm", 128, 128, 64, num_stages=4)),
+    )
+    for config in configs:
+        small, more, wide = (problem(m, 2048, n).up for m, n in ((64, 8192), (512, 8192), (64, 16384)))
+        assert 0 < expected_us(small, config) < expected_us(wide, config)
+        assert expected_us(small, config) <= expected_us(more, config)
+    # weights of 350 MB at 3 TB/s
+    key = problem(1, 4096, 14336)
+    assert 100 < sum(expected_us(launch, TileConfig("gemv")) for launch in (key.up, key.down)) < 130
