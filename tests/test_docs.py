@@ -16,7 +16,7 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import experts, generate, headline, host, wrapped
+from hf_fused_mlp.bench import experts, generate, headline, host, wrapped, writeup
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
 from hf_fused_mlp.bench.tables import markdown_table, speedup_table
@@ -133,6 +133,8 @@ def test_performance_tables_are_the_json():
     for name, table in tables.items():
         _, rows = read(BENCHMARKS / f"h100-{name}.json")
         assert f"<!-- {name} -->\n{table(rows)}\n<!-- /{name} -->" in page
+    if (file := BENCHMARKS / "h100-writeup.json").exists():
+        assert f"<!-- writeup -->\n{writeup.table(read(file)[1])}\n<!-- /writeup -->" in page
     header, rows = read(BENCHMARKS / "h100-block.json")
     assert f"<!-- block -->\n{block_table(rows, header['device'])}\n<!-- /block -->" in page
 
