@@ -13,7 +13,7 @@ TORCH := $(if $(GPU),2.11.0,2.13.0)
 COMPILE = .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.10 --no-annotate \
 	--custom-compile-command "make lock" --no-emit-package torch --extra dev --extra docs pyproject.toml tests/constraints.in
 
-.PHONY: demo audit help test test-long test-newest test-floor test-gpu sanitize bench docs types style lock clean
+.PHONY: demo audit help test test-long test-newest test-floor test-gpu sanitize bench notebooks docs types style lock clean
 
 demo: $(VENV)/installed  ## load a real model fused, and compare its answer with the original's
 	$(BIN)/hf-fused-mlp run
@@ -48,6 +48,9 @@ sanitize: $(VENV)/dev  ## the kernels under CUDA's compute-sanitizer
 
 bench: $(VENV)/installed  ## two shapes on this GPU; docs/performance.md has the command for all
 	$(BIN)/hf-fused-mlp bench mlp
+
+notebooks: $(VENV)/dev  ## run the notebooks on this GPU, and store their outputs
+	$(BIN)/python notebooks/execute.py
 
 docs: $(VENV)/dev  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,6 +1,8 @@
 """The documentation: its code runs, its tables are the measurements, its links and its messages are real."""
 
 import ast
+import copy
+import importlib.util
 import json
 import re
 import shlex
@@ -9,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import experts, generate, headline, host, wrapped
+from hf_fused_mlp.bench import experts, generate, headline, host, wrapped, writeup
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
 from hf_fused_mlp.bench.tables import markdown_table, speedup_table
@@ -27,6 +30,10 @@ PACKAGE = Path(hf_fused_mlp.__file__).parent
 BENCHMARKS = ROOT / "docs/benchmarks"
 GPUS = ("h100", "h200")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+_SPEC = importlib.util.spec_from_file_location("execute_notebooks", ROOT / "notebooks/execute.py")
+execute_notebooks = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(execute_notebooks)
 
 
 def blocks(page, language):
@@ -126,6 +133,8 @@ def test_performance_tables_are_the_json():
     for name, table in tables.items():
         _, rows = read(BENCHMARKS / f"h100-{name}.json")
         assert f"<!-- {name} -->\n{table(rows)}\n<!-- /{name} -->" in page
+    if (file := BENCHMARKS / "h100-writeup.json").exists():
+        assert f"<!-- writeup -->\n{writeup.table(read(file)[1])}\n<!-- /writeup -->" in page
     header, rows = read(BENCHMARKS / "h100-block.json")
     assert f"<!-- block -->\n{block_table(rows, header['device'])}\n<!-- /block -->" in page
 
@@ -255,12 +264,60 @@ def test_messages_in_the_source_are_documented(module):
     assert [text for text in texts if not any(message in text for message in messages)] == []
 
 
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_code_runs(notebook, tmp_path, registry, monkeypatch):
+    """The sources in the repository, with small sizes where there is no GPU."""
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(notebook.parent)  # where Jupyter runs it
-    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-    namespace = {"__name__": "notebook"}
-    for number, cell in enumerate(cells):
-        assert cell["outputs"] or cell is cells[0], "the outputs are committed"
-        run("".join(cell["source"]), tmp_path / f"cell_{number}.py", namespace)
+    document = execute_notebooks.read(notebook)
+    execute_notebooks.execute(document, notebook.stem, tmp_path)
+    printed = "".join("".join(output.get("text", "")) for output in document["cells"][3]["outputs"])
+    assert ("fused kernels run here" in printed) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_ready_for_colab(notebook):
+    """The Colab line, the install cell and the metadata are those that `execute.py --stamp` writes."""
+    document = execute_notebooks.read(notebook)
+    stamped = copy.deepcopy(document)
+    execute_notebooks.stamp(stamped, notebook.name)
+    assert stamped == document
+    assert document["metadata"]["accelerator"] == "GPU"
+    install, gpu = [cell for cell in document["cells"] if cell["cell_type"] == "code"][:2]
+    assert "".join(install["source"]) == execute_notebooks.INSTALL
+    assert install["outputs"] == []
+    assert "ON_GPU = " in "".join(gpu["source"])
+    assert len({cell["id"] for cell in document["cells"]}) == len(document["cells"])
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_outputs_are_of_one_run_on_a_gpu(notebook):
+    cells = [cell for cell in execute_notebooks.read(notebook)["cells"] if cell["cell_type"] == "code"][1:]
+    if not any(cell["execution_count"] for cell in cells):
+        pytest.skip("has not run on a GPU yet")
+    assert [cell["execution_count"] for cell in cells] == list(range(2, len(cells) + 2))
+    assert "H100" in "".join(cells[0]["outputs"][0]["text"])
+
+
+def test_the_colab_badge():
+    badge = execute_notebooks.badge("01.ipynb", "https://github.com/someone/hf-fused-mlp")
+    link = "https://colab.research.google.com/github/someone/hf-fused-mlp/blob/main/notebooks/01.ipynb"
+    assert badge.startswith("[![Open in Colab](") and badge.endswith(f"]({link})")
+    assert "Upload notebook" in execute_notebooks.badge("01.ipynb", None)
+
+
+def test_executing_a_notebook(tmp_path):
+    """What is printed, the value of the last line and figures are stored; a cell that installs does not run."""
+    pytest.importorskip("matplotlib")
+    sources = ["%pip install nothing", "x = 2\nprint(x)\nx + 1", "import matplotlib.pyplot as plt\nplt.plot([x, 1]);"]
+    cells = [{"cell_type": "code", "source": [source], "outputs": ["old"]} for source in sources]
+    execute_notebooks.execute({"cells": [{"cell_type": "markdown", "source": []}, *cells]}, "cells", tmp_path)
+    install, prints, plots = (cell["outputs"] for cell in cells)
+    assert install == []
+    assert prints[0] == {"name": "stdout", "output_type": "stream", "text": ["2\n"]}
+    assert prints[1]["data"]["text/plain"] == ["3"]
+    assert "image/png" in plots[0]["data"]

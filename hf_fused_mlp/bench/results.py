@@ -23,6 +23,7 @@ COMMANDS = {
     "end-to-end": "generate",
     "wrapped": "wrapped",
     "experts": "experts",
+    "writeup": "writeup",
 }
 
 

@@ -192,6 +192,29 @@ def block(
     print(bench.block_table(rows, header["device"]))
 
 
+def writeup(
+    impl: Annotated[
+        str, typer.Option(help=f"Implementations, comma-separated, or 'all': {', '.join(IMPLEMENTATIONS)}.")
+    ] = "eager,compile,liger,fused",
+    json_file: Json = None,
+    table: Table = None,
+) -> None:
+    """Every kernel launch of the MLP that the published write-up measures.
+
+    A GeGLU MLP (tanh) of 768 x 3072 on 64 x 128 tokens in bfloat16, under torch.profiler with the write-up's schedule.
+    """
+    from hf_fused_mlp.bench import writeup as bench
+    from hf_fused_mlp.bench.measuring import chosen
+    from hf_fused_mlp.bench.peers import packages_of
+
+    names = chosen("implementation", impl, IMPLEMENTATIONS)
+    batches = (bench.measure(each) for each in [names])
+    _, _, rows = measured(
+        "writeup", batches, json_file, table, packages=packages_of(names), wanted=lambda row: row["impl"] in names
+    )
+    print(bench.table(rows))
+
+
 def host(m: Tokens = TOKENS, dtype: Dtype = "bfloat16", json_file: Json = None, table: Table = None) -> None:
     """Host time of a module call.
 
