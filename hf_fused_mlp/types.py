@@ -369,7 +369,7 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
-Key = TypeVar("Key", ProblemKey, ExpertsKey)
+Key = TypeVar("Key", bound="ProblemKey | ExpertsKey")
 
 
 def bucket(key: Key) -> Key:

@@ -3,7 +3,7 @@
 A pair is a token with one of its experts: number `token * top_k + j`. The sort is stable and counts: chunks of pairs
 are counted by expert, then each pair is placed, after those of its expert that come before it. Ids that are no
 expert's, which expert parallelism gives to tokens of other ranks, are not placed, and their outputs count as zero.
-Nothing is read by the host, so all of it can be captured in a CUDA graph. Tiles are as many as could be needed at most.
+Nothing is read by the host, so all of it can be captured in a CUDA graph. There are as many tiles as may be needed.
 With `overlap`, launches begin while the one before is finishing, and wait for it before they read what it wrote.
 """
 
