@@ -224,6 +224,28 @@ def test_a_model_gives_the_problem_that_its_experts_ask_for(model_type):
         assert ExpertsFamily().problem(module, module.fused_spec, 3, GPU.of(CPU)) == key
 
 
+RULE = {  # experts, top_k, hidden, intermediate, tokens: order, rows, rows of weights of up
+    (128, 8, 2048, 768, 1): ("pairs", 1, 1),
+    (128, 8, 2048, 768, 4): ("pairs", 1, 1),
+    (256, 8, 7168, 2048, 4): ("sorted", 16, 64),  # more bytes than sorting takes
+    (128, 8, 2048, 768, 64): ("sorted", 16, 64),
+    (64, 8, 2048, 1024, 256): ("sorted", 64, 64),
+    (128, 8, 2048, 768, 1024): ("gathered", 128, 64),
+    (128, 8, 2048, 768, 4096): ("gathered", 128, 128),
+    (256, 8, 7168, 2048, 4096): ("gathered", 256, 64),  # an expert is larger than the L2
+}
+
+
+@pytest.mark.parametrize("sizes", RULE)
+def test_the_rule_repeats_what_was_measured(sizes, monkeypatch):
+    monkeypatch.setattr(GPU, "of", lambda device: H100)
+    experts_, top_k, hidden, intermediate, m = sizes
+    key = replace(KEY, experts=experts_, top_k=top_k, hidden=hidden, intermediate=intermediate, m=m)
+    plan = rule_of_thumb(key.call(CPU))
+    assert (plan.order, plan.rows, plan.up.block_n) == RULE[sizes]
+    assert choices.unsupported(key, plan) is None
+
+
 def test_a_problem_is_that_of_the_call():
     key = small()
     assert ExpertsKey.of(key.call(CPU), True) == key
