@@ -39,7 +39,7 @@ def _quantize_kernel(
     out_ptr,
     scale_ptr,
     K,
-    ROWS,
+    scale_rows,
     stride_xm,
     TOP_K: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -48,7 +48,7 @@ def _quantize_kernel(
 ):
     """``out[i] * scale = x[i]``, or with `sorted_ptr` ``x[sorted[i] // TOP_K]`` for all rows that have a pair.
 
-    `out_ptr` is `[ROWS, K]`, `scale_ptr` `[ceil(K / SCALE_BLOCK), ROWS]`.
+    `out_ptr` is `[rows, K]`, `scale_ptr` `[ceil(K / SCALE_BLOCK), scale_rows]`.
     """
     row = tl.program_id(0).to(tl.int64)
     source, is_there = row, True
@@ -63,7 +63,7 @@ def _quantize_kernel(
     scale = tl.max(tl.abs(x), 1) / LARGEST
     scale = tl.where(scale == 0, 1.0, scale)
     tl.store(out_ptr + row * K + offs_k, (x / scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + offs_s.to(tl.int64) * ROWS + row, scale, mask=(offs_s * SCALE_BLOCK < K) & is_there)
+    tl.store(scale_ptr + offs_s.to(tl.int64) * scale_rows + row, scale, mask=(offs_s * SCALE_BLOCK < K) & is_there)
 
 
 @triton.jit
@@ -113,15 +113,16 @@ def _fp8_grouped_kernel(
     """Up: ``out[row]`` for sorted rows. Down, where there are routing weights: ``out[pair] = weight * ...``.
 
     Rows come from `x_desc` in sorted order, or without it from `x_ptr` by token. Their scales, if there are any, are
-    `[ceil(K / BLOCK_K), x_rows]`, and those of the output, if it is quantized, `[N / BLOCK_N, out_rows]`. `BLOCK_K` is
-    a block of scales, of whose rows `BLOCK_N` is a divisor.
+    `[ceil(K / BLOCK_K), x_rows]`, and those of the output, if it is quantized, `[N / BLOCK_N, out_rows]`: room for a
+    tile's rows from any row on. `BLOCK_K` is a block of scales, of whose rows `BLOCK_N` is a divisor.
     """
     PLANES: tl.constexpr = 2 if GATED else 1
     AXIS: tl.constexpr = 1 if LEFT else 0  # of the tokens
     num_tiles = tl.load(tiles_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
-    for t in tl.range(tl.program_id(0), num_tiles * num_n, NUM_PROGRAMS, flatten=not LEFT):
+    # flattened, the loop of a gated tile would spill registers
+    for t in tl.range(tl.program_id(0), num_tiles * num_n, NUM_PROGRAMS, flatten=not (LEFT or GATED)):
         if LEFT:
             tile, pid_n = t // num_n, t % num_n
         else:
@@ -141,7 +142,7 @@ def _fp8_grouped_kernel(
             k = step * BLOCK_K
             x_scale = None
             if x_scale_ptr is not None:
-                x_scale = tl.load(x_scale_ptr + step * x_rows + x_place, mask=mask_m, other=0.0)
+                x_scale = tl.load(x_scale_ptr + step * x_rows + x_place)
             scale = load_scale(w_place + step + (PLANES - 1) * (N // BLOCK_K) * num_k, True)
             if x_desc is not None:
                 x = x_desc.load([first, k])
@@ -167,7 +168,7 @@ def _fp8_grouped_kernel(
         if out_scale_ptr is not None:
             out_scale = tl.max(tl.abs(out), 1 - AXIS) / LARGEST
             out_scale = tl.where(out_scale == 0, 1.0, out_scale)
-            out = out / tl.expand_dims(out_scale, 1 - AXIS)
+            out *= tl.expand_dims(1.0 / out_scale, 1 - AXIS)
             tl.store(out_scale_ptr + pid_n * out_rows + rows, out_scale, mask=mask_m)
         if weights_ptr is not None:
             rows = tl.load(sorted_ptr + rows, mask=mask_m, other=0)  # from here on, pairs
@@ -228,17 +229,18 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
             raise ValueError(f"{tile}: a step is one block of scales, and the rows of a tile must share their scales")
     if h_quantized is not None and up.block_n != SCALE_BLOCK:
         raise ValueError(f"{up}: what down reads with scales is quantized in whole blocks")
+    padded = (call.pairs // rows + 2) * rows  # of scales of sorted rows: the last tile's are read in whole
     sort, add, readable = routing.sort(call, rows), routing.add(call), reader(call)
     prepare = None
     if quantized is not None:
-        prepare = _quantize(call, not left, *quantized)
+        prepare = _quantize(call, call.tokens if left else padded, not left, *quantized)
     elif not left:
         gather = routing.gather(call)
         prepare = lambda x, in_order, table: (gather(x, in_order, table), None)  # noqa: E731
     empty_h = allocator((call.pairs, I), call.dtype if h_quantized is None else h_quantized[0], call.device)
     empty_scale = None
     if h_quantized is not None:
-        empty_scale = allocator((blocks(I), call.pairs), torch.float32, call.device)
+        empty_scale = allocator((blocks(I), padded), torch.float32, call.device)
     empty_y = allocator((call.pairs, H), call.dtype, call.device)
 
     def launch(gated: bool, gate: tuple, n: int, k: int, tile: TileConfig, x_rows: int, stride: int, tiling: Any):
@@ -249,7 +251,7 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
             call.device,
             (programs, 1, 1),
             (
-                *(n, k, x_rows, call.pairs, stride, call.top_k, gated, *gate),
+                *(n, k, x_rows, padded, stride, call.top_k, gated, *gate),
                 *(1.0 if h_quantized is None else h_quantized[1], left),
                 *(rows, tile.block_n, tile.block_k, tile.group_m),
                 "ieee" if call.dtype == torch.float32 else "tf32",
@@ -262,10 +264,10 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
 
     gate = form.activation, form.limit, form.up_offset
     x_tiling: Tiling | None = None if left else ([call.pairs, H], [H, 1], [rows, up.block_k])
-    x_rows, stride = (call.tokens if left else call.pairs), (call.stride_xm if quantized is None else H)
+    x_rows, stride = (call.tokens if left else padded), (call.stride_xm if quantized is None else H)
     launch_up = launch(form.gated, gate, I, H, up, x_rows, stride, x_tiling)
     h_tiling = [call.pairs, I], [I, 1], [rows, down.block_k]
-    launch_down = launch(False, ("identity", 0.0, 0.0), H, I, down, call.pairs, I, h_tiling)
+    launch_down = launch(False, ("identity", 0.0, 0.0), H, I, down, padded, I, h_tiling)
 
     def run(x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale):
         in_order, table = sort(ids)
@@ -283,16 +285,16 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
     return run
 
 
-def _quantize(call: ExpertsCall, gathers: bool, dtype: torch.dtype, largest: float) -> Callable:
+def _quantize(call: ExpertsCall, columns: int, gathers: bool, dtype: torch.dtype, largest: float) -> Callable:
     """One launch: a function of x, the sorted pairs and the table that gives `[rows, hidden]` in `dtype` and scales.
 
-    Rows are tokens, or if it `gathers` pairs, sorted.
+    Rows are tokens, or if it `gathers` pairs, sorted; scales are `[ceil(hidden / SCALE_BLOCK), columns]`.
     """
     rows, num_blocks = call.pairs if gathers else call.tokens, blocks(call.hidden)
     empty = allocator((rows, call.hidden), dtype, call.device)
-    empty_scale = allocator((num_blocks, rows), torch.float32, call.device)
+    empty_scale = allocator((num_blocks, columns), torch.float32, call.device)
     some = min(BLOCKS, next_power_of_two(num_blocks))
-    values = call.hidden, rows, call.stride_xm, call.top_k, largest, SCALE_BLOCK, some
+    values = call.hidden, columns, call.stride_xm, call.top_k, largest, SCALE_BLOCK, some
     launch = launcher(_quantize_kernel, call.device, (rows, -(-num_blocks // some), 1), values, num_warps=4)
 
     def run(x, in_order, table):
