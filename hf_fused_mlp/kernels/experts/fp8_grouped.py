@@ -183,14 +183,15 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
     """A plan for shapes that none was measured for, and too many pairs to leave them unsorted."""
     gpu = GPU.of(call.device)
     rows = call.pairs / call.experts  # of one expert, on average
-    if call.dtype == torch.float32 or gpu.capability < (8, 9):
-        # TODO: measure on a GPU without FP8
-        return plan_of(call, 16 if rows <= 8 else 32 if rows < 24 else 64, "w8a16", (64, 4, 3), (64, 4, 4))
+    if call.dtype == torch.float32:
+        return plan_of(call, 16, "w8a16", (32, 4, 2), (32, 4, 2))
+    if gpu.capability < (8, 9):
+        # TODO: measure on a GPU without FP8; wider tiles spill registers there, where bytes are decoded by integers
+        tile = (64, 8, 3) if rows <= 8 else (32, 8, 3)
+        return plan_of(call, 16 if rows <= 8 else 32 if rows < 24 else 64, "w8a16", tile, tile)
     if rows < 24:
-        return plan_of(call, 16 if rows <= 8 else 32, "w8a8", (128, 4, 3), (128, 4, 6))
-    if rows < 48:
-        return plan_of(call, 64, "w8a8", (128, 8, 4), (128, 8, 6))
-    return plan_of(call, 128, "w8a8", (128, 8, 4), (128, 8, 6))
+        return plan_of(call, 16 if rows <= 8 else 32, "w8a8", (128, 4 if rows <= 8 else 8, 3), (128, 4, 6))
+    return plan_of(call, 64 if rows < 48 else 128, "w8a8", (128, 8, 4), (128, 8, 6))
 
 
 def plan_of(call: ExpertsCall, rows: int, kernel: str, *tiles: tuple[int, int, int]) -> ExpertsPlan:
