@@ -314,6 +314,7 @@ class ExpertsKey:
     dtype: torch.dtype
     bias: bool
     gpu: GPU
+    storage: str = "float"
 
     @staticmethod
     def of(call: ExpertsCall, bias: bool) -> "ExpertsKey":
@@ -331,13 +332,14 @@ class ExpertsKey:
             dtype=call.dtype,
             bias=bias,
             gpu=GPU.of(call.device),
+            storage=call.storage,
         )
 
     def call(self, device: torch.device) -> ExpertsCall:
         """A call of `m` tokens at `device`."""
         form = ExpertsForm(self.layout, self.gated, self.activation)
         sizes = self.m, self.top_k, self.experts, self.hidden, self.intermediate, self.hidden
-        return ExpertsCall(*sizes, form, self.dtype, device)
+        return ExpertsCall(*sizes, form, self.dtype, device, self.storage)
 
 
 @dataclass(frozen=True)

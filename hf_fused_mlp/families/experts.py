@@ -260,9 +260,9 @@ class ExpertsFamily(Family):
         assert isinstance(spec, ExpertsSpec)
         config, operands = getattr(module, "config", None), operands_of(module, spec)
         top_k = next((n for name in TOP_K if type(n := getattr(config, name, None)) is int), None)
-        if operands is None or top_k is None or not stacks_fit(*operands):
+        if operands is None or top_k is None or not stacks_fit(*operands) or operands.up_scale is not None:
             return None
-        up, down, up_bias, down_bias, form = operands
+        up, down, up_bias, down_bias, form, *_ = operands
         hidden, intermediate = down.shape[1:] if form.layout == "planes" else down.mT.shape[1:]
         return ExpertsKey(
             m=next_power_of_two(m),

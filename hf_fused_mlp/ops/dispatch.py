@@ -181,7 +181,7 @@ def _first_experts(kind, tensors, form):
         tensors = x, ids, weights, *(None if tensor is None else tensor.contiguous() for tensor in stacks)
     call = describe_experts(x, ids, *tensors[3:5], form)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    plans = experts_plans(call, any(tensor is not None for tensor in tensors[-2:])) if aligned else ()
+    plans = experts_plans(call, any(tensor is not None for tensor in tensors[5:7])) if aligned else ()
     plans = *plans, without_sorting(call)
     message = "%s does not run here (%s); a slower plan does"
     run, out = _first_that_runs(plans, lambda plan: prepare_experts(plan, call), tensors, message)

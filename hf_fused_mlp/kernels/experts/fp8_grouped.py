@@ -4,7 +4,8 @@ A step along K is one block of scales, whose product is multiplied by the scale 
 expert have an accumulator each, so that scales are numbers. What the weights are multiplied with is a choice of the
 plan, for up and for down: see `ACTIVATIONS`. Tokens are quantized in a launch before, which for many of them also
 gathers the rows; what up gives is quantized where it is computed.
-Launches: 5, or 6 if tokens are quantized. Bytes: the weights of the experts that are hit, once for each tile.
+Launches: 4 or 5, and one more if tokens are quantized or gathered. Bytes: the weights of the experts that are hit,
+once for each tile.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import grouped_tile
 from hf_fused_mlp.kernels._fp8 import from_fp8, load_scale, scale_for_kernels
 from hf_fused_mlp.kernels._launch import Tiling, allocator, launcher
 from hf_fused_mlp.kernels.experts import routing
 from hf_fused_mlp.kernels.experts._common import blocks, combine, reader
+from hf_fused_mlp.kernels.experts.grouped import programs_a_multiprocessor
 from hf_fused_mlp.types import FP8, GPU, SCALE_BLOCK, ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
 
 # by the name of a kernel, what its left or right operand becomes, with a scale for each 1 x 128 elements, and the
@@ -34,8 +37,7 @@ BLOCKS = 8  # of scales in a program of the kernel that quantizes
 @triton.jit
 def _quantize_kernel(
     x_ptr,
-    sorted_ptr,
-    tiles_ptr,
+    positions_ptr,
     out_ptr,
     scale_ptr,
     K,
@@ -45,25 +47,32 @@ def _quantize_kernel(
     LARGEST: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """``out[i] * scale = x[i]``, or with `sorted_ptr` ``x[sorted[i] // TOP_K]`` for all rows that have a pair.
+    """``out[token] * scale = x[token]``, or with positions the same in the rows of each of a token's pairs.
 
     `out_ptr` is `[rows, K]`, `scale_ptr` `[ceil(K / SCALE_BLOCK), scale_rows]`.
     """
-    row = tl.program_id(0).to(tl.int64)
-    source, is_there = row, True
-    if sorted_ptr is not None:
-        num_tiles = tl.load(tiles_ptr)  # the last tile ends where the pairs do
-        is_there = row < tl.load(tiles_ptr + 4 * num_tiles + 2, mask=num_tiles > 0, other=0)
-        source = (tl.load(sorted_ptr + row, mask=is_there, other=0) // TOP_K).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     offs_s = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     offs_k = offs_s[:, None] * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)[None, :]
-    mask = (offs_k < K) & is_there
-    x = tl.load(x_ptr + source * stride_xm + offs_k, mask=mask, other=0.0).to(tl.float32)
+    mask_s, mask_k = offs_s * SCALE_BLOCK < K, offs_k < K
+    x = tl.load(x_ptr + token * stride_xm + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     scale = tl.max(tl.abs(x), 1) / LARGEST
     scale = tl.where(scale == 0, 1.0, scale)
-    tl.store(out_ptr + row * K + offs_k, (x / scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + offs_s.to(tl.int64) * scale_rows + row, scale, mask=(offs_s * SCALE_BLOCK < K) & is_there)
+    x = (x / scale[:, None]).to(out_ptr.dtype.element_ty)
+    scale_ptr += offs_s.to(tl.int64) * scale_rows
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    if positions_ptr is None:
+        tl.store(out_ptr + token * K + offs_k, x, mask=mask_k)
+        tl.store(scale_ptr + token, scale, mask=mask_s)
+    else:
+        for j in tl.static_range(TOP_K):
+            row = tl.load(positions_ptr + token * TOP_K + j).to(tl.int64)
+            tl.store(out_ptr + row * K + offs_k, x, mask=mask_k & (row >= 0))
+            tl.store(scale_ptr + row, scale, mask=mask_s & (row >= 0))
 
 
 @triton.jit
@@ -109,6 +118,7 @@ def _fp8_grouped_kernel(
     PRECISION: tl.constexpr,
     SHORT: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Up: ``out[row]`` for sorted rows. Down, where there are routing weights: ``out[pair] = weight * ...``.
 
@@ -116,6 +126,9 @@ def _fp8_grouped_kernel(
     `[ceil(K / BLOCK_K), x_rows]`, and those of the output, if it is quantized, `[N / BLOCK_N, out_rows]`: room for a
     tile's rows from any row on. `BLOCK_K` is a block of scales, of whose rows `BLOCK_N` is a divisor.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     PLANES: tl.constexpr = 2 if GATED else 1
     AXIS: tl.constexpr = 1 if LEFT else 0  # of the tokens
     num_tiles = tl.load(tiles_ptr)
@@ -132,9 +145,12 @@ def _fp8_grouped_kernel(
         n = pid_n * BLOCK_N
         rows = first + tl.arange(0, BLOCK_M)
         mask_m = rows < end
-        x_place = rows
+        x_place, factor = rows, None
         if x_desc is None:
             x_place = tl.load(sorted_ptr + rows, mask=mask_m, other=0) // TOP_K
+        if weights_ptr is not None:  # loaded before the product, which hides that it takes two loads in a row
+            rows = tl.load(sorted_ptr + rows, mask=mask_m, other=0)  # where out is written: from here on, pairs
+            factor = tl.load(weights_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)
         w_place = w_scale_ptr + (e.to(tl.int64) * tl.cdiv(PLANES * N, BLOCK_K) + n // BLOCK_K) * num_k
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) if LEFT else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc_gate = acc
@@ -170,9 +186,7 @@ def _fp8_grouped_kernel(
             out_scale = tl.where(out_scale == 0, 1.0, out_scale)
             out *= tl.expand_dims(1.0 / out_scale, 1 - AXIS)
             tl.store(out_scale_ptr + pid_n * out_rows + rows, out_scale, mask=mask_m)
-        if weights_ptr is not None:
-            rows = tl.load(sorted_ptr + rows, mask=mask_m, other=0)  # from here on, pairs
-            factor = tl.load(weights_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)
+        if factor is not None:
             out *= tl.expand_dims(factor, 1 - AXIS)
         offs = tl.expand_dims(rows.to(tl.int64) * N, 1 - AXIS) + tl.expand_dims(offs_n, AXIS)
         mask = tl.expand_dims(mask_m, 1 - AXIS) & tl.expand_dims(mask_n, AXIS)
@@ -190,7 +204,8 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
         tile = (64, 8, 3) if rows <= 8 else (32, 8, 3)
         return plan_of(call, 16 if rows <= 8 else 32 if rows < 24 else 64, "w8a16", tile, tile)
     if rows < 24:
-        return plan_of(call, 16 if rows <= 8 else 32, "w8a8", (128, 4 if rows <= 8 else 8, 3), (128, 4, 6))
+        up = (128, 4, 3) if rows <= 8 else (128, 8, 6)
+        return plan_of(call, 16 if rows <= 8 else 32, "w8a8", up, (128, 4, 3))
     return plan_of(call, 64 if rows < 48 else 128, "w8a8", (128, 8, 4), (128, 8, 6))
 
 
@@ -214,16 +229,15 @@ def plan_of(call: ExpertsCall, rows: int, kernel: str, *tiles: tuple[int, int, i
     return ExpertsPlan("sorted" if rows <= 64 else "gathered", rows, *configs)
 
 
-def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
+def fp8_grouped(call: ExpertsCall, plan: ExpertsPlan):
     """All launches: a function of x, ids, weights, up, down, no biases and scales that gives `[tokens, hidden]`.
 
-    Args:
-        rows: of one expert in a tile. Up to 64, weights are the left operand and tokens are gathered in the launch.
+    The orders are those of `grouped`, and so is the way in which launches overlap.
     """
     form, H, I = call.form, call.hidden, call.intermediate
+    rows, up, down = plan.rows, plan.up, plan.down
     gpu = GPU.of(call.device)
-    left = rows <= 64
-    programs = gpu.num_sms * (2 if rows <= 32 else 1)
+    left = plan.order == "sorted"
     quantized, h_quantized = ACTIVATIONS[up.kernel], ACTIVATIONS[down.kernel]
     for tile in (up, down):
         if tile.block_k != SCALE_BLOCK or SCALE_BLOCK % tile.block_n:
@@ -231,13 +245,13 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
     if h_quantized is not None and up.block_n != SCALE_BLOCK:
         raise ValueError(f"{up}: what down reads with scales is quantized in whole blocks")
     padded = (call.pairs // rows + 2) * rows  # of scales of sorted rows: the last tile's are read in whole
-    sort, add, readable = routing.sort(call, rows), routing.add(call), reader(call)
+    sort, add, readable = routing.sort(call, rows, positions=not left), routing.add(call), reader(call)
     prepare = None
     if quantized is not None:
         prepare = _quantize(call, call.tokens if left else padded, not left, *quantized)
     elif not left:
         gather = routing.gather(call)
-        prepare = lambda x, in_order, table: (gather(x, in_order, table), None)  # noqa: E731
+        prepare = lambda x, positions: (gather(x, positions), None)  # noqa: E731
     empty_h = allocator((call.pairs, I), call.dtype if h_quantized is None else h_quantized[0], call.device)
     empty_scale = None
     if h_quantized is not None:
@@ -245,7 +259,7 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
     empty_y = allocator((call.pairs, H), call.dtype, call.device)
 
     def launch(gated: bool, gate: tuple, n: int, k: int, tile: TileConfig, x_rows: int, stride: int, tiling: Any):
-        planes = 2 if gated else 1
+        planes, programs = 2 if gated else 1, gpu.num_sms * programs_a_multiprocessor(tile)
         w_tiling: Tiling = [planes * call.experts, n, k], [n * k, k, 1], [1, tile.block_n, tile.block_k]
         return launcher(
             _fp8_grouped_kernel,
@@ -256,9 +270,10 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
                 *(1.0 if h_quantized is None else h_quantized[1], left),
                 *(rows, tile.block_n, tile.block_k, tile.group_m),
                 "ieee" if call.dtype == torch.float32 else "tf32",
-                *(gpu.is_nvidia and call.dtype != torch.float32, programs),
+                *(gpu.is_nvidia and call.dtype != torch.float32, programs, gpu.can_overlap),
             ),
             (w_tiling, tiling),
+            overlap=gpu.can_overlap,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -271,11 +286,11 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
     launch_down = launch(False, ("identity", 0.0, 0.0), H, I, down, padded, I, h_tiling)
 
     def run(x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale):
-        in_order, table = sort(ids)
+        in_order, positions, table = sort(ids)
         up_scale, down_scale = scale_for_kernels(up_scale), scale_for_kernels(down_scale)
         x_scale = None
         if prepare is not None:
-            x, x_scale = prepare(x, in_order, table)
+            x, x_scale = prepare(x, positions)
         h, h_scale = empty_h(), None if empty_scale is None else empty_scale()
         by_token, by_row = (x, None) if left else (None, x)
         launch_up((by_token, x_scale, up_scale, in_order, table, None, h, h_scale), (readable(up), by_row))
@@ -287,7 +302,7 @@ def fp8_grouped(call: ExpertsCall, rows: int, up: TileConfig, down: TileConfig):
 
 
 def _quantize(call: ExpertsCall, columns: int, gathers: bool, dtype: torch.dtype, largest: float) -> Callable:
-    """One launch: a function of x, the sorted pairs and the table that gives `[rows, hidden]` in `dtype` and scales.
+    """One launch: a function of x and the positions of pairs that gives `[rows, hidden]` in `dtype` and scales.
 
     Rows are tokens, or if it `gathers` pairs, sorted; scales are `[ceil(hidden / SCALE_BLOCK), columns]`.
     """
@@ -295,12 +310,14 @@ def _quantize(call: ExpertsCall, columns: int, gathers: bool, dtype: torch.dtype
     empty = allocator((rows, call.hidden), dtype, call.device)
     empty_scale = allocator((num_blocks, columns), torch.float32, call.device)
     some = min(BLOCKS, next_power_of_two(num_blocks))
-    values = call.hidden, columns, call.stride_xm, call.top_k, largest, SCALE_BLOCK, some
-    launch = launcher(_quantize_kernel, call.device, (rows, -(-num_blocks // some), 1), values, num_warps=4)
+    overlap = GPU.of(call.device).can_overlap
+    values = call.hidden, columns, call.stride_xm, call.top_k, largest, SCALE_BLOCK, some, overlap
+    grid = call.tokens, -(-num_blocks // some), 1
+    launch = launcher(_quantize_kernel, call.device, grid, values, overlap=overlap, num_warps=4)
 
-    def run(x, in_order, table):
+    def run(x, positions):
         data, scale = empty(), empty_scale()
-        launch((x, in_order, table, data, scale) if gathers else (x, None, None, data, scale))
+        launch((x, positions, data, scale))
         return data, scale
 
     return run

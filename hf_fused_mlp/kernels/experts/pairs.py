@@ -32,7 +32,7 @@ def _sums_of_products(
     BLOCK_K: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
 ):
-    """The products of rows of a weight with x, `[BLOCK_N]`; of a weight with scales, `first` is its first row there."""
+    """The products of rows of a weight with x, `[BLOCK_N]`; `first` is the weight's first row in the scales."""
     if scale_ptr is None:
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for k in tl.static_range(0, K, BLOCK_K):
