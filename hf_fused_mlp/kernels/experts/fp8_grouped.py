@@ -232,7 +232,7 @@ def plan_of(call: ExpertsCall, rows: int, kernel: str, *tiles: tuple[int, int, i
 def fp8_grouped(call: ExpertsCall, plan: ExpertsPlan):
     """All launches: a function of x, ids, weights, up, down, no biases and scales that gives `[tokens, hidden]`.
 
-    The orders are those of `grouped`, and so is the way in which launches overlap.
+    Orders, and which launches overlap, are those of `grouped`.
     """
     form, H, I = call.form, call.hidden, call.intermediate
     rows, up, down = plan.rows, plan.up, plan.down
@@ -245,7 +245,9 @@ def fp8_grouped(call: ExpertsCall, plan: ExpertsPlan):
     if h_quantized is not None and up.block_n != SCALE_BLOCK:
         raise ValueError(f"{up}: what down reads with scales is quantized in whole blocks")
     padded = (call.pairs // rows + 2) * rows  # of scales of sorted rows: the last tile's are read in whole
-    sort, add, readable = routing.sort(call, rows, positions=not left), routing.add(call), reader(call)
+    overlap = gpu.can_overlap and left
+    sort, add = routing.sort(call, rows, positions=not left, overlap=overlap), routing.add(call, overlap)
+    readable = reader(call)
     prepare = None
     if quantized is not None:
         prepare = _quantize(call, call.tokens if left else padded, not left, *quantized)
@@ -270,10 +272,10 @@ def fp8_grouped(call: ExpertsCall, plan: ExpertsPlan):
                 *(1.0 if h_quantized is None else h_quantized[1], left),
                 *(rows, tile.block_n, tile.block_k, tile.group_m),
                 "ieee" if call.dtype == torch.float32 else "tf32",
-                *(gpu.is_nvidia and call.dtype != torch.float32, programs, gpu.can_overlap),
+                *(gpu.is_nvidia and call.dtype != torch.float32, programs, overlap),
             ),
             (w_tiling, tiling),
-            overlap=gpu.can_overlap,
+            overlap=overlap,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -310,7 +312,7 @@ def _quantize(call: ExpertsCall, columns: int, gathers: bool, dtype: torch.dtype
     empty = allocator((rows, call.hidden), dtype, call.device)
     empty_scale = allocator((num_blocks, columns), torch.float32, call.device)
     some = min(BLOCKS, next_power_of_two(num_blocks))
-    overlap = GPU.of(call.device).can_overlap
+    overlap = GPU.of(call.device).can_overlap and not gathers
     values = call.hidden, columns, call.stride_xm, call.top_k, largest, SCALE_BLOCK, some, overlap
     grid = call.tokens, -(-num_blocks // some), 1
     launch = launcher(_quantize_kernel, call.device, grid, values, overlap=overlap, num_warps=4)
