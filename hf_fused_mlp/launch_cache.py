@@ -84,5 +84,6 @@ def mlp_kind(gate: tuple, up: tuple, down: tuple, activation: str, batch_invaria
 
 def experts_kind(operands: tuple) -> Hashable:
     """The kind of a call of routed experts: which biases there are, and what is computed."""
-    _, _, up_bias, down_bias, form = operands
-    return form, up_bias is None, down_bias is None
+    _, _, up_bias, down_bias, form, up_scale, _ = operands
+    kind = form, up_bias is None, down_bias is None
+    return kind if up_scale is None else (kind, "fp8")

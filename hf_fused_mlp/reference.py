@@ -3,6 +3,8 @@
 It rounds where eager Transformers rounds (after each projection, after the activation, after the product).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,6 +145,8 @@ def experts_ref(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     form: ExpertsForm,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """The sum over a token's experts of ``weight * down(act(gate(x)) * up(x))``, added in fp32 in their order.
 
@@ -151,20 +155,52 @@ def experts_ref(
         ids: `[M, k]`, integers; those outside of `[0, E)` count as zero.
         weights: `[M, k]`, any float dtype.
         up, down: stacked as `form` says, biases as the columns of up and down: `[E, I]` or `[E, 2I]`, and `[E, H]`.
+        up_scale, down_scale: of FP8 weights, which are dequantized; see `ExpertsOperands`.
 
     Returns:
         `[M, H]`, dtype of `x`.
     """
-    num_experts = up.shape[0]
+
+    def product(rows: Tensor, e: int, stack: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        weight = stack[e] if scale is None else dequantize(stack[e], scale[e], x.dtype)
+        return F.linear(rows, weight if form.layout == "planes" else weight.T, None if bias is None else bias[e])
+
+    return _sum_of_experts(
+        x,
+        ids,
+        weights,
+        up.shape[0],
+        lambda rows, e: apply_gate(product(rows, e, up, up_scale, up_bias), form),
+        lambda rows, e: product(rows, e, down, down_scale, down_bias),
+    )
+
+
+def fp8_experts_ref(x: Tensor, ids: Tensor, weights: Tensor, up: Matrix, down: Matrix, form: ExpertsForm) -> Tensor:
+    """`experts_ref` of FP8 stacks as Transformers' `FP8Experts` computes it; see `fp8_linear_ref`."""
+
+    def product(rows: Tensor, e: int, stack: Matrix) -> Tensor:
+        return fp8_linear_ref(rows, Matrix(stack.data[e], stack.scale[e], None))  # type: ignore[index]
+
+    first, second = (lambda rows, e: apply_gate(product(rows, e, up), form)), (lambda rows, e: product(rows, e, down))
+    return _sum_of_experts(x, ids, weights, up.data.shape[0], first, second)
+
+
+def _sum_of_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    first: Callable[[Tensor, int], Tensor],
+    second: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """The sum over a token's experts of ``weight * second(first(x, expert), expert)``."""
     sums = x.new_zeros((x.shape[0], x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
     products = sums.new_zeros((*ids.shape, x.shape[1]))
     for e in ids.unique().tolist():
         if not 0 <= e < num_experts:
             continue
         token, place = torch.where(ids == e)
-        first, second = (up[e], down[e]) if form.layout == "planes" else (up[e].T, down[e].T)
-        h = F.linear(x[token], first, None if up_bias is None else up_bias[e])
-        out = F.linear(apply_gate(h, form), second, None if down_bias is None else down_bias[e])
+        out = second(first(x[token], e), e)
         products[token, place] = (out * weights[token, place, None]).to(products.dtype)
     for j in range(ids.shape[1]):
         sums += products[:, j]

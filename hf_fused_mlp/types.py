@@ -67,15 +67,16 @@ class Matrix(NamedTuple):
 
 
 def has_block_scales(weight: Tensor, scale: Tensor | None) -> bool:
-    """True if `weight` is FP8, and `scale` has a number for each of its blocks."""
+    """True if `weight`, a matrix or a stack of them, is FP8, and `scale` has a number for each of its blocks."""
     return (
         weight.dtype == FP8
         and scale is not None
         and scale.dtype in SCALES
         and scale.device == weight.device
-        and scale.dim() == 2
-        and scale.shape[0] == -(-weight.shape[0] // SCALE_BLOCK)
-        and scale.shape[1] == -(-weight.shape[1] // SCALE_BLOCK)
+        and scale.dim() == weight.dim()
+        and scale.shape[-2] == -(-weight.shape[-2] // SCALE_BLOCK)
+        and scale.shape[-1] == -(-weight.shape[-1] // SCALE_BLOCK)
+        and (weight.dim() == 2 or scale.shape[:-2] == weight.shape[:-2])
     )
 
 
@@ -162,13 +163,23 @@ class ExpertsForm(NamedTuple):
 
 class ExpertsOperands(NamedTuple):
     """The weights of routed experts, stacked as `form` says; `up` holds gate and up, biases are `[E, I]`, `[E, 2I]` or
-    `[E, H]`, or None."""
+    `[E, H]`, or None.
+
+    Weights in FP8 are planes, without biases, and have stacks of the scales of a `Matrix`.
+    """
 
     up: Tensor
     down: Tensor
     up_bias: Tensor | None
     down_bias: Tensor | None
     form: ExpertsForm
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the form, in the order in which launches take them; scales only where there are some."""
+        return self[:4] if self[5] is None else self[:4] + self[5:]
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,7 @@ class ExpertsCall:
     """One call of routed experts, all but the addresses of its tensors and where tokens go.
 
     `x` is `[tokens, hidden]`, whose rows are `stride_xm` elements apart; each token has `top_k` of `experts`.
+    `storage`, `"float"` or `"fp8"`, is that of the weights; `dtype` is that of `x` and the output.
     """
 
     tokens: int
@@ -187,6 +199,7 @@ class ExpertsCall:
     form: ExpertsForm
     dtype: torch.dtype
     device: torch.device
+    storage: str = "float"
 
     @property
     def pairs(self) -> int:
@@ -301,6 +314,7 @@ class ExpertsKey:
     dtype: torch.dtype
     bias: bool
     gpu: GPU
+    storage: str = "float"
 
     @staticmethod
     def of(call: ExpertsCall, bias: bool) -> "ExpertsKey":
@@ -318,13 +332,14 @@ class ExpertsKey:
             dtype=call.dtype,
             bias=bias,
             gpu=GPU.of(call.device),
+            storage=call.storage,
         )
 
     def call(self, device: torch.device) -> ExpertsCall:
         """A call of `m` tokens at `device`."""
         form = ExpertsForm(self.layout, self.gated, self.activation)
         sizes = self.m, self.top_k, self.experts, self.hidden, self.intermediate, self.hidden
-        return ExpertsCall(*sizes, form, self.dtype, device)
+        return ExpertsCall(*sizes, form, self.dtype, device, self.storage)
 
 
 @dataclass(frozen=True)

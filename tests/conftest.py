@@ -96,7 +96,7 @@ def interpreter(monkeypatch):
     cache.forget()  # of what is kept of calls, kernels are a part
     changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base, tl.core.condition)
     before = [dict(vars(owner)) for owner in changed]
-    of_experts = experts._common, experts.pairs, experts.routing, experts.grouped
+    of_experts = experts._common, experts.pairs, experts.routing, experts.grouped, experts.fp8_grouped
     monkeypatch.setattr(interpreter_module, "_convert_float", partial(_cast_fp8, interpreter_module._convert_float))
     for module in (tl, tl.standard, _common, _fp8, _quantize, norm, *kernels.KERNELS.values(), *of_experts):
         for name, value in list(vars(module).items()):

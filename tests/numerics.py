@@ -85,6 +85,12 @@ def quantize_weight(weight, scales="fp32"):
     return data.to(torch.float8_e4m3fn), scale.to(torch.float8_e8m0fnu)
 
 
+def quantize_stack(weights, scales="fp32"):
+    """The same of each of `weights` `[E, N, K]`."""
+    data, factors = zip(*(quantize_weight(weight, scales) for weight in weights), strict=True)
+    return torch.stack(data), torch.stack(factors)
+
+
 def quantized_mlp(H, I, gated, bias, dtype, device="cpu", activation="silu", scales="fp32"):
     """Operands of `ops.mlp` after `x`, of `random_mlp`'s weights in FP8; gate and up are not packed."""
     *weights, gate_bias, up_bias, down_bias = random_mlp(H, I, gated, bias, dtype, device)

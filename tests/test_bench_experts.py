@@ -13,9 +13,11 @@ SMALL = experts.Experts(8, 2, 64, 32)
 @pytest.fixture
 def on_cpu(monkeypatch):
     """A small shape on the CPU; nothing is captured, and every call takes 8 us and 3 MB."""
-    build = experts.build
+    build, build_fp8 = experts.build, experts.build_fp8
     monkeypatch.setitem(experts.SHAPES, "small", SMALL)
+    monkeypatch.setitem(experts.SHAPES, "blocks", experts.Experts(8, 2, 256, 128))
     monkeypatch.setattr(experts, "build", lambda shape: build(shape, torch.bfloat16, "cpu"))
+    monkeypatch.setattr(experts, "build_fp8", lambda shape: build_fp8(shape, "cpu"))
     monkeypatch.setattr(experts, "repeated", lambda call, inputs, graph: lambda: call(*inputs[0]))
     monkeypatch.setattr(experts, "peak_mb", lambda call, inputs: 3.004)
     monkeypatch.setattr(experts, "in_turn", lambda runs, rounds: {name: [64.0] * rounds for name in runs})
@@ -45,6 +47,21 @@ def test_kernels_that_do_not_load_are_left_out(on_cpu, monkeypatch, caplog):
         rows = experts.measure("small", 4, "uniform", ["fused", "sonicmoe", "deepgemm"], 3)
     assert [row["impl"] for row in rows] == ["floor", "fused"]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["sonicmoe", "deepgemm"]
+
+
+def test_fp8(on_cpu, monkeypatch):
+    """Transformers' implementations run where they load; the floor is half of bfloat16's."""
+    monkeypatch.setattr(
+        experts, "implementation", lambda impl, module: module.by_operator if impl == "fused" else None
+    )
+    floor, fused = experts.measure("blocks", 16, "uniform", ["fused", "grouped_mm"], 3, fp8=True)
+    assert (floor["dtype"], fused["dtype"], fused["impl"]) == ("fp8", "fp8", "fused")
+    shape = experts.SHAPES["blocks"]
+    assert shape.floor_us(16, 8, fp8=True) == shape.floor_us(16, 8) / 2
+    assert "| blocks in FP8 | uniform | 16 |" in experts.table([floor, fused])
+    assert [name for name, shape in experts.SHAPES.items() if not shape.has_fp8] == [
+        *("gpt-oss-20b", "gemma-4-26b-a4b", "small")
+    ]
 
 
 def test_others_must_run_and_agree(on_cpu, monkeypatch):

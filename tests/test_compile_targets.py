@@ -207,6 +207,30 @@ FORMS_OF_EXPERTS = {
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("scales", [torch.float32, torch.float8_e8m0fnu], ids=["fp32", "e8m0"])
+@pytest.mark.parametrize("tokens", [1, 40, 400])
+@pytest.mark.parametrize("target", TARGETS)
+def test_fp8_experts_compile(target, tokens, scales, monkeypatch):
+    """The plan that the rule chooses, in all of its launches; GPUs that know no FP8 read bytes."""
+    up, down = (torch.empty(16, *shape, dtype=torch.float8_e4m3fn) for shape in ((256, 512), (512, 128)))
+    factors = [torch.empty(16, *shape).to(scales) for shape in ((2, 4), (4, 1))]
+    x, ids = torch.empty(tokens, 512, dtype=torch.bfloat16), torch.zeros(tokens, 2, dtype=torch.int64)
+
+    def call():
+        about = describe_experts(x, ids, up, down, FORMS_OF_EXPERTS["planes"])
+        plan = rule_of_thumb(about)
+        prepare_experts(plan, about)(x, ids, torch.empty(tokens, 2), up, down, None, None, *factors)
+
+    kernels = compiled(call, TARGETS[target], monkeypatch)
+    has_fp8 = target in ("sm_90", "sm_100")
+    assert len(kernels) == (2 if tokens == 1 else 6 if has_fp8 else 5)
+    codes = [kernel.asm["ptx" if target.startswith("sm") else "amdgcn"] for kernel in kernels]
+    assert all(codes)
+    if target == "sm_90" and tokens > 1:
+        assert sum("wgmma.mma_async" in code and "e4m3.e4m3" in code for code in codes) == 2
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (30, 4), (200, 5), (400, 6)])
 @pytest.mark.parametrize(
     ("target", "form"),

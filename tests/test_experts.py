@@ -297,13 +297,6 @@ def test_door_falls_back_and_says_so(caplog):
     assert len([r for r in caplog.records if "grouped_mm runs" in r.getMessage()]) == 1
 
 
-def test_fp8_experts_are_refused():
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-
-    with pytest.raises(NotImplementedError, match="grouped_mm"):
-        ALL_FP8_EXPERTS_FUNCTIONS["hf_fused_mlp"](None)
-
-
 def test_a_live_model_outlives_uninstall():
     """Its config names an implementation that must not vanish."""
     model = tiny()

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from hf_fused_mlp.bench.names import EXPERTS_IMPLEMENTATIONS
 from hf_fused_mlp.bench.results import Row
 from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.reference import quantize_weight_ref
 from hf_fused_mlp.swap import original_form
+from hf_fused_mlp.types import SCALE_BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +35,16 @@ class Experts:
     activation: str = "silu"
     gpt_oss: bool = False
 
-    def floor_us(self, m: int, experts_hit: float) -> float:
+    def floor_us(self, m: int, experts_hit: float, fp8: bool = False) -> float:
         """Microseconds that an H100 needs to read the weights of the experts that are hit, or to multiply."""
         size = 3 * self.hidden * self.intermediate
-        return max(experts_hit * size * 2 / BYTES_PER_US, 2 * m * self.top_k * size / FLOPS_PER_US)
+        times = 2 if fp8 else 1  # as many numbers in a byte, and as fast tensor cores
+        return max(experts_hit * size * 2 / BYTES_PER_US, 2 * m * self.top_k * size / FLOPS_PER_US) / times
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether Transformers stores such experts in FP8."""
+        return not (self.gpt_oss or self.hidden % SCALE_BLOCK or self.intermediate % SCALE_BLOCK)
 
 
 # of an H100, as far as GEMMs and reads of this size have come
@@ -53,6 +61,7 @@ SHAPES = {
 OPTIONAL = ("sonicmoe", "deepgemm")  # Transformers loads their kernels from the hub, for some GPUs
 MOST_COPIED = 20e9  # bytes that batched_mm may copy
 MOST_DIFFERENCE = 0.01  # relative, between the outputs of two implementations in bfloat16
+MOST_FP8_DIFFERENCE = 0.1  # the same in FP8: some quantize tokens
 
 
 def build(shape: Experts, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> nn.Module:
@@ -78,6 +87,32 @@ def build(shape: Experts, dtype: torch.dtype = torch.bfloat16, device: str = "cu
     return made.eval()
 
 
+def build_fp8(shape: Experts, device: str = "cuda") -> nn.Module:
+    """The same as an FP8 checkpoint has them."""
+    from transformers import MixtralConfig
+    from transformers.integrations import finegrained_fp8
+    from transformers.integrations.moe import use_experts_implementation
+
+    sizes: Any = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+        "hidden_act": shape.activation,
+    }
+    registry = finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS
+    decorated: Any = use_experts_implementation(finegrained_fp8.FP8Experts, experts_interface=registry)
+    with torch.device(device):
+        made = decorated(MixtralConfig(**sizes), block_size=[SCALE_BLOCK, SCALE_BLOCK])
+    made.requires_grad_(False)
+    for name in ("gate_up_proj", "down_proj"):
+        data, scale = getattr(made, name), getattr(made, f"{name}_scale_inv")
+        for e in range(shape.experts):
+            weight = torch.empty(data.shape[1:], device=device).normal_(0, shape.hidden**-0.5)
+            data[e], scale[e] = quantize_weight_ref(weight)
+    return made.eval()
+
+
 def routing(kind: str, shape: Experts, m: int, device: torch.device | str = "cuda") -> Tensor:
     """Random expert ids `[m, top_k]`: all experts equally likely, or the i-th with a weight of 1 / i."""
     scores = -torch.empty(m, shape.experts, device=device).exponential_().log()  # Gumbel's distribution
@@ -87,23 +122,25 @@ def routing(kind: str, shape: Experts, m: int, device: torch.device | str = "cud
 
 
 @torch.no_grad()
-def measure(name: str, m: int, kind: str, names: list[str], rounds: int) -> list[Row]:
+def measure(name: str, m: int, kind: str, names: list[str], rounds: int, fp8: bool = False) -> list[Row]:
     """Times implementations in turn on `m` tokens.
 
     Args:
         name: a key of `SHAPES`.
         kind: one of `ROUTINGS`.
         names: of `EXPERTS_IMPLEMENTATIONS`.
+        fp8: time experts of an FP8 checkpoint; a shape that `has_fp8`.
 
     Returns:
         One row for each implementation and one for the floor, in microseconds; `peak_mb` is how much memory a call
-        takes at most, its output included. Of `OPTIONAL`, those that do not load or run here are logged and left out.
+        takes at most, its output included. Of `OPTIONAL`, and in FP8 of all but ours, those that do not load or run
+        here are logged and left out.
 
     Raises:
         AssertionError: the fused experts give other numbers than Transformers'.
     """
     shape = SHAPES[name]
-    module = fuse_model(build(shape), strict=True)
+    module = fuse_model(build_fp8(shape) if fp8 else build(shape), strict=True)
     device = next(module.parameters()).device
     calls = 8 if m <= 1024 else 2
     inputs: list[tuple[Tensor, ...]] = [
@@ -127,18 +164,18 @@ def measure(name: str, m: int, kind: str, names: list[str], rounds: int) -> list
             peaks[impl] = peak_mb(call, inputs[0])
             run = repeated(call, inputs, graph=impl != "eager")
         except Exception as error:
-            if impl not in OPTIONAL:
+            if impl not in OPTIONAL and not (fp8 and impl != "fused"):
                 raise
             logger.warning("%s: left out at %s, M = %s: %s: %s", impl, name, m, type(error).__name__, error)
             continue
         expected = answer if expected is None else expected
         difference = ((answer - expected).float().norm() / expected.float().norm()).item()
-        if not difference <= MOST_DIFFERENCE:
+        if not difference <= (MOST_FP8_DIFFERENCE if fp8 else MOST_DIFFERENCE):
             raise AssertionError(f"{name}, M = {m}: {impl} is off by {difference:.1%}, so none is timed")
         runs[impl] = run
     hit = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
-    common = {"shape": name, "m": m, "routing": kind}
-    floor = round(shape.floor_us(m, hit), 2)
+    common = {"shape": name, "m": m, "routing": kind} | ({"dtype": "fp8"} if fp8 else {})
+    floor = round(shape.floor_us(m, hit, fp8), 2)
     rows: list[Row] = [common | {"impl": "floor", "median_us": floor, "p20_us": floor, "p80_us": floor}]
     for impl, times in in_turn(runs, rounds).items():
         cuts = statistics.quantiles([time / calls for time in times], n=10)
@@ -217,7 +254,7 @@ def table(rows: list[Row]) -> str:
     problems: dict[tuple, dict[str, float]] = {}
     peaks: dict[tuple, dict[str, float]] = {}
     for row in rows:
-        problem = row["shape"], row["routing"], row["m"]
+        problem = row["shape"] + (" in FP8" if row.get("dtype") == "fp8" else ""), row["routing"], row["m"]
         problems.setdefault(problem, {})[row["impl"]] = row["median_us"]
         if "peak_mb" in row:
             peaks.setdefault(problem, {})[row["impl"]] = row["peak_mb"]

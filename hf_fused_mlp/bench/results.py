@@ -98,8 +98,8 @@ def merged(rows: list[Row], measured: list[Row]) -> list[Row]:
 
 def replaced(rows: list[Row], measured: list[Row], by: tuple[str, ...]) -> list[Row]:
     """Replaces the rows that equal a measured row in the fields `by`; the measured rows come last."""
-    new = {tuple(row[name] for name in by) for row in measured}
-    return [row for row in rows if tuple(row[name] for name in by) not in new] + measured
+    new = {tuple(row.get(name) for name in by) for row in measured}
+    return [row for row in rows if tuple(row.get(name) for name in by) not in new] + measured
 
 
 def write(file: Path, header: Header, rows: list[Row]) -> None:

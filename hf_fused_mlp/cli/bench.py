@@ -258,12 +258,14 @@ def experts(
         str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(EXPERTS_IMPLEMENTATIONS)}.")
     ] = "fused,grouped_mm,batched_mm",
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which implementations take turns.")] = 25,
+    dtype: Annotated[str, typer.Option(help="bfloat16, or fp8 as FP8 checkpoints have it.")] = "bfloat16",
     json_file: Json = None,
     table: Table = None,
 ) -> None:
     """Routed experts of published models.
 
-    GPU time of a call in bfloat16, fused and as Transformers runs them, with another routing in each call.
+    GPU time of a call, fused and as Transformers runs them, with another routing in each call. In FP8, Transformers'
+    own take part where their kernels load.
     """
     from hf_fused_mlp.bench import experts as bench
     from hf_fused_mlp.bench.measuring import chosen
@@ -273,14 +275,22 @@ def experts(
     names = chosen("implementation", impl, EXPERTS_IMPLEMENTATIONS)
     if "fused" not in names:
         fail("bench experts compares with fused; name it in --impl")
+    if dtype not in ("bfloat16", "fp8"):
+        fail(f"dtype {dtype!r}: expected bfloat16 or fp8")
+    fp8 = dtype == "fp8"
+    if fp8 and not (shape_names := [name for name in shape_names if bench.SHAPES[name].has_fp8]):
+        fail(f"{shapes}: none of these shapes is stored in FP8, whose sizes are multiples of 128")
     problems = [(shape, count, kind) for shape in shape_names for kind in kinds for count in tokens]
     _, _, rows = measured(
         "experts",
-        (bench.measure(shape, count, kind, names, rounds) for shape, count, kind in progress(problems, "measuring")),
+        (bench.measure(*problem, names, rounds, fp8) for problem in progress(problems, "measuring")),
         json_file,
         table,
-        by=("shape", "routing", "m"),
-        wanted=lambda row: row["shape"] in shape_names and row["m"] in tokens and row["routing"] in kinds,
+        by=("shape", "dtype", "routing", "m"),
+        wanted=lambda row: (
+            (row["shape"] in shape_names and row["m"] in tokens and row["routing"] in kinds)
+            and (row.get("dtype") == "fp8") is fp8
+        ),
     )
     print(bench.table(rows))
 

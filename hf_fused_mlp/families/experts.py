@@ -15,7 +15,7 @@ from hf_fused_mlp import modes, ops
 from hf_fused_mlp.calls import OWN_FORWARD, device_of, has_own_forward
 from hf_fused_mlp.families.base import Family
 from hf_fused_mlp.launch_cache import answer, experts_kind
-from hf_fused_mlp.ops.experts import DTYPES, stacks_fit
+from hf_fused_mlp.ops.experts import DTYPES, share_scales, stacks_fit
 from hf_fused_mlp.originals import functions_are_own, why_functions_are_not_own
 from hf_fused_mlp.reading.experts import (
     ExpertsSpec,
@@ -23,13 +23,16 @@ from hf_fused_mlp.reading.experts import (
     find_experts,
     form_of,
     has_own_gate,
+    hf_fused_mlp_wraps,
     interface_of,
+    multiplies_by_scales,
     original_of,
 )
 from hf_fused_mlp.reading.implementations import implementation_of, runs_transformers_own
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
-from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsOperands, next_power_of_two
+from hf_fused_mlp.types import FP8, GPU, ExpertsKey, ExpertsOperands, next_power_of_two
+from hf_fused_mlp.weights.blocks import are_blocks, unusable_scales, why_not_blocks
 
 # what configs call the number of experts of a token; the modules themselves are not told
 TOP_K = "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"
@@ -77,7 +80,8 @@ class FusedExperts(Fused):
     @staticmethod
     def _also_read(original: Any) -> tuple:
         loop, gate = original_of(original.forward), getattr(original, "_apply_gate", None)
-        return loop, getattr(loop, "__code__", None), gate, getattr(gate, "__code__", None)
+        linear = getattr(original, "linear", None)
+        return tuple(part for read in (loop, gate, linear) for part in (read, getattr(read, "__code__", None)))
 
     @staticmethod
     def exact_output(exact: nn.Module, *inputs: Tensor) -> Tensor:
@@ -93,15 +97,19 @@ class FusedExperts(Fused):
 
 
 def _keeps_code(module: FusedExperts, cls: type[FusedExperts]) -> bool:
-    """True if forward, loop and `_apply_gate` are those that were read."""
+    """True if forward, loop, `_apply_gate` and for FP8 `linear` are those that were read.
+
+    The decorator may have wrapped the loop again, as it does with `FP8Experts` for each model that is loaded.
+    """
     original: Any = cls.original_class
-    forward, code, loop, loop_code, gate, gate_code = cls.was_read
+    forward, code, loop, loop_code, gate, gate_code, linear, linear_code = cls.was_read
     return (
-        original.forward is forward
+        (original.forward is forward or hf_fused_mlp_wraps(original.forward, loop))
         and forward.__code__ is code
         and getattr(loop, "__code__", None) is loop_code
         and getattr(original, "_apply_gate", None) is gate
         and getattr(gate, "__code__", None) is gate_code
+        and (linear is None or (original.linear is linear and linear.__code__ is linear_code))
         and not has_own_gate(module)
     )
 
@@ -127,8 +135,7 @@ def fused_output(module: nn.Module, spec: ExpertsSpec, x: Any, ids: Any, weights
         return ops.experts_if_fits(x, ids, weights, operands) if usual else None
     if not modes.needs_only_output(x) or type(ids) is not Tensor or type(weights) is not Tensor:
         return None
-    *stacks, _ = operands
-    tensors = x, ids, weights, *stacks
+    tensors = x, ids, weights, *operands.tensors
     out = answer(experts_kind(operands), tensors, tensors)
     if out is None and modes.runs_now(x) and modes.no_kernels(x.device) is None:
         out = ops.experts_if_fits(x, ids, weights, operands)
@@ -165,7 +172,31 @@ def operands_of(module: nn.Module, spec: ExpertsSpec) -> ExpertsOperands | None:
         or (spec.in_fp32 and up.dtype is not torch.float32)
     ):
         return None
-    return ExpertsOperands(up, down, up_bias, down_bias, form)  # type: ignore[arg-type]
+    if spec.up_scale is None or up.dtype != FP8:
+        return ExpertsOperands(up, down, up_bias, down_bias, form)  # type: ignore[arg-type]
+    up_scale, down_scale = parameters.get(spec.up_scale), parameters.get(spec.down_scale)
+    if not (_is_plain(up_scale) and _is_plain(down_scale)) or spec.up_scale in own or spec.down_scale in own:
+        return None
+    if "linear" in own or own.get("activation_scheme") == "static" or not are_blocks(own.get("block_size")):
+        return None
+    return ExpertsOperands(up, down, None, None, form, up_scale, down_scale)  # type: ignore[arg-type]
+
+
+def _why_not_scaled(module: nn.Module, spec: ExpertsSpec) -> str | None:
+    """Why kernels read no scales of the stacks of `module`, with the remedy; None if they do, or if it has floats."""
+    own, parameters = module.__dict__, module._parameters
+    for name, scale_name in ((spec.up, spec.up_scale), (spec.down, spec.down_scale)):
+        weight, scale = parameters.get(name), parameters.get(str(scale_name))
+        if weight is None or weight.dtype != FP8:
+            continue
+        if reason := why_not_blocks(weight, scale, own.get("block_size"), own.get("activation_scheme") == "static"):
+            return f"{name} {reason}"
+        if spec.form.gated and name == spec.up and share_scales(weight):
+            return (
+                f"{name} packs gate and up {list(weight.shape)}, whose halves share scales; "
+                "pass exclude=[...] to leave it as it is"
+            )
+    return None
 
 
 def why_not_kernels(module: nn.Module, spec: ExpertsSpec) -> str | None:
@@ -177,13 +208,18 @@ def why_not_kernels(module: nn.Module, spec: ExpertsSpec) -> str | None:
     count = module.__dict__.get("num_experts")
     if other := [parameter for parameter in given if parameter.dim() and len(parameter) != count]:
         return f"num_experts is {count!r}, and its weights are those of {len(other[0])} experts"
+    if reason := _why_not_scaled(module, spec):
+        return reason
     if (operands := operands_of(module, spec)) is None:
         return "its weights or attributes are no longer those that were read, so the original forward runs"
     if not stacks_fit(*operands):
         found = ", ".join(
             f"{name} {list(p.shape)} {p.dtype} {p.device}" for name, p in parameters.items() if p is not None
         )
-        return f"its weights do not fit together ({found}); load with one dtype of fp16, bf16 and fp32, on one device"
+        return (
+            f"its weights do not fit together ({found}); load with one dtype of fp16, bf16 and fp32, or FP8, on one "
+            "device"
+        )
     return None
 
 
@@ -207,7 +243,10 @@ class ExpertsFamily(Family):
             return None
         if isinstance(spec, str):
             stacks = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in module._parameters]
-            reason = _why_not_plain(module, stacks) or f"{spec}; pass exclude=[...] to leave this module as it is"
+            reason = (
+                _why_not_plain(module, stacks, multiplies_by_scales(type(module)))
+                or f"{spec}; pass exclude=[...] to leave this module as it is"
+            )
             return Finding("skipped", reason)
         return Finding.of(why_not_swappable(module, FusedExperts, spec) or _reject_reason(module, spec), spec)
 
@@ -221,9 +260,9 @@ class ExpertsFamily(Family):
         assert isinstance(spec, ExpertsSpec)
         config, operands = getattr(module, "config", None), operands_of(module, spec)
         top_k = next((n for name in TOP_K if type(n := getattr(config, name, None)) is int), None)
-        if operands is None or top_k is None or not stacks_fit(*operands):
+        if operands is None or top_k is None or not stacks_fit(*operands) or operands.up_scale is not None:
             return None
-        up, down, up_bias, down_bias, form = operands
+        up, down, up_bias, down_bias, form, *_ = operands
         hidden, intermediate = down.shape[1:] if form.layout == "planes" else down.mT.shape[1:]
         return ExpertsKey(
             m=next_power_of_two(m),
@@ -249,16 +288,26 @@ def _reject_reason(module: nn.Module, spec: ExpertsSpec) -> str | None:
             "its forward was replaced on the instance, as expert and tensor parallelism do; "
             'experts_implementation="hf_fused_mlp" fuses what that calls; or pass exclude=[...]'
         )
-    if reason := _why_not_plain(module, spec.parameters):
+    if reason := _why_not_plain(module, spec.parameters, spec.up_scale is not None):
         return reason
     forward: Any = type(module).forward
-    return why_not_kernels(module, spec) or _other_implementation(module, interface_of(forward))
+    if reason := why_not_kernels(module, spec) or _other_implementation(module, interface_of(forward)):
+        return reason
+    for name, scale in ((spec.up, spec.up_scale), (spec.down, spec.down_scale)):
+        if module._parameters[name].dtype == FP8 and (reason := unusable_scales(module._parameters[scale])):
+            return f"{name} {reason}"
+    return None
 
 
-def _why_not_plain(module: nn.Module, names: Iterable[str]) -> str | None:
-    """Which of these weights no kernel reads, quantized ones for example, with the remedy, or None."""
+def _why_not_plain(module: nn.Module, names: Iterable[str], scaled: bool) -> str | None:
+    """Which of these weights no kernel reads, quantized ones for example, with the remedy, or None.
+
+    `scaled` says that they may be in FP8.
+    """
     for name in names:
         parameter = module._parameters.get(name)
+        if scaled and type(parameter) is nn.Parameter and parameter.dtype == FP8:
+            continue
         if type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES:
             found = "missing" if parameter is None else f"{type(parameter).__name__} of {parameter.dtype}"
             return (

@@ -18,7 +18,8 @@ from hf_fused_mlp.originals import runs_own_forward
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
 from hf_fused_mlp.types import ABSENT, GPU, MLPOperands
-from hf_fused_mlp.weights.formats import fp8_matrix, is_fp8_linear, is_loaded, unusable_scales, why_not_fp8
+from hf_fused_mlp.weights.blocks import unusable_scales
+from hf_fused_mlp.weights.formats import fp8_matrix, is_fp8_linear, is_loaded, why_not_fp8
 
 
 class FusedFP8Linear(Fused):
@@ -93,7 +94,7 @@ def _reject_reason(module: nn.Module) -> str | None:
         return OWN_FORWARD
     matrix = fp8_matrix(module)
     reason = _why_not_read(module) or _why_not_own(type(module))
-    return reason if reason or matrix is None else unusable_scales(matrix)
+    return reason if reason or matrix is None else unusable_scales(matrix.scale)
 
 
 def _why_not_read(module: nn.Module) -> str | None:

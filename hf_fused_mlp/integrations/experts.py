@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from hf_fused_mlp.families.experts import fused_output, why_not_kernels
 from hf_fused_mlp.logs import logger
-from hf_fused_mlp.reading.experts import ExpertsSpec, find_experts
+from hf_fused_mlp.reading.experts import ExpertsSpec, find_experts, multiplies_by_scales
 
-NAME = "hf_fused_mlp"
 _told: set[str] = set()
 _defaults: WeakKeyDictionary[type, str] = WeakKeyDictionary()
 
@@ -27,20 +26,23 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         hidden_states: `[M, H]`.
         top_k_index, top_k_weights: `[M, k]`.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
     spec = find_experts(self)
     if isinstance(spec, ExpertsSpec):
         out = fused_output(self, spec, hidden_states, top_k_index, top_k_weights)
         if out is not None:
             return out
-    name = hf_fused_mlp_default_experts(type(self))
+    name, in_fp8 = hf_fused_mlp_default_experts(type(self))
     if spec is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _tell(self, spec, name)
     if name == "eager":
         cls: Any = getattr(type(self), "original_class", type(self))
         return cls.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
-    return ALL_EXPERTS_FUNCTIONS[name](self, hidden_states, top_k_index, top_k_weights)
+    functions: Any
+    if in_fp8:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS as functions
+    else:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as functions
+    return functions[name](self, hidden_states, top_k_index, top_k_weights)
 
 
 def _tell(module: nn.Module, spec: ExpertsSpec | str, instead: str) -> None:
@@ -53,8 +55,8 @@ def _tell(module: nn.Module, spec: ExpertsSpec | str, instead: str) -> None:
 
 # compiled code keeps the answer among the globals of the compiled module, under this name, so it must be unique
 @torch.compiler.assume_constant_result
-def hf_fused_mlp_default_experts(cls: type) -> str:
-    """The implementation that Transformers runs for experts of `cls` if nobody names one.
+def hf_fused_mlp_default_experts(cls: type) -> tuple[str, bool]:
+    """The implementation that Transformers runs for experts of `cls` if nobody names one, and if it is one of FP8's.
 
     Models say so, not their experts: the first model of the module that defines the experts is asked.
     """
@@ -65,7 +67,7 @@ def hf_fused_mlp_default_experts(cls: type) -> str:
         classes = [c for c in around if isinstance(c, type) and c.__module__ == cls.__module__]
         models = [c for c in classes if issubclass(c, PreTrainedModel)]
         _defaults[cls] = _default_of(models[0]) if models else "grouped_mm"
-    return _defaults[cls]
+    return _defaults[cls], multiplies_by_scales(cls)
 
 
 def _default_of(model_class: Any) -> str:
@@ -73,11 +75,3 @@ def _default_of(model_class: Any) -> str:
         return model_class.get_correct_experts_implementation(object.__new__(model_class), None)
     except Exception:  # of a model that needs its config for an answer
         return "grouped_mm"
-
-
-def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """In place of the experts of FP8 checkpoints."""
-    raise NotImplementedError(
-        f"experts_implementation={NAME!r} has no kernels for FP8 experts; "
-        'call model.set_experts_implementation("grouped_mm")'
-    )

@@ -74,20 +74,13 @@ def _register_experts(module: ModuleType) -> None:
     """Makes `experts_implementation="hf_fused_mlp"` known. Imports nothing: other threads may be importing too."""
     with _LOCK:
         if _waiting.pop(module.__name__, None) is not None:
-            forward = _fp8_experts_forward if module.__name__.endswith("fp8") else _experts_forward
-            getattr(module, _EXPERTS[module.__name__]).register("hf_fused_mlp", forward)
+            getattr(module, _EXPERTS[module.__name__]).register("hf_fused_mlp", _experts_forward)
 
 
 def _experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     from hf_fused_mlp.integrations.experts import experts_forward
 
     return experts_forward(self, *args, **kwargs)
-
-
-def _fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    from hf_fused_mlp.integrations.experts import refuse
-
-    return refuse(self)
 
 
 def _wrap(module: ModuleType) -> None:

@@ -1,15 +1,18 @@
 """What FP8 layers are compared with: Transformers' arithmetic and float64, both without its kernels from the Hub."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_fused_mlp.reading.experts import multiplies_by_scales, original_of
 from hf_fused_mlp.reference import dequantize, fp8_linear_ref
+from hf_fused_mlp.types import Matrix
 from hf_fused_mlp.weights.formats import fp8_matrix, is_fp8_linear
 
 
@@ -20,26 +23,55 @@ def fp8_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: layers[name] for name, matrix in matrices.items() if matrix is not None and matrix.scale is not None}
 
 
+def is_fp8_experts(module: nn.Module) -> bool:
+    """True for routed experts of an FP8 checkpoint, fused or not."""
+    return multiplies_by_scales(type(module))
+
+
 @contextmanager
 def fp8_by_reference(module: nn.Module) -> Iterator[None]:
-    """Gives the `FP8Linear`s in `module`, meanwhile, a forward of PyTorch's operations that computes the same."""
-    layers = list(fp8_layers(module).values())
-    before = [layer.__dict__.get("forward") for layer in layers]
+    """Gives FP8 layers and experts in `module`, meanwhile, a forward of PyTorch's operations that gives the same."""
+    layers = [(layer, _forward) for layer in fp8_layers(module).values()]
+    experts = [(part, fp8_experts_output) for part in module.modules() if is_fp8_experts(part)]
+    with ExitStack() as stack:
+        for part, forward in layers + experts:
+            stack.enter_context(_on_the_instance(part, "forward", partial(forward, part)))
+        yield
+
+
+@contextmanager
+def _on_the_instance(module: nn.Module, name: str, function: Callable) -> Iterator[None]:
+    """`module` with a method of its own, meanwhile."""
+    own = module.__dict__
+    before = own.get(name)
+    own[name] = function
     try:
-        for layer in layers:
-            layer.__dict__["forward"] = partial(_forward, layer)
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = forward
+        if before is None:
+            own.pop(name, None)
+        else:
+            own[name] = before
 
 
 def _forward(layer: nn.Module, x: Tensor) -> Tensor:
     matrix: Any = fp8_matrix(layer)
     return fp8_linear_ref(x, matrix)
+
+
+def fp8_experts_output(experts: nn.Module, *inputs: Tensor, exact: bool = False) -> Tensor:
+    """What the loop of `FP8Experts` gives, with Transformers' arithmetic or, if `exact`, that of `inputs`' dtype."""
+    cls: Any = getattr(type(experts), "original_class", type(experts))
+    with _on_the_instance(experts, "linear", _exact_product if exact else _product):
+        return original_of(cls.forward)(experts, *inputs)  # type: ignore[misc]
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor, activation_scale: None) -> Tensor:
+    return F.linear(x, weight) if weight.itemsize > 1 else fp8_linear_ref(x, Matrix(weight, scale, None))
+
+
+def _exact_product(x: Tensor, weight: Tensor, scale: Tensor, activation_scale: None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype) if weight.itemsize > 1 else dequantize(weight, scale, x.dtype))
 
 
 def dequantized(module: nn.Module) -> nn.Module:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_fused_mlp import modes
-from hf_fused_mlp.numerics.fp8 import dequantized, fp8_by_reference, fp8_layers
+from hf_fused_mlp.numerics.fp8 import (
+    dequantized,
+    fp8_by_reference,
+    fp8_experts_output,
+    fp8_layers,
+    is_fp8_experts,
+)
 from hf_fused_mlp.numerics.report import LayerNumerics, severity
 from hf_fused_mlp.swap import Fused, original_form
 from hf_fused_mlp.validation import Errors, excess, mismatch, rms
@@ -59,10 +65,10 @@ def _judge(name: str, module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]
     except Exception as error:  # of whatever a quantizer or adapter calls
         return replace(layer, oracle="none", failure=f"cannot be judged: {type(error).__name__}: {error}")
     layer = replace(layer, oracle=precision)
-    judged = []
+    judged, quantized = [], is_fp8_experts(twin) or bool(fp8_layers(twin))
     for m, given, got in calls:
         eager = _in_parts(partial(_original, twin), m, given)
-        judged.append(replace(layer, tokens=m, **_verdict(got, eager, oracle, bool(fp8_layers(twin)))))
+        judged.append(replace(layer, tokens=m, **_verdict(got, eager, oracle, quantized)))
     return max(judged, key=severity)
 
 
@@ -102,12 +108,16 @@ def _original(twin: nn.Module, *inputs: Tensor) -> Tensor:
     """What the original forward of `twin`, fused or not, makes of `inputs`."""
     place = next((p.device for p in twin.parameters() if not p.is_meta), inputs[0].device)
     moved = (tensor.to(place) for tensor in inputs)
+    if is_fp8_experts(twin):
+        return fp8_experts_output(twin, *moved)
     with fp8_by_reference(twin):
         return twin.original_output(*moved) if isinstance(twin, Fused) else twin.forward(*moved)
 
 
 def _oracle(module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, str]:
     """The original forward in float64, `[M, O]`; in fp32, projections as they are, where weights cannot be cast."""
+    if is_fp8_experts(twin):
+        return fp8_experts_output(twin, *_cast(inputs, torch.float64), exact=True).flatten(0, -2), "float64"
     if fp8_layers(twin):
         with original_form([twin] if isinstance(twin, Fused) else []):
             twin = dequantized(twin)

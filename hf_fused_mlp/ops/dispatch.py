@@ -155,13 +155,12 @@ def _first_that_runs(plans, prepared, arguments, message):
 
 def experts_cuda(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOperands) -> Tensor:
     """`hf_fused_mlp.ops.experts` on a GPU, for tensors that fit together."""
-    *stacks, form = operands
-    tensors = x, ids, weights, *stacks
+    tensors = x, ids, weights, *operands.tensors
     kind = _kind(experts_kind(operands))
     out = answer(kind, tensors, tensors)
     if out is None:
         with torch.cuda.device_of(x):
-            out = _first_experts(kind, tensors, form)
+            out = _first_experts(kind, tensors, operands.form)
     return out
 
 
@@ -180,10 +179,9 @@ def _first_experts(kind, tensors, form):
     usual = all(tensor is None or tensor.is_contiguous() for tensor in stacks)
     if not usual:  # copies of weights are made for this call only, which happens nowhere in Transformers
         tensors = x, ids, weights, *(None if tensor is None else tensor.contiguous() for tensor in stacks)
-    *_, up, down, _, _ = tensors
-    call = describe_experts(x, ids, up, down, form)
+    call = describe_experts(x, ids, *tensors[3:5], form)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    plans = experts_plans(call, any(tensor is not None for tensor in tensors[-2:])) if aligned else ()
+    plans = experts_plans(call, any(tensor is not None for tensor in tensors[5:7])) if aligned else ()
     plans = *plans, without_sorting(call)
     message = "%s does not run here (%s); a slower plan does"
     run, out = _first_that_runs(plans, lambda plan: prepare_experts(plan, call), tensors, message)

@@ -7,7 +7,7 @@ from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.modes import runs_now
 from hf_fused_mlp.ops.library import define, on_gpu
 from hf_fused_mlp.reference import experts_ref
-from hf_fused_mlp.types import ExpertsForm, ExpertsOperands
+from hf_fused_mlp.types import FP8, SCALE_BLOCK, ExpertsForm, ExpertsOperands, has_block_scales
 
 LAYOUTS = "planes", "transposed", "interleaved"
 DTYPES = torch.float16, torch.bfloat16, torch.float32
@@ -38,20 +38,20 @@ def experts_if_fits(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOp
         return None
     if runs_now(x):
         return on_gpu().experts_cuda(x, ids, weights, operands)
-    up, down, up_bias, down_bias, form = operands
+    up, down, up_bias, down_bias, form, *scales = operands
     # one by one: torch 2.11's compiler cannot unpack a form that was read outside of compiled code
     what = form.layout, form.gated, form.activation, form.limit, form.up_offset
-    return torch.ops.hf_fused_mlp.experts(x, ids, weights, up, down, up_bias, down_bias, *what)
+    return torch.ops.hf_fused_mlp.experts(x, ids, weights, up, down, up_bias, down_bias, *what, *scales)
 
 
-def _fits(x, ids, weights, up, down, up_bias, down_bias, form: ExpertsForm) -> bool:
+def _fits(x, ids, weights, up, down, up_bias, down_bias, form: ExpertsForm, up_scale=None, down_scale=None) -> bool:
     """True if the tensors fit together; otherwise a kernel would read beyond them."""
     return (
         x.dim() == ids.dim() == 2
         and ids.shape[1] > 0
-        and stacks_fit(up, down, up_bias, down_bias, form)
+        and stacks_fit(up, down, up_bias, down_bias, form, up_scale, down_scale)
         and x.shape[1] == up.shape[2 if form.layout == "planes" else 1]
-        and x.dtype == up.dtype
+        and (x.dtype == up.dtype if up_scale is None else x.dtype in DTYPES)
         and ids.shape == weights.shape
         and ids.shape[0] == x.shape[0]
         and ids.dtype in (torch.int32, torch.int64)
@@ -60,7 +60,7 @@ def _fits(x, ids, weights, up, down, up_bias, down_bias, form: ExpertsForm) -> b
     )
 
 
-def stacks_fit(up, down, up_bias, down_bias, form: ExpertsForm) -> bool:
+def stacks_fit(up, down, up_bias, down_bias, form: ExpertsForm, up_scale=None, down_scale=None) -> bool:
     """True if the weights fit together, so that tokens can be found that fit them."""
     if up.dim() != 3 or down.dim() != 3:
         return False
@@ -70,31 +70,47 @@ def stacks_fit(up, down, up_bias, down_bias, form: ExpertsForm) -> bool:
     return (
         form.layout in LAYOUTS
         and form.activation in ACTIVATIONS
-        and up.dtype in DTYPES
+        and (up.dtype in DTYPES if up_scale is None else up.dtype == FP8)
         and hidden == out
         and width == (2 if form.gated else 1) * intermediate
         and up.shape[0] == down.shape[0] > 0
         and all(tensor.dtype == up.dtype and tensor.device == up.device for tensor in given)
         and (up_bias is None or up_bias.shape == (up.shape[0], width))
         and (down_bias is None or down_bias.shape == (up.shape[0], out))
+        and (down_scale is None if up_scale is None else _scales_fit(up, down, form, up_scale, down_scale))
+        and (up_scale is None or up_bias is down_bias is None)
     )
 
 
-def _check(x, ids, weights, up, down, up_bias, down_bias, form):
-    if _fits(x, ids, weights, up, down, up_bias, down_bias, form):
+def _scales_fit(up, down, form: ExpertsForm, up_scale, down_scale) -> bool:
+    return (
+        form.layout == "planes"
+        and not (form.gated and share_scales(up))
+        and has_block_scales(up, up_scale)
+        and has_block_scales(down, down_scale)
+    )
+
+
+def share_scales(up: Tensor) -> bool:
+    """True if the last rows of gate and the first of up are in one block of scales, of `[E, 2I, H]`."""
+    return up.shape[1] % (2 * SCALE_BLOCK) != 0
+
+
+def _check(x, ids, weights, up, down, up_bias, down_bias, form, *scales):
+    if _fits(x, ids, weights, up, down, up_bias, down_bias, form, *scales):
         return
-    tensors = x, ids, weights, up, down, up_bias, down_bias
+    tensors = x, ids, weights, up, down, up_bias, down_bias, *scales
     found = ", ".join(f"{list(t.shape)} {t.dtype} {t.device}" for t in tensors if t is not None)
     raise ValueError(
         "hf_fused_mlp.experts: expected x [M, H], ids and weights [M, k], and stacks of up and down that fit, of one "
-        f"dtype of fp16, bf16 and fp32; got {found} as {form}"
+        f"dtype of fp16, bf16 and fp32, or FP8 with scales; got {found} as {form}"
     )
 
 
 def _experts_cpu(*arguments):
-    *tensors, form = _with_form(*arguments)
-    _check(*tensors, form)
-    return experts_ref(*tensors, form)
+    operands = _with_form(*arguments)
+    _check(*operands)
+    return experts_ref(*operands)
 
 
 def _experts_cuda(*arguments):
@@ -110,13 +126,14 @@ def _experts_fake(*arguments):
 
 
 def _with_form(*arguments):
-    """The arguments of the operator with its last five, all that is no tensor, as one `ExpertsForm`."""
-    return *arguments[:-5], ExpertsForm(*arguments[-5:])
+    """The arguments of the operator with the five that are no tensors as one `ExpertsForm`; scales may be left out."""
+    return *arguments[:7], ExpertsForm(*arguments[7:12]), *arguments[12:]
 
 
 define(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
-    "str layout, bool gated, str activation, float limit, float up_offset) -> Tensor",
+    "str layout, bool gated, str activation, float limit, float up_offset, Tensor? up_scale=None, "
+    "Tensor? down_scale=None) -> Tensor",
     _experts_cpu,
     _experts_cuda,
     _experts_fake,

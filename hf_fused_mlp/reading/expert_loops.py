@@ -130,6 +130,40 @@ def _ungated(self, hidden_states, top_k_index, top_k_weights):
     return final_hidden_states.to(hidden_states.dtype)
 
 
+def _fp8(self, hidden_states, top_k_index, top_k_weights):
+    final_hidden_states = torch.zeros_like(hidden_states, dtype=torch.float32)
+    with torch.no_grad():
+        expert_mask = torch.nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1)
+        expert_mask = expert_mask.permute(2, 1, 0)
+        expert_hit = torch.greater(expert_mask.sum(dim=(-1, -2)), 0).nonzero(as_tuple=False).view(-1)
+    for expert_idx in expert_hit:
+        if expert_idx == self.num_experts:
+            continue
+        top_k_pos, token_idx = torch.where(expert_mask[expert_idx])
+        current_state = hidden_states[token_idx]
+        gate_up_act_scale = (
+            self.gate_up_proj_activation_scale[expert_idx] if self.activation_scheme == "static" else None
+        )
+        proj_out = self.linear(
+            current_state,
+            self.gate_up_proj[expert_idx] if self.has_gate else self.up_proj[expert_idx],
+            self.gate_up_proj_scale_inv[expert_idx] if self.has_gate else self.up_proj_scale_inv[expert_idx],
+            activation_scale=gate_up_act_scale,
+        )
+        proj_out = self._apply_gate(proj_out) if self.has_gate else self.act_fn(proj_out)
+        down_act_scale = self.down_proj_activation_scale[expert_idx] if self.activation_scheme == "static" else None
+        proj_out = self.linear(
+            proj_out,
+            self.down_proj[expert_idx],
+            self.down_proj_scale_inv[expert_idx],
+            activation_scale=down_act_scale,
+        )
+        routing_weights = top_k_weights[token_idx, top_k_pos, None]
+        weighted_out = proj_out * routing_weights.to(proj_out.dtype)
+        final_hidden_states.index_add_(0, token_idx, weighted_out.to(final_hidden_states.dtype))
+    return final_hidden_states.to(hidden_states.dtype)
+
+
 def _halves(self, gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return self.act_fn(gate) * up
@@ -187,11 +221,44 @@ def _clamped_last(self, gate_up):
     return gate * up
 
 
+def _of_fp8(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    if self.gate_softcap is not None:
+        input_dtype = gate.dtype
+        gate, up = gate.float(), up.float()
+        gate_factor = torch.tanh(gate / self.gate_softcap) * self.gate_softcap
+        up = torch.tanh(up / self.up_softcap) * self.up_softcap
+        return (gate_factor * torch.sigmoid(gate) * up).to(input_dtype)
+    if self.swiglu_alpha is not None:
+        gate = gate.clamp(max=self.swiglu_limit)
+        up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
+        glu = gate * torch.sigmoid(gate * self.swiglu_alpha)
+        return (up + 1.0) * glu
+    elif self.limit is not None:
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(min=-self.limit, max=self.limit)
+    return self.act_fn(gate) * up
+
+
+def _of_fp8_without_softcap(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    if self.swiglu_alpha is not None:
+        gate = gate.clamp(max=self.swiglu_limit)
+        up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
+        glu = gate * torch.sigmoid(gate * self.swiglu_alpha)
+        return (up + 1.0) * glu
+    elif self.limit is not None:
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(min=-self.limit, max=self.limit)
+    return self.act_fn(gate) * up
+
+
 @dataclass(frozen=True)
 class Loop:
     """An eager forward: whether it takes transposed stacks, biases and a gate, and calls `_apply_gate` for that.
 
-    `in_fp32` says that it computes in fp32 whatever the dtype of its weights.
+    `in_fp32` says that it computes in fp32 whatever the dtype of its weights, `scaled` that it multiplies by `linear`,
+    a method of Transformers' `FP8Experts`, which takes scales.
     """
 
     text: object
@@ -200,6 +267,7 @@ class Loop:
     gated: bool = True
     by_gate: bool = False
     in_fp32: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,7 +275,8 @@ class Gate:
     """An `_apply_gate`: the attributes that hold its limit and the factor in its sigmoid, and what is added to up.
 
     `activation` is its own; None for the module's `act_fn`, and where there is an `alpha`. If it
-    `clamps_last`, after the activation, no kernel computes it unless the limit is infinite.
+    `clamps_last`, after the activation, no kernel computes it unless the limit is infinite. It is what its text says
+    where the attributes `without` are None or missing.
     """
 
     text: object
@@ -217,6 +286,7 @@ class Gate:
     up_offset: float = 0.0
     interleaved: bool = False
     clamps_last: bool = False
+    without: tuple[str, ...] = ()
 
 
 LOOPS = (
@@ -226,7 +296,11 @@ LOOPS = (
     Loop(_with_biases, transposed=True, bias=True, by_gate=True),
     Loop(_in_fp32, transposed=True, bias=True, by_gate=True, in_fp32=True),
     Loop(_ungated, gated=False),
+    Loop(_fp8, by_gate=True, scaled=True),
+    Loop(_fp8, gated=False, scaled=True),
 )
+# what a gate may be without
+OPTIONAL = "gate_softcap", "swiglu_alpha", "limit"
 GATES = (
     Gate(_halves),
     Gate(_halves_in_fp32),
@@ -236,4 +310,13 @@ GATES = (
     Gate(_interleaved_swish, limit="limit", alpha="alpha", up_offset=1.0, interleaved=True),
     Gate(_swiglu, limit="swiglu_limit", alpha="swiglu_alpha", up_offset=1.0),
     Gate(_clamped_last, limit="limit", clamps_last=True),
+    *(
+        row
+        for text in (_of_fp8, _of_fp8_without_softcap)
+        for row in (
+            Gate(text, without=OPTIONAL),
+            Gate(text, limit="limit", without=OPTIONAL[:2]),
+            Gate(text, limit="swiglu_limit", alpha="swiglu_alpha", up_offset=1.0, without=OPTIONAL[:1]),
+        )
+    ),
 )

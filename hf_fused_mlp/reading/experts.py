@@ -14,14 +14,17 @@ from torch import nn
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.calls import is_bare, runs_class_forward
+from hf_fused_mlp.originals import is_own
 from hf_fused_mlp.reading.activations import activation_at_a_glance, find_activation
-from hf_fused_mlp.reading.expert_loops import GATES, LOOPS, Gate, Loop
+from hf_fused_mlp.reading.expert_loops import GATES, LOOPS, OPTIONAL, Gate, Loop
 from hf_fused_mlp.reading.source import Unreadable, meaning_of, source_of
 from hf_fused_mlp.types import ExpertsForm
 
 _MODULE = "transformers.integrations.moe"
+_FP8_MODULE, _FP8_LINEAR = "transformers.integrations.finegrained_fp8", "FP8Experts.linear"
 _FLAGS = "has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"
-_PARAMETERS = "gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"
+_STACKS = "gate_up_proj", "up_proj", "down_proj"
+_PARAMETERS = tuple(f"{name}{suffix}" for suffix in ("", "_bias", "_scale_inv") for name in _STACKS)
 _SPELLINGS = {"nn.functional": "F", "torch.nn.functional": "F"}
 _MEANINGS = {"torch": torch, "nn": nn, "F": F}
 _NUMBERS = float, int
@@ -34,7 +37,7 @@ class ExpertsSpec(NamedTuple):
 
     Args:
         form: but for what `limit` and `alpha` say.
-        up, down, up_bias, down_bias: names of parameters.
+        up, down, up_bias, down_bias, up_scale, down_scale: names of parameters; scales count if weights are in FP8.
         flags: attributes of the instance with the values that were read; if one changes, the equation does.
         limit, alpha: names of attributes that hold numbers, which are read in each call, or None.
         act_fn: whether the activation is the attribute `act_fn`, which is looked at again in each call.
@@ -53,10 +56,12 @@ class ExpertsSpec(NamedTuple):
     act_fn: bool
     in_fp32: bool
     clamps_last: bool
+    up_scale: str | None
+    down_scale: str | None
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of all parameters."""
+        """The names of all parameters but scales."""
         return tuple(filter(None, (self.up, self.down, self.up_bias, self.down_bias)))
 
 
@@ -64,7 +69,8 @@ def find_experts(module: nn.Module) -> ExpertsSpec | str | None:
     """What `module` computes, or why that is not known; None if its class has no decorator and no known loop."""
     own = module.__dict__
     flags = tuple((name, _flag(own.get(name))) for name in _FLAGS)
-    spec = hf_fused_mlp_experts_spec(type(module), flags, activation_of(module))
+    without = tuple(name for name in OPTIONAL if own.get(name) is None)
+    spec = hf_fused_mlp_experts_spec(type(module), flags, without, activation_of(module))
     if not isinstance(spec, ExpertsSpec):
         return spec
     if has_own_gate(module):
@@ -130,54 +136,79 @@ class _Kept(NamedTuple):
 
 # compiled code keeps the answer among the globals of the compiled module, under this name, so it must be unique
 @torch.compiler.assume_constant_result
-def hf_fused_mlp_experts_spec(cls: Any, flags: tuple, activation: str | None) -> ExpertsSpec | str | None:
-    """The same, of a class whose instance has these flags and this activation, whatever its numbers."""
+def hf_fused_mlp_experts_spec(
+    cls: Any, flags: tuple, without: tuple, activation: str | None
+) -> ExpertsSpec | str | None:
+    """The same, of a class whose instance has these flags and this activation, whatever its numbers.
+
+    Args:
+        without: those of `OPTIONAL` that the instance has not.
+    """
     forward, gate = cls.forward, getattr(cls, "_apply_gate", None)
     if type(forward) is not FunctionType:
         return None
     kept = _specs.get(forward)
     if kept is None or kept.code is not forward.__code__ or kept.loop_code is not getattr(kept.loop(), "__code__", 0):
         loop = original_of(forward)
-        if loop is None and _loop_of(forward) is not None:
+        if loop is None and _loops_of(forward):
             loop = forward  # a class without the decorator
         if type(loop) is not FunctionType:
             return None
         kept = _specs[forward] = _Kept(forward.__code__, ref(loop), loop.__code__, {})
     gate, code = (gate, gate.__code__) if type(gate) is FunctionType else (None, None)
     hidden = next((name for name in _PARAMETERS if hasattr(cls, name)), None)
-    key = gate and ref(gate), hidden, flags, activation
+    multiplies = multiplies_by_scales(cls)
+    key = gate and ref(gate), hidden, flags, without, activation, multiplies
     gate_code, spec = kept.specs.get(key, (None, None))
     if spec is None or gate_code is not code:
-        spec = _spec_of(cls, kept.loop(), gate, hidden, dict(flags), activation)
+        spec = _spec_of(cls, kept.loop(), gate, hidden, dict(flags), without, activation, multiplies)
         kept.specs[key] = code, spec
     return spec
 
 
-def _loop_of(forward: Any) -> Loop | None:
-    """The known loop that `forward` is written like."""
+def _loops_of(forward: Any) -> list[Loop]:
+    """The known loops that `forward` is written like; several only if a flag decides between them."""
     if "one_hot" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
-        return None  # as all of them say, and hardly anything else: most forwards need not be read
-    return next((loop for loop in LOOPS if _are_alike(loop.text, forward)), None)
+        return []  # as all of them say, and hardly anything else: most forwards need not be read
+    return [loop for loop in LOOPS if _are_alike(loop.text, forward)]
+
+
+def multiplies_by_scales(cls: Any) -> bool:
+    """True if `cls` has the method `linear` of `FP8Experts`, which multiplies with a weight and its scales."""
+    method = getattr(cls, "linear", None)
+    return method is not None and is_own(method, _FP8_MODULE, _FP8_LINEAR)
 
 
 def _spec_of(
-    cls: Any, original: Any, apply_gate: Any, hidden: str | None, own: dict, activation: str | None
+    cls: Any,
+    original: Any,
+    apply_gate: Any,
+    hidden: str | None,
+    own: dict,
+    without: tuple,
+    activation: str | None,
+    multiplies: bool,
 ) -> ExpertsSpec | str:
     if hidden is not None:
         return f"{cls.__name__} has {hidden!r} as an attribute of the class, which hides the parameter of that name"
     if own["has_post_expert_norm"]:  # unknown to earlier versions of Transformers
         return f"{cls.__name__} has a norm after each expert, which no kernel computes"
-    loop = _loop_of(original)
+    loops = _loops_of(original)
     decorated = original is not cls.forward
-    if loop is None:
+    if not loops or (loops[0].scaled and not multiplies):
         return f"{cls.__name__} does something in its forward that the known loops over experts do not"
     # without the decorator nothing but the forward counts; with it, functions that go by the flags run in its place
     flags = own["is_transposed"], own["has_bias"], own["has_gate"]
-    if decorated and flags != (loop.transposed, loop.bias, loop.gated):
-        return f"{cls.__name__} is marked as something else than its forward computes"
+    marked = decorated or loops[0].scaled
+    loop = next((loop for loop in loops if flags == (loop.transposed, loop.bias, loop.gated)), None)
+    if loop is None:
+        if marked:
+            return f"{cls.__name__} is marked as something else than its forward computes"
+        loop = loops[0]
     gate: Gate | None = GATES[0]
     if loop.by_gate or (decorated and loop.gated):
-        gate = next((gate for gate in GATES if _are_alike(gate.text, apply_gate)), None)
+        is_there = set(OPTIONAL).difference(without).isdisjoint
+        gate = next((gate for gate in GATES if is_there(gate.without) and _are_alike(gate.text, apply_gate)), None)
     is_known = gate is not None and (loop.by_gate or gate is GATES[0])
     if gate is None or not is_known or (decorated and own["is_concatenated"] is not (not gate.interleaved)):
         return f"{cls.__name__} makes something of gate and up that no kernel computes"
@@ -192,12 +223,14 @@ def _spec_of(
         "down_proj",
         f"{up}_bias" if loop.bias else None,
         "down_proj_bias" if loop.bias else None,
-        tuple(own.items()),
+        (*own.items(), *((name, None) for name in gate.without)),
         gate.limit,
         gate.alpha,
         act_fn,
         loop.in_fp32,
         gate.clamps_last,
+        f"{up}_scale_inv" if loop.scaled else None,
+        "down_proj_scale_inv" if loop.scaled else None,
     )
 
 
@@ -213,8 +246,28 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def original_of(forward: Any) -> Callable | None:
-    """The loop that Transformers' decorator wrapped; None for a forward that it did not make."""
-    return _cells_of(forward).get("original_forward")
+    """The loop that Transformers' decorator wrapped; None for a forward that it did not make.
+
+    `FP8Experts` is wrapped again for each module that a model gets of it.
+    """
+    loop = None
+    while (cells := _cells_of(forward)).get("original_forward") is not None:
+        forward = loop = cells["original_forward"]
+    return loop
+
+
+# compiled code keeps the answer among the globals of the compiled module, under this name, so it must be unique
+@torch.compiler.assume_constant_result
+def hf_fused_mlp_wraps(forward: Any, loop: Any) -> bool:
+    """True if `forward` is that decorator's, around `loop`."""
+    if type(forward) is not FunctionType or loop is None:
+        return False
+    code, wrapped = _wrapped.get(forward, (None, None))
+    if code is not forward.__code__:
+        found = original_of(forward)
+        wrapped = None if found is None else ref(found)
+        _wrapped[forward] = forward.__code__, wrapped
+    return wrapped is not None and wrapped() is loop
 
 
 def interface_of(forward: Any) -> Any:
@@ -240,6 +293,7 @@ def _codes(code: CodeType) -> list[CodeType]:
 # by forward; by function, with its code then
 _specs: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
 _texts: WeakKeyDictionary[Any, tuple[CodeType, str | None]] = WeakKeyDictionary()
+_wrapped: WeakKeyDictionary[Any, tuple[CodeType, ref[Any] | None]] = WeakKeyDictionary()
 
 
 def _are_alike(function: Any, other: Any) -> bool:

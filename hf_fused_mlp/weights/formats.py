@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensor
 
 from hf_fused_mlp.calls import class_path, has_hooks, has_own_forward, is_hooked, is_wrapped, only_aligns
 from hf_fused_mlp.originals import LINEAR, addmm_is_own, runs_own_forward
-from hf_fused_mlp.types import FLOATS, FP8, SCALE_BLOCK, Matrix, has_block_scales
+from hf_fused_mlp.types import FLOATS, SCALE_BLOCK, Matrix, has_block_scales
+from hf_fused_mlp.weights.blocks import are_blocks, why_not_blocks
 
 # while torch.export traces, fake tensors stand for the parameters
 _PARAMETERS = frozenset((nn.Parameter, FakeTensor))
@@ -226,8 +227,7 @@ def fp8_matrix(linear: nn.Module) -> Matrix | None:
         and weight.layout is scale.layout is torch.strided
         and weight.dim() == 2
         and has_block_scales(weight, scale)
-        and block_size is not None
-        and tuple(block_size) == (SCALE_BLOCK, SCALE_BLOCK)
+        and are_blocks(block_size)
         and parameters.get("activation_scale", False) is None
         and _has_plain_bias(parameters, weight)
         and len(parameters) == 4
@@ -246,24 +246,9 @@ def why_not_fp8(linear: nn.Module) -> str | None:
     """Why `fp8_matrix` is None or without data, with the remedy; None if that is no matter of the format."""
     parameters: Any = linear._parameters
     weight, scale = parameters.get("weight"), parameters.get("weight_scale_inv")
-    block_size: Any = linear.__dict__["block_size"]
-    if weight is not None and weight.dtype != FP8:
-        return f"has a weight of {weight.dtype}, expected {FP8}; load the checkpoint as it was quantized"
-    if block_size is None or tuple(block_size) != (SCALE_BLOCK, SCALE_BLOCK):
-        return (
-            f"has a scale for each block of {block_size} weights, expected [128, 128]; "
-            "load a checkpoint of such blocks, or pass exclude=[...]"
-        )
-    if parameters.get("activation_scale") is not None:
-        return (
-            "quantizes its input by a scale that the checkpoint gives, expected dynamic ones; "
-            "load a checkpoint without them, or pass exclude=[...]"
-        )
-    if weight is not None and scale is not None and not has_block_scales(weight, scale):
-        return (
-            f"has scales {list(scale.shape)} of {scale.dtype} for a weight {list(weight.shape)}, expected one for "
-            "each block of 128 x 128; load the checkpoint as it was quantized"
-        )
+    is_static = parameters.get("activation_scale") is not None
+    if reason := why_not_blocks(weight, scale, linear.__dict__["block_size"], is_static):
+        return reason
     if weight is not None and weight.is_meta:
         return "has its weight on meta (offloaded, or not loaded yet); load with a device_map that keeps it in memory"
     if fp8_matrix(linear) is None:
@@ -288,16 +273,6 @@ def read_conv1d(linear: nn.Module) -> Matrix | None:
         and len(parameters) == 2
     )
     return Matrix(weight.t(), None, bias) if is_plain else None
-
-
-def unusable_scales(matrix: Matrix) -> str | None:
-    """What is wrong with the scales of a matrix, which this reads and so waits for the GPU; None if they are fine."""
-    if matrix.scale is None or matrix.scale.is_meta:
-        return None
-    scale = matrix.scale.detach().float()
-    if bad := int((~scale.isfinite() | (scale == 0)).sum()):
-        return f"has {bad} of {scale.numel()} scales that are zero or not finite; load it again, or pass exclude=[...]"
-    return None
 
 
 def is_partial(linear: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from hf_fused_mlp.originals import IDENTITIES, why_functions_are_not_own
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason, was_patched_since
 from hf_fused_mlp.types import ABSENT, Matrix
-from hf_fused_mlp.weights.formats import can_be_halved, is_loaded, is_partial, read, unusable_scales, why_called
+from hf_fused_mlp.weights.blocks import unusable_scales
+from hf_fused_mlp.weights.formats import can_be_halved, is_loaded, is_partial, read, why_called
 
 
 class Projections(NamedTuple):
@@ -138,7 +139,7 @@ def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
         return None if loaded and can_call(module, spec, read_projections(module, spec)) else reason
     matrices: dict[str, Any] = {name: read(projection) for name, projection in projections.items()}
     for name, matrix in matrices.items():
-        if reason := unusable_scales(matrix):
+        if reason := unusable_scales(matrix.scale):
             return f"{name} {reason}"
     return _mismatch(matrices, spec)
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_fused_mlp.kernels.experts import grouped, pairs
-from hf_fused_mlp.types import GPU, ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
+from hf_fused_mlp.kernels.experts import fp8_grouped, grouped, pairs
+from hf_fused_mlp.types import FP8, GPU, SCALE_BLOCK, ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
 
 FEW_PAIRS = 32
 FEW_BYTES = 1 << 29  # of their weights; sorting takes as long as reading so much, and finds experts that are shared
@@ -20,19 +20,23 @@ def describe_experts(x: Tensor, ids: Tensor, up: Tensor, down: Tensor, form) -> 
     m, hidden = x.shape
     intermediate = down.shape[1 if form.layout != "planes" else 2]
     stride = x.stride(0) if m > 1 else hidden  # the stride of a single row may be anything
-    return ExpertsCall(m, ids.shape[1], up.shape[0], hidden, intermediate, stride, form, x.dtype, x.device)
+    sizes = m, ids.shape[1], up.shape[0], hidden, intermediate, stride
+    return ExpertsCall(*sizes, form, x.dtype, x.device, "fp8" if up.dtype == FP8 else "float")
 
 
 def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
     """A plan for shapes that none was measured for."""
     H, I = call.hidden, call.intermediate
-    fits = H * call.dtype.itemsize % 16 == 0 and I * call.dtype.itemsize % 16 == 0
-    up_bytes = (2 if call.form.gated else 1) * H * I * call.dtype.itemsize
+    of_weight = 1 if call.storage == "fp8" else call.dtype.itemsize
+    fits = H * of_weight % 16 == 0 and I * of_weight % 16 == 0
+    up_bytes = (2 if call.form.gated else 1) * H * I * of_weight
     few = call.pairs <= min(FEW_PAIRS, call.experts // 4)  # more would share experts
-    few = call.tokens == 1 or (few and call.pairs * (up_bytes + H * I * call.dtype.itemsize) <= FEW_BYTES)
+    few = call.tokens == 1 or (few and call.pairs * (up_bytes + H * I * of_weight) <= FEW_BYTES)
     few = few and call.form.layout == "planes"  # dot products along the columns of a transposed stack are slow
     if few or not fits or min(H, I) < 16:
         return without_sorting(call)
+    if call.storage == "fp8":
+        return fp8_grouped.rule_of_thumb(call)
     rows = call.pairs / call.experts  # of one expert, on average; the tallest tile should not be mostly empty
     if call.dtype == torch.float32:
         return _grouped(call, "sorted", 16, (32, 32, 4, 2), (64, 32, 4, 2))
@@ -53,15 +57,16 @@ def without_sorting(call: ExpertsCall) -> ExpertsPlan:
     up, down = (1, 2048), (2, 2048) if call.intermediate <= 4096 else (1, 1024)
     if call.form.layout != "planes":  # a row is read along the columns of several
         up = down = 16, 128
-    return ExpertsPlan("pairs", 1, _row(up, call.hidden, 1), _row(down, call.intermediate, call.top_k))
+    least = SCALE_BLOCK if call.storage == "fp8" else 16  # FP8 is read in whole blocks of scales
+    return ExpertsPlan("pairs", 1, _row(up, call.hidden, 1, least), _row(down, call.intermediate, call.top_k, least))
 
 
-def _row(block: tuple[int, int], k: int, pairs: int) -> TileConfig:
+def _row(block: tuple[int, int], k: int, pairs: int, least: int) -> TileConfig:
     """For dot products of length `k`, those of so many pairs in one program: pieces that registers hold, at most 64 of
     them, for each of which there is code."""
     block_n, size = block
-    block_k = max(size // next_power_of_two(pairs), next_power_of_two(-(-k // 64)), 16)
-    return TileConfig("pairs", block_n=block_n, block_k=min(block_k, next_power_of_two(k)), num_warps=4)
+    block_k = max(size // next_power_of_two(pairs), next_power_of_two(-(-k // 64)), least)
+    return TileConfig("pairs", block_n=block_n, block_k=min(block_k, max(least, next_power_of_two(k))), num_warps=4)
 
 
 def _grouped(call: ExpertsCall, order: str, rows: int, *tiles: tuple[int, int, int, int]) -> ExpertsPlan:
@@ -83,9 +88,12 @@ def _grouped(call: ExpertsCall, order: str, rows: int, *tiles: tuple[int, int, i
 
 
 def prepare_experts(plan: ExpertsPlan, call: ExpertsCall) -> Callable[..., Tensor]:
-    """The function of x, ids, weights, up, down, up_bias and down_bias that runs `plan` on calls like this one."""
+    """The function that runs `plan` on calls like this one: of x, ids, weights, up, down and their biases and scales.
+
+    Scales may be left out.
+    """
     if plan.order != "pairs":
-        return grouped.grouped(call, plan)
+        return (fp8_grouped.fp8_grouped if call.storage == "fp8" else grouped.grouped)(call, plan)
     most = MOST_PROGRAMS // pairs.programs_of_a_token(call, plan.up, plan.down)
     return pairs.pairs(call, plan.up, plan.down) if call.tokens <= most else _in_parts(plan, call, most // 16 * 16)
 

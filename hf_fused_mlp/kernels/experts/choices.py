@@ -19,6 +19,8 @@ LARGEST_BLOCK = 1 << 14  # elements of `pairs`, which multiplies what registers 
 
 def unsupported(key: ExpertsKey, plan: ExpertsPlan) -> str | None:
     """Why `plan` cannot or should not run `key`, or None if it can."""
+    if key.storage != "float":  # TODO: candidates, once the kernels for FP8 are measured
+        return f"no plans are measured for weights in {key.storage}"
     if plan.order not in ORDERS:
         return f"unknown order {plan.order!r}; known are {', '.join(ORDERS)}"
     kernel, rows = ORDERS[plan.order]
