@@ -167,7 +167,7 @@ def _remark(module: Fused) -> str | None:
         return original
     if called is None:
         return None if (reason := module.why_not_packed()) is None else f"not packed: {reason}"
-    return f"calls what has to be called, and fuses the rest: {called}"
+    return f"calls some projections, and fuses the rest: {called}"
 
 
 def _around(name: str, found: dict[str, Examined]) -> list[Examined]:

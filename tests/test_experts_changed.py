@@ -359,7 +359,7 @@ def test_classes_that_borrow_or_extend_a_forward():
         def forward(self, *args):
             return super().forward(*args) * 2
 
-    assert "is marked as something else" in status(Borrowed()).reason
+    assert "has decorator flags that contradict its forward" in status(Borrowed()).reason
     experts = make(MIXTRAL)
     experts.__class__ = Extended
     (listed,) = fusion_report(nn.ModuleDict({"experts": experts})).mlps

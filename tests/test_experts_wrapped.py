@@ -147,7 +147,7 @@ def test_a_forward_on_the_instance(order, calls):
     first, second = fusion_report(model).experts
     assert (second.state, second.reason) == ("fused", None)
     if order == "after":
-        assert first.state == "fused" and "was replaced since" in first.reason
+        assert first.state == "fused" and "was replaced after fusing" in first.reason
     else:
         assert first.state == "skipped" and "replaced on the instance" in first.reason
 

@@ -14,7 +14,7 @@ from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import dequantize, fp8_linear_ref, mlp_ref, quantize_ref
 from hf_fused_mlp.tuning import tuner
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.tuning.plan_files import unsupported
+from hf_fused_mlp.tuning.plan_files import _unsupported
 from hf_fused_mlp.tuning.tuner import Launch, candidates, correct
 from hf_fused_mlp.types import GPU, MLPOperands, Plan, ProblemKey, TileConfig
 from hf_fused_mlp.validation import Errors, inaccuracy
@@ -190,7 +190,7 @@ def test_the_rule_elsewhere(capability):
         key = ProblemKey(m, 576, 1536, 576, True, "silu", torch.bfloat16, False, True, gpu, "fp8")
         plan = heuristic_plan(key)
         kernels.append(plan.up.kernel)
-        assert unsupported(key, plan) is None
+        assert _unsupported(key, plan) is None
     assert kernels == (["torch"] * 3 if capability == (0, 0) else ["fp8_gemv", "fp8_skinny", "fp8_dequantized"])
 
 

@@ -209,7 +209,7 @@ def test_the_page_is_what_the_command_prints(every_model_type):
     assert page == printed
 
 
-# in whose forward something stands that is not in the equation
+# whose forward is not recognised
 REFUSED = ["FalconH1MLP", "DeepseekV4MLP", "Glm5NextTextMLP", "BitNetMLP", "Gemma3nTextMLP", "Step3p7MLP", "BeamMLP"]
 
 

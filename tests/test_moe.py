@@ -61,4 +61,4 @@ def test_stacks_of_an_unknown_class_are_named():
 @pytest.mark.parametrize("weights", [torch.nn.Conv1d(4, 8, 3), torch.nn.ParameterList([torch.zeros(1, 1, 8)])])
 def test_convolutions_and_vectors_are_no_experts(weights):
     (status,) = fusion_report(torch.nn.ModuleDict({"mlp": torch.nn.ModuleList([weights])})).mlps
-    assert "does something in its forward" in status.reason
+    assert "has a forward that is not recognised" in status.reason

@@ -335,8 +335,8 @@ def test_every_class_is_in_a_table():
 )
 def test_the_report_says_what_could_not_be_read(cls, text):
     (status,) = fusion_report(nn.ModuleDict({"mlp": cls()})).mlps
-    assert ("the reading ends at" in status.reason) == (text is not None)
-    assert text is None or f"; the reading ends at `{text}`; if it computes one anyway" in status.reason
+    assert ("reading stops at" in status.reason) == (text is not None)
+    assert text is None or f"; reading stops at `{text}`; if it computes one anyway" in status.reason
 
 
 @pytest.mark.parametrize("cls", NEAR_MISSES, ids=lambda cls: cls.__name__)

@@ -166,7 +166,7 @@ def test_fusing_again_restores_a_lost_pack(packing):
     model.load_state_dict(tiny_model().state_dict(), assign=True)
     assert not any(packs(model))
     assert {mlp.reason for mlp in fusion_report(model).mlps} == {
-        "not packed: gate and up were replaced or moved since; call fuse_model(model) again"
+        "not packed: gate and up were replaced or moved after fusing; call fuse_model(model) again"
     }
     fuse_model(model)
     assert all(packs(model))

@@ -130,7 +130,7 @@ def test_a_wrapped_projection_is_called(wrap, name, order, where, gpu, products)
     torch.testing.assert_close(mlp(x), original(x))
     assert len(products) == (name != "down_proj"), "gate and up are read, unless one of them is wrapped"
     first, second = fusion_report(model).mlps
-    assert first.reason.startswith("calls what has to be called, and fuses the rest: ")
+    assert first.reason.startswith("calls some projections, and fuses the rest: ")
     assert f"{name} " in first.reason
     assert WRAPPERS[wrap] in first.reason
     assert second.reason is None
@@ -323,7 +323,7 @@ def test_dropout_drops_out_in_training(monkeypatch):
 
     as_on_gpu(monkeypatch)
     mlp = fuse_model(nn.ModuleList([UpFirst()]), strict=True)[0].train()
-    assert mlp.runs() == ("in training mode, where it drops out", None)
+    assert mlp.runs() == ("in training mode with dropout", None)
     mlp.drop.p = 0.0
     assert mlp.runs() == (None, "in training mode")
 

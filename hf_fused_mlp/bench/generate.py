@@ -157,7 +157,7 @@ def measure(
         try:
             yield measure_workload(name, forms_of(models, workload), workload, rounds)
         except torch.OutOfMemoryError:
-            logger.warning("skipped, since the GPU has no room for it: %s", workload)
+            logger.warning("skipped, because it does not fit into GPU memory: %s", workload)
 
 
 def quantized(original: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:

@@ -75,7 +75,7 @@ def tune(
             tuned.append(tuner.tune(key) if isinstance(key, ProblemKey) else experts.tune(key))
         except torch.OutOfMemoryError:
             problem = f"{describe_problem(key)}, {key.m} tokens"
-            console.print(f"skipped, since the GPU has no room for it: {problem}", soft_wrap=True)
+            console.print(f"skipped, because it does not fit into GPU memory: {problem}", soft_wrap=True)
         else:
             keep(tuned[-1:], gpu, file)
     for table in report(tuned):

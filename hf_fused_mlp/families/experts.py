@@ -61,7 +61,7 @@ class FusedExperts(Fused):
 
     def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
         if has_own_forward(self) or not _keeps_code(self, type(self)):
-            return Runs("its forward or its gate was replaced since it was fused, and what took its place runs")
+            return Runs("its forward or its gate was replaced after fusing, so the replacement runs")
         reason = why_not_kernels(self, self.fused_spec) or _other_implementation(self, self._interface)
         if reason is None and not functions_are_own():
             reason = why_functions_are_not_own()
@@ -92,7 +92,7 @@ class FusedExperts(Fused):
         x, ids, weights = inputs
         operands = operands_of(self, self.fused_spec)
         if operands is None:
-            raise RuntimeError(f"{type(self).__name__}: its weights are no longer those that were read")
+            raise RuntimeError(f"{type(self).__name__}: its weights or attributes changed after fusing")
         return ops.experts(x, ids, weights, operands)
 
 
@@ -211,7 +211,7 @@ def why_not_kernels(module: nn.Module, spec: ExpertsSpec) -> str | None:
     if reason := _why_not_scaled(module, spec):
         return reason
     if (operands := operands_of(module, spec)) is None:
-        return "its weights or attributes are no longer those that were read, so the original forward runs"
+        return "its weights or attributes changed after fusing, so the original forward runs"
     if not stacks_fit(*operands):
         found = ", ".join(
             f"{name} {list(p.shape)} {p.dtype} {p.device}" for name, p in parameters.items() if p is not None

@@ -47,7 +47,7 @@ class FusedRMSNorm(Fused):
     def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
         if has_own_forward(self) or _operands(self, type(self)) is None:
             return Runs(
-                "its forward, its weight or its epsilon was replaced since it was fused, so the original forward runs"
+                "its forward, its weight or its epsilon was replaced after fusing, so the original forward runs"
             )
         reason = None if rsqrt_is_own() else why_functions_are_not_own()
         return Runs(reason or modes.no_kernels(device or device_of(self)))
@@ -100,7 +100,7 @@ class NormFamily(Family):
         class_name = type(module).__name__
         if not class_name.endswith("RMSNorm"):
             return None
-        return f"{class_name} is not one of the RMSNorms that are known, as far as its forward can be read"
+        return f"{class_name} has a forward that is not recognised as an RMSNorm"
 
     def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         return FusedRMSNorm

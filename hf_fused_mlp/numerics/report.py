@@ -136,7 +136,7 @@ class NumericsReport:
         """The first line: passed or failed, and how many layers of how many."""
         good = sum(layer.failure is None for layer in self.layers)
         verdict = "passed" if self.passed else "FAILED"
-        return f"{verdict}: {good} of {len(self.layers)} fused MLPs are as near to {self.reference} as they may be"
+        return f"{verdict}: {good} of {len(self.layers)} fused MLPs are within tolerance of {self.reference}"
 
     def summary(self) -> list[str]:
         """What ran, and the whole model's figures, a line each; information, and no part of the verdict."""

@@ -13,7 +13,7 @@ def advise(report: AuditReport) -> tuple[str, ...]:
 
 def _about_model(report: AuditReport) -> Iterator[str]:
     if not report.mlps:
-        yield "No MLP was found; register_mlp teaches a class that is not known."
+        yield "No MLP was found; register an unknown class with register_mlp."
     for group in report.mlps:
         if group.state != "fused":
             yield f"{group.count} x {group.class_name} cannot be fused: {group.reason}"

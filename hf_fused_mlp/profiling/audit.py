@@ -38,9 +38,9 @@ def audit(
 ) -> AuditReport:
     """Finds where the time of prefill and decode goes, and says whether fusing the MLPs is worth it.
 
-    The model may come fused or not, and is left as it came. On a GPU three forms are compared: eager, fused, and fused
-    with norms; on a CPU, where the original forward runs, there is the first alone. Prompts are random tokens. A loop
-    of forwards with the default cache stands for `generate`, in which the host does a little more.
+    The model may be fused or not, and is restored afterwards. On a GPU, compares three forms: eager, fused, and fused
+    with norms. On a CPU, measures eager only, because the original forward runs there. Prompts are random tokens. A
+    loop of forwards with the default cache stands for `generate`, in which the host does a little more.
 
     Args:
         model: a causal language model of Transformers, on the CPU or on CUDA GPUs.

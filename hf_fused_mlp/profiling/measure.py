@@ -1,4 +1,4 @@
-"""The forms of a model at work: timed in turn by the wall clock, then each once under the profiler."""
+"""The forms of a model at work: wall-clock times in turn, then each once under the profiler."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

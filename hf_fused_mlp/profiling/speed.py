@@ -26,7 +26,7 @@ class Timed:
 
 
 def measure_speed(model: nn.Module, request: Request, tell: Callable[[str], None]) -> list[Timed]:
-    """Prefill and decode of `request`; the model is left as it came. `tell` is told what is timed next."""
+    """Prefill and decode of `request`; the model is restored afterwards. `tell` is told what is timed next."""
     with as_it_came(model), torch.no_grad():
         walls = time_forms(request, forms_of(model), FORMS, tell)
     prompt = request.ids.shape[1]

@@ -74,7 +74,7 @@ def find_experts(module: nn.Module) -> ExpertsSpec | str | None:
     if not isinstance(spec, ExpertsSpec):
         return spec
     if has_own_gate(module):
-        return f"{type(module).__name__} has a gate of its own on the instance, which is not read"
+        return f"{type(module).__name__} has a gate on the instance, which cannot be read"
     # compiled code has no text for what it knows as a symbol, and looks at the numbers later
     if spec.limit is not None and not torch.compiler.is_compiling() and form_of(module, spec) is None:
         return _number_reason(module, spec)
@@ -120,7 +120,7 @@ def _number_reason(module: nn.Module, spec: ExpertsSpec) -> str:
     if type(limit) not in _NUMBERS or not limit > 0:
         return f"the limit of {name} is {limit!r}, expected a number above 0"
     if spec.clamps_last and limit != inf:
-        return f"{name} clamps what its activation gives, which no kernel does"
+        return f"{name} clamps the output of its activation, which no kernel does"
     return f"alpha of {name} is {alpha!r}, expected {_SILU} or {_QUICK_GELU}"
 
 
@@ -196,14 +196,14 @@ def _spec_of(
     loops = _loops_of(original)
     decorated = original is not cls.forward
     if not loops or (loops[0].scaled and not multiplies):
-        return f"{cls.__name__} does something in its forward that the known loops over experts do not"
+        return f"{cls.__name__} has a forward that is not one of the known loops over experts"
     # without the decorator nothing but the forward counts; with it, functions that go by the flags run in its place
     flags = own["is_transposed"], own["has_bias"], own["has_gate"]
     marked = decorated or loops[0].scaled
     loop = next((loop for loop in loops if flags == (loop.transposed, loop.bias, loop.gated)), None)
     if loop is None:
         if marked:
-            return f"{cls.__name__} is marked as something else than its forward computes"
+            return f"{cls.__name__} has decorator flags that contradict its forward"
         loop = loops[0]
     gate: Gate | None = GATES[0]
     if loop.by_gate or (decorated and loop.gated):
@@ -211,7 +211,7 @@ def _spec_of(
         gate = next((gate for gate in GATES if is_there(gate.without) and _are_alike(gate.text, apply_gate)), None)
     is_known = gate is not None and (loop.by_gate or gate is GATES[0])
     if gate is None or not is_known or (decorated and own["is_concatenated"] is not (not gate.interleaved)):
-        return f"{cls.__name__} makes something of gate and up that no kernel computes"
+        return f"{cls.__name__} combines gate and up in a way that no kernel computes"
     act_fn = gate.alpha is None and gate.activation is None
     if act_fn and activation is None:
         return f"the activation of {cls.__name__} is not one of {', '.join(ACTIVATIONS)}"

@@ -120,7 +120,7 @@ def _user_plans(gpu: GPU) -> dict[Key, TunedPlan]:
     try:
         path = user_file(gpu)
     except RuntimeError as error:
-        logger.warning("no plans of yours are looked for (%s); set HF_FUSED_MLP_CACHE to a directory", error)
+        logger.warning("the user's plan cache is disabled (%s); set HF_FUSED_MLP_CACHE to a directory", error)
         return {}
     return _with_halves(read(path, gpu))
 

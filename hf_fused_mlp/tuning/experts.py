@@ -71,7 +71,6 @@ class Problem:
     @staticmethod
     def random(key: ExpertsKey, device: torch.device) -> "Problem":
         """Tokens of N(0, 1), weights over sqrt(fan_in), all experts equally likely."""
-        call = key.call(device)
         width = (2 if key.gated else 1) * key.intermediate
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -95,6 +94,7 @@ class Problem:
             )
             for _ in range(ROUTINGS if key.m <= GRAPHS_UP_TO else 1)
         ]
+        call = key.call(up.device)  # which has an index
         return Problem(key, call, (up, down, *(biases or (None, None))), copies)
 
     def run(self, x: Tensor, copy: int, plan: ExpertsPlan) -> Tensor:

@@ -205,7 +205,7 @@ def runnable(launch: Measured[Config], configs: Iterable[Config]) -> list[Config
 
 
 def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
-    """Those of `configs` that run and are as near to a float64 computation as PyTorch is; others are warned of."""
+    """The `configs` that run and are as accurate against float64 as PyTorch; warns about the others."""
     configs = runnable(launch, configs)
     m, (up, gate) = launch.key.m, launch.copies[0]
     rows = torch.linspace(0, m - 1, min(m, CHECKED_ROWS), device=launch.x.device).long()

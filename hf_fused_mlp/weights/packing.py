@@ -107,7 +107,9 @@ def why_not_packed(gate: Tensor, up: Tensor) -> str | None:
     """Why the two are not packed, with the remedy if there is one; None if they are."""
     if not _is_real(gate, up) or is_packed(gate, up):
         return None
-    return why_not_packable(gate, up) or "gate and up were replaced or moved since; call fuse_model(model) again"
+    return (
+        why_not_packable(gate, up) or "gate and up were replaced or moved after fusing; call fuse_model(model) again"
+    )
 
 
 def _is_real(*weights: Tensor) -> bool:

@@ -47,7 +47,7 @@ class MLPFamily(Family):
     """Dense MLPs, always on."""
 
     name, noun, option = "mlps", "MLP", None
-    none_found = "strict: found no MLP to fuse; register_mlp teaches a class that is not known"
+    none_found = "strict: found no MLP to fuse; register an unknown class with register_mlp"
     mixin = FusedMLP
 
     def examine(self, module: nn.Module) -> Finding | None:
@@ -121,11 +121,10 @@ def _unknown_reason(module: nn.Module) -> str:
     known = next((base.__name__ for base in bases if is_known(base)), None)
     what = f", a subclass of {known}," if known else ""
     reading = reading_of(cls.forward)
-    text = f"; the reading ends at `{reading.unread}`" if reading is not None and reading.unread else ""
+    text = f"; reading stops at `{reading.unread}`" if reading is not None and reading.unread else ""
     return (
-        f"{cls.__name__}{what} does something in its forward that is not in the equation of a gated or plain MLP, as "
-        f"far as it can be read{text}; if it computes one anyway, call "
-        f"register_mlp({cls.__name__}, MLPSpec(...)) first"
+        f"{cls.__name__}{what} has a forward that is not recognised as a gated or plain MLP{text}; if it "
+        f"computes one anyway, call register_mlp({cls.__name__}, MLPSpec(...)) first"
     )
 
 

@@ -105,7 +105,7 @@ class FusedMLP(Fused):
             if not can_call(self, spec, found):
                 return Runs(called)
             if self.training and _drops_out(self, spec):
-                return Runs("in training mode, where it drops out")
+                return Runs("in training mode with dropout")
             if elements is not None and elements <= SMALL_INPUT and not found.first_are_read:
                 return Runs(f"for so few tokens one kernel between called layers gains nothing: {called}")
         return Runs(modes.no_kernels(device or device_of(self._modules[spec.first[0]])), called)
@@ -151,7 +151,7 @@ class FusedGatedMLP(FusedMLP):
     def why_not_packed(self) -> str | None:
         for weights in self._pairs_to_pack():
             if not _are_parameters(self, weights):
-                return "gate and up are no parameters that could be moved, and stay where their format keeps them"
+                return "gate and up cannot be moved: their format does not keep them as parameters"
             if reason := why_not_packed(*weights):
                 return reason
         return None
