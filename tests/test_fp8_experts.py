@@ -277,9 +277,9 @@ LEFT_ALONE = {
     few_scales: "gate_up_proj has scales [6, 1, 2] of torch.float32 for a weight [6, 256, 256], expected one for",
     scales_of_few: "gate_up_proj has scales [2, 2, 2] of torch.float32 for a weight [6, 256, 256], expected one for",
     half_scales: "gate_up_proj has scales [6, 2, 2] of torch.float16 for a weight [6, 256, 256], expected one for",
-    no_scales: "its weights or attributes are no longer those that were read",
+    no_scales: "its weights or attributes changed after fusing",
     softcap: "FP8Experts makes something of gate and up that no kernel computes",
-    own_linear: "its weights or attributes are no longer those that were read",
+    own_linear: "its weights or attributes changed after fusing",
     fp4: "gate_up_proj is Parameter of torch.int8, expected a Parameter of fp16, bf16 or fp32",
     mixed: "its weights do not fit together (gate_up_proj [6, 256, 256] torch.float8_e4m3fn cpu, down_proj",
 }
