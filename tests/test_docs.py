@@ -133,8 +133,11 @@ def test_performance_tables_are_the_json():
     for name, table in tables.items():
         _, rows = read(BENCHMARKS / f"h100-{name}.json")
         assert f"<!-- {name} -->\n{table(rows)}\n<!-- /{name} -->" in page
-    if (file := BENCHMARKS / "h100-writeup.json").exists():
-        assert f"<!-- writeup -->\n{writeup.table(read(file)[1])}\n<!-- /writeup -->" in page
+    assert f"<!-- writeup -->\n{writeup.table(read(BENCHMARKS / 'h100-writeup.json')[1])}\n<!-- /writeup -->" in page
+    us = {(row["shape"], row["m"], row["impl"]): row["median_us"] for row in read(BENCHMARKS / "h100-fp8.json")[1]}
+    for shape, m in {(shape, m): None for shape, m, _ in us}:
+        eager, bf16, fp8 = (us[shape, m, impl] for impl in ("eager", "fused", "fp8"))
+        assert f"| {shape} | {m} | {eager:.1f} | {bf16:.1f} | {fp8:.1f} | {bf16 / fp8:.2f}x |\n" in page
     header, rows = read(BENCHMARKS / "h100-block.json")
     assert f"<!-- block -->\n{block_table(rows, header['device'])}\n<!-- /block -->" in page
 
