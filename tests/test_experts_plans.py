@@ -219,7 +219,7 @@ def test_a_model_gives_the_problem_that_its_experts_ask_for(model_type):
         model(torch.arange(3)[None])
     assert asked
     for module, (x, ids, _) in asked.items():
-        up, down, up_bias, down_bias, form = operands_of(module, module.fused_spec)
+        up, down, up_bias, down_bias, form, *_ = operands_of(module, module.fused_spec)
         key = ExpertsKey.of(describe_experts(x, ids, up, down, form), up_bias is not None or down_bias is not None)
         assert ExpertsFamily().problem(module, module.fused_spec, 3, GPU.of(CPU)) == key
 

@@ -240,7 +240,7 @@ def gguf(model):
 
 
 QUANTIZED = {
-    fp8: "gate_up_proj is Parameter of torch.float8_e4m3fn, expected a Parameter of fp16, bf16 or fp32",
+    fp8: "gate_up_proj has scales [6, 2, 1] of torch.float32 for a weight [6, 48, 32], expected one for each block",
     mxfp4: "routed experts, whose weights are one tensor (experts.gate_up_proj",
     gguf: "routed experts, whose weights are one tensor (experts.gate_up_proj",
 }

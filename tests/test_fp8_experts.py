@@ -277,9 +277,9 @@ LEFT_ALONE = {
     few_scales: "gate_up_proj has scales [6, 1, 2] of torch.float32 for a weight [6, 256, 256], expected one for",
     scales_of_few: "gate_up_proj has scales [2, 2, 2] of torch.float32 for a weight [6, 256, 256], expected one for",
     half_scales: "gate_up_proj has scales [6, 2, 2] of torch.float16 for a weight [6, 256, 256], expected one for",
-    no_scales: "its weights or attributes changed after fusing",
-    softcap: "FP8Experts makes something of gate and up that no kernel computes",
-    own_linear: "its weights or attributes changed after fusing",
+    no_scales: "gate_up_proj is in FP8 and has no scales gate_up_proj_scale_inv; load the checkpoint as it was",
+    softcap: "FP8Experts combines gate and up in a way that no kernel computes",
+    own_linear: "its method linear was replaced on the instance; undo the patch",
     fp4: "gate_up_proj is Parameter of torch.int8, expected a Parameter of fp16, bf16 or fp32",
     mixed: "its weights do not fit together (gate_up_proj [6, 256, 256] torch.float8_e4m3fn cpu, down_proj",
 }
@@ -337,7 +337,7 @@ def test_a_method_that_was_replaced(on_gpu, monkeypatch):
     later, experts = fuse_model(experts_of(tiny()), strict=True), experts_of(tiny())
     monkeypatch.setattr(FP8Experts, "linear", lambda self, x, *_, **__: x)
     assert "known loops" in find_experts(experts)
-    assert "was replaced since it was fused" in fusion_report(later).experts[0].reason
+    assert "was replaced after fusing" in fusion_report(later).experts[0].reason
 
 
 @torch.no_grad()

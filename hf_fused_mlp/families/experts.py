@@ -189,6 +189,10 @@ def _why_not_scaled(module: nn.Module, spec: ExpertsSpec) -> str | None:
         weight, scale = parameters.get(name), parameters.get(str(scale_name))
         if weight is None or weight.dtype != FP8:
             continue
+        if not _is_plain(scale):
+            return f"{name} is in FP8 and has no scales {scale_name}; load the checkpoint as it was quantized"
+        if "linear" in own:
+            return "its method linear was replaced on the instance; undo the patch"
         if reason := why_not_blocks(weight, scale, own.get("block_size"), own.get("activation_scheme") == "static"):
             return f"{name} {reason}"
         if spec.form.gated and name == spec.up and share_scales(weight):
