@@ -108,7 +108,7 @@ def test_a_second_run_adds_to_the_file(gpu, plan_cache, tmp_path):
 def test_a_problem_without_room_is_skipped(gpu):
     result = invoke("phi-3-mini", "--m", "2,8192", "--dtype", "float16")
     assert result.exit_code == 0
-    assert "no room for it: 3072 x 8192 gated silu, float16, 8192 tokens" in result.output
+    assert "does not fit into GPU memory: 3072 x 8192 gated silu, float16, 8192 tokens" in result.output
     assert "1 of 2 problems tuned" in result.stdout
 
 

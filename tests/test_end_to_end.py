@@ -231,10 +231,9 @@ def test_byte_mixtral_through_the_kernels(order, rows, device, monkeypatch):
     calls = []
 
     def run(x, ids, weights, operands):
-        *stacks, form = operands
-        call = describe_experts(x, ids, *stacks[:2], form)
+        call = describe_experts(x, ids, operands.up, operands.down, operands.form)
         calls.append(call)
-        return prepare_experts(ExpertsPlan(order, rows, tile, tile), call)(x, ids, weights, *stacks)
+        return prepare_experts(ExpertsPlan(order, rows, tile, tile), call)(x, ids, weights, *operands.tensors)
 
     model = AutoModelForCausalLM.from_pretrained(BYTE_MIXTRAL, dtype=torch.float32, use_fused_mlp=True).to(device)
     ids = torch.tensor([list(b"def main():")], device=device)

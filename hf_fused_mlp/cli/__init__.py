@@ -20,7 +20,11 @@ BENCH = (
     Row("mlp", "hf_fused_mlp.cli.bench:mlp", "MLPs of published models: fused, eager and other packages."),
     Row("training", "hf_fused_mlp.cli.bench:training", "Forward and backward of the same MLPs, time and memory."),
     Row("block", "hf_fused_mlp.cli.bench:block", "Wall-clock time of many forward passes of one MLP."),
-    Row("writeup", "hf_fused_mlp.cli.bench:writeup", "Every kernel launch of the MLP that the write-up measures."),
+    Row(
+        "writeup",
+        "hf_fused_mlp.cli.bench:writeup",
+        "Every kernel launch of the MLP that the published write-up measures.",
+    ),
     Row("generate", "hf_fused_mlp.cli.bench:generate", "Time of a token in `generate` of a whole model."),
     Row(
         "wrapped", "hf_fused_mlp.cli.bench:wrapped", "Layers with LoRA, quantizers, hooks or parallelism around them."

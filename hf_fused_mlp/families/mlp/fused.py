@@ -119,7 +119,8 @@ class FusedMLP(Fused):
 
     def operands(self) -> MLPOperands:
         """The operands of `ops.mlp`, for a module all of whose projections may be read."""
-        return _operands(self, self.fused_spec, read_projections(self, self.fused_spec))
+        cls = type(self)
+        return _operands(self, cls, read_projections(self, cls.fused_spec))
 
     @staticmethod
     def _call_first(module: nn.Module, spec: MLPSpec, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +287,7 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
         return None
     found = read_projections(module, spec)
     if found.all_are_read and not autocasts and not training and found.up.data.dtype != torch.float64:
-        out = ops.mlp_if_fits(x, _operands(module, spec, found))
+        out = ops.mlp_if_fits(x, _operands(module, cls, found))
         if out is not None:
             return out
     if not compiling and _is_small(x) and (torch.is_grad_enabled() or not found.first_are_read):
@@ -302,7 +303,7 @@ def _first_half(module: FusedMLP, cls: type[FusedMLP], x: Tensor, found: Project
     spec = cls.fused_spec
     activation = _activation(module, spec)
     if found.first_are_read and not torch.is_grad_enabled() and not modes.autocasts():
-        h = ops.mlp_if_fits(x, _operands(module, spec, found)._replace(down=ABSENT))
+        h = ops.mlp_if_fits(x, _operands(module, cls, found)._replace(down=ABSENT))
         if h is not None:
             return h
     if spec.kind is MLPKind.PLAIN:
@@ -321,12 +322,13 @@ def _activation(module: FusedMLP, spec: MLPSpec) -> str:
     return spec.function or find_activation(module._modules[spec.activation])
 
 
-def _operands(module: FusedMLP, spec: MLPSpec, found: Projections) -> MLPOperands:
-    """The operands, as far as `found` has them."""
+def _operands(module: FusedMLP, cls: type[FusedMLP], found: Projections) -> MLPOperands:
+    """The operands, as far as `found` has them; `cls` is the module's, which another thread may change meanwhile."""
+    spec = cls.fused_spec
     gate, up, down, _ = found
     if spec.halves is not None:
         gate, up = (Matrix(*half) for half in halves(up, *spec.halves))
-    return MLPOperands(gate, up, down, _activation(module, spec), module.batch_invariant)
+    return MLPOperands(gate, up, down, _activation(module, spec), cls.batch_invariant)
 
 
 @torch.compiler.assume_constant_result  # torch 2.11's compiler misreads functions of classes
