@@ -13,6 +13,7 @@ from hf_fused_mlp.logs import logger
 from hf_fused_mlp.swap import Fused
 from hf_fused_mlp.types import ProblemKey
 
+TRIED = 6  # configurations of ours for each launch; `hf-fused-mlp tune` tries all
 # each stands for all up to it; what is beyond runs by rule
 TOKENS = tuple(2**i for i in range(13))
 
@@ -59,7 +60,7 @@ def tune_model(model: nn.Module) -> None:
                 on_gpu = device.type == "cuda"
                 # random weights take nothing from the caller's generators
                 with torch.random.fork_rng([device] if on_gpu else []), torch.cuda.device(device if on_gpu else -1):
-                    tuned = tuner.tune(key, device)
+                    tuned = tuner.tune(key, device, most=TRIED)
             except torch.OutOfMemoryError:
                 logger.warning("tune: the GPU has no room to measure %s tokens of %s", key.m, _name(key))
             else:

@@ -1,5 +1,6 @@
 """Every kernel family, as its launcher launches it, compiles for every GPU it may meet. No GPU needed."""
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -19,7 +20,9 @@ from hf_fused_mlp.kernels.experts import choices, describe_experts, prepare_expe
 from hf_fused_mlp.ops.dispatch import act_mul_backward_cuda, act_mul_cuda
 from hf_fused_mlp.reading.norm import FORMS
 from hf_fused_mlp.tuning import cache
-from hf_fused_mlp.types import GPU, ExpertsCall, ExpertsForm, Matrix, TileConfig
+from hf_fused_mlp.tuning.heuristics import heuristic_plan
+from hf_fused_mlp.tuning.invariant import invariant_plan
+from hf_fused_mlp.types import GPU, ExpertsCall, ExpertsForm, Matrix, ProblemKey, TileConfig
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -79,11 +82,11 @@ def compile_launches(family, gated, bias, dtype, target, monkeypatch, activation
     return compiled(lambda: linear(x, up, up_bias, gate, gate_bias, activation, CONFIGS[family]), target, monkeypatch)
 
 
-def compiled(call, target, monkeypatch):
+def compiled(call, target, monkeypatch, shared=232448):
     """The kernels that a call would launch on `target`."""
     capability = divmod(target.arch, 10) if target.backend == "cuda" else (0, 0)
     # three multiprocessors for four tiles, so that the kernels compiled hold the code for halved tiles too
-    monkeypatch.setattr(GPU, "of", lambda device: GPU("a GPU", 3, capability, 232448))
+    monkeypatch.setattr(GPU, "of", lambda device: GPU("a GPU", 3, capability, shared))
     launches = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append((self, args, kw)))
     cache.forget()
@@ -163,6 +166,47 @@ def test_transposed_compiles(family, dtype, target, monkeypatch):
         assert ("wgmma.mma_async" in codes[0]) == (family != "gemv")
         assert ("cp.async.cg.shared.global" in codes[0]) == (family != "gemv")
         assert first.asm["ttgir"].count("ttg.convert_layout") <= 1
+
+
+# name, multiprocessors, and bytes of shared memory that a block may have
+GPUS = {
+    "sm_80": ("A100", 108, 166912),
+    "sm_86": ("A10", 72, 101376),
+    "sm_89": ("L4", 58, 101376),
+    "sm_90": ("H100", 132, 232448),
+    "sm_100": ("B200", 148, 232448),
+    "gfx942": ("MI300X", 304, 65536),
+}
+
+
+def picked(gpu):
+    """What the rule and batch invariance pick on `gpu` for a middle-sized MLP, as pairs of tiles and a launch."""
+    launches = {}
+    for m, gated in itertools.product((1, 2, 8, 32, 64, 128, 300, 600, 4096), (True, False)):
+        key = ProblemKey(m, 2048, 8192, 2048, gated, "silu", torch.float16, not gated, True, gpu)
+        for plan in (heuristic_plan(key), invariant_plan(key)):
+            for launch, config in ((key.up, plan.up), (key.down, plan.down)):
+                if config.kernel != "torch":
+                    launches[launch.gated, launch.activation, config] = launch
+    return [(config, launch) for (*_, config), launch in launches.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", GPUS)
+def test_what_is_picked_fits_the_gpu(target, monkeypatch):
+    """Shared memory is within the device's limit, and on NVIDIA's no registers are spilled."""
+    name, sms, shared = GPUS[target]
+    arch = "gfx942" if target == "gfx942" else int(target[3:])
+    backend = TARGETS.get(target) or GPUTarget("cuda", arch, 32)
+    gpu = GPU(name, sms, divmod(arch, 10) if backend.backend == "cuda" else (0, 0), shared)
+    for config, launch in picked(gpu):
+        gate, up, _, gate_bias, up_bias, _ = random_mlp(256, 512, launch.gated, not launch.gated, torch.float16)
+        x = torch.randn(16, 256).half()
+        call = partial(linear, x, up, up_bias, gate, gate_bias, launch.activation, config)
+        for kernel in compiled(call, backend, monkeypatch, shared):
+            assert kernel.metadata.shared <= shared, (config, kernel.metadata.shared)
+            if backend.backend == "cuda" and CUOBJDUMP:
+                assert stack_bytes(kernel) <= 64, config  # more holds registers
 
 
 FP8_CONFIGS = {

@@ -77,7 +77,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(tuner, "measure", clock.measure)
     monkeypatch.setattr(tuner, "weight_copies", lambda weight_bytes: 2 if weight_bytes > 25000 else 3)
     monkeypatch.setattr(tuner, "heuristic_plan", lambda key: Plan(GOOD[0], TORCH))
-    monkeypatch.setattr(tuner, "candidates", lambda key: [TORCH, *GOOD] if key.gated else [TORCH])
+    monkeypatch.setattr(tuner, "candidates", lambda key, most=None: [TORCH, *GOOD] if key.gated else [TORCH])
     monkeypatch.setitem(LAUNCHERS, "good", launches())
     return clock
 
@@ -140,7 +140,7 @@ def test_the_rule_wins_if_its_pair_is_faster(clock):
 def test_configurations_that_cannot_be_used(clock, launcher, words, monkeypatch, caplog):
     bad = TileConfig("bad")
     monkeypatch.setitem(LAUNCHERS, "bad", launcher)
-    monkeypatch.setattr(tuner, "candidates", lambda key: [TORCH, bad, GOOD[1]])
+    monkeypatch.setattr(tuner, "candidates", lambda key, most=None: [TORCH, bad, GOOD[1]])
     monkeypatch.setattr(tuner, "heuristic_plan", lambda key: Plan(bad, bad))
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *args: empty_like(*args).fill_(float("nan")))
@@ -156,6 +156,13 @@ def test_errors_that_are_no_fault_of_a_configuration_are_raised(clock, monkeypat
     monkeypatch.setitem(LAUNCHERS, "good", failing(torch.OutOfMemoryError("none left")))
     with pytest.raises(torch.OutOfMemoryError):
         tuner.tune(problem(), CPU)
+
+
+def test_few_candidates_are_those_expected_fastest():
+    key = problem(m=16, hidden=4096, intermediate=14336, dtype=torch.bfloat16, gpu=GPU("H100", 132, (9, 0), 232448)).up
+    few = tuner.candidates(key, 3)
+    assert len(few) == 4 and set(few) <= set(tuner.candidates(key))
+    assert {config.kernel for config in few} == {"torch", "skinny"}
 
 
 @pytest.mark.gpu

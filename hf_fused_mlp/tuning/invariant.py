@@ -44,7 +44,9 @@ def _linear(key: LinearKey) -> TileConfig | None:
         stage_bytes = (1 + planes) * 64 * BLOCK_K * key.dtype.itemsize
         stages = min(4, max(1, key.gpu.shared_memory // stage_bytes))
         return TileConfig("skinny", 64, 64, BLOCK_K, num_warps=4, num_stages=stages)
-    tiles = [tile for tile in TILES if tile.block_m <= max(64, key.m) and tile.rows >= 32 * planes]
+    widest = 256 if key.gpu.capability >= (9, 0) else 128  # older tensor cores hold the sums in registers, which spill
+    fitting = [tile for tile in TILES if 32 * planes <= tile.rows <= widest]
+    tiles = [tile for tile in fitting if tile.block_m <= max(64, key.m)]
     # the largest of which there are enough for all multiprocessors, or the smallest
     filling = [tile for tile in tiles if tile.needed(key.m, planes * key.n) >= key.gpu.num_sms]
     block_m, rows, warps, stages = (filling or tiles[-1:])[0]

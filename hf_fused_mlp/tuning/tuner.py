@@ -21,6 +21,7 @@ from triton.runtime.errors import OutOfResources
 from hf_fused_mlp.kernels import KERNELS, LAUNCHERS, describe_launch, linear, prepare
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reference import dequantize, fp8_linear_ref, linear_ref
+from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_robin_graphs, weight_copies
@@ -65,28 +66,30 @@ class Measured(Protocol[Config]):
         """A call for each of the copies, which together exceed the L2."""
 
 
-def candidates(key: LinearKey) -> list[TileConfig]:
-    """Every configuration that may run `key`, the library's among them."""
+def candidates(key: LinearKey, most: int | None = None) -> list[TileConfig]:
+    """Every configuration that may run `key`, the library's among them; or `most` of ours, those expected fastest."""
     own = [config for kernel in KERNELS.values() if kernel.supports(key) is None for config in kernel.candidates(key)]
+    if most is not None and key.storage == "float":
+        own = sorted(own, key=lambda config: expected_us(key, config))[:most]
     return [TORCH, *own]
 
 
 @torch.no_grad()
-def tune(key: ProblemKey, device: torch.device | str = "cuda") -> TunedPlan:
+def tune(key: ProblemKey, device: torch.device | str = "cuda", most: int | None = None) -> TunedPlan:
     """Finds the fastest plan for `key` by measuring on `device`, the current GPU, with random weights and tokens.
 
     The fastest configurations of either launch make plans in all pairs, since launches overlap; the rule makes one
     more, and PyTorch's own kernels the last. As whole MLPs they take turns; the one with the smallest median then does
     so with PyTorch's alone, and wins unless that is faster. Configurations that give a wrong answer or do not fit the
-    GPU take no part.
+    GPU take no part. With `most`, only so many of ours are tried for each launch.
 
     Raises:
         torch.OutOfMemoryError: the GPU has no room for the problem.
     """
     rule = heuristic_plan(key)
     up, down = Launch.random(key.up, key.bias, device), Launch.random(key.down, key.bias, device)
-    ups = correct(up, dict.fromkeys((*candidates(key.up), rule.up)))
-    downs = correct(down, dict.fromkeys((*candidates(key.down), rule.down)))
+    ups = correct(up, dict.fromkeys((*candidates(key.up, most), rule.up)))
+    downs = correct(down, dict.fromkeys((*candidates(key.down, most), rule.down)))
 
     plans = [Plan(*pair) for pair in product(fastest(up, ups), fastest(down, downs))]
     if rule.up in ups and rule.down in downs:
