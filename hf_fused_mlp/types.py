@@ -66,6 +66,11 @@ class Matrix(NamedTuple):
     bias: Tensor | None
 
 
+def scale_blocks(n: int) -> int:
+    """How many blocks of scales `n` rows or columns have."""
+    return -(-n // SCALE_BLOCK)
+
+
 def has_block_scales(weight: Tensor, scale: Tensor | None) -> bool:
     """True if `weight`, a matrix or a stack of them, is FP8, and `scale` has a number for each of its blocks."""
     return (
@@ -74,8 +79,8 @@ def has_block_scales(weight: Tensor, scale: Tensor | None) -> bool:
         and scale.dtype in SCALES
         and scale.device == weight.device
         and scale.dim() == weight.dim()
-        and scale.shape[-2] == -(-weight.shape[-2] // SCALE_BLOCK)
-        and scale.shape[-1] == -(-weight.shape[-1] // SCALE_BLOCK)
+        and scale.shape[-2] == scale_blocks(weight.shape[-2])
+        and scale.shape[-1] == scale_blocks(weight.shape[-1])
         and (weight.dim() == 2 or scale.shape[:-2] == weight.shape[:-2])
     )
 

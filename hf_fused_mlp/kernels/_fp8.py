@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hf_fused_mlp.types import FP8, GPU
 
+LARGEST = 448.0  # number of e4m3
+
 
 @triton.jit
 def from_fp8(w, dtype: tl.constexpr):
@@ -30,6 +32,17 @@ def load_scale(ptr, mask):
         return bits.to(tl.float32, bitcast=True)
     else:
         return scale
+
+
+@triton.jit
+def scaled_to(x, LARGEST: tl.constexpr):
+    """Divides fp32 `x` `[blocks, elements]` by scales that make each block's largest element `LARGEST`; returns both.
+
+    The scale of zeros is 1.
+    """
+    scale = tl.max(tl.abs(x), 1) / LARGEST
+    scale = tl.where(scale == 0, 1.0, scale)
+    return x / scale[:, None], scale
 
 
 def weight_reader(device: torch.device):

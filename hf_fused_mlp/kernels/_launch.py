@@ -21,6 +21,8 @@ Linear = Callable[[Tensor, Matrix, Matrix], Tensor]
 # the shape and strides of a matrix or stack of them, in elements, and the shape of the tiles that are read or written
 Tiling = tuple[list[int], list[int], list[int]]
 
+MOST_KEPT = 4096  # addresses
+
 _thread = threading.local()
 
 
@@ -95,7 +97,7 @@ class _Descriptors:
                 form = self.kept.get(key)
                 if form is None:
                     form = self.forms[place](self._descriptor(place, tensor))
-                    if len(self.kept) >= 4096:
+                    if len(self.kept) >= MOST_KEPT:
                         self.kept.clear()
                     self.kept[key] = form
                 arguments += form
@@ -137,6 +139,24 @@ def _driver_call(binary) -> tuple[Callable, tuple, list | None]:
             forms = [partial(make_tensordesc_arg, metadata=meta) for meta in around["tensordesc_meta"]]
             return around["launcher"], fixed, forms
     return run.launch, fixed, None
+
+
+def kept_by_address(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, a function of tensors of always the same shapes, called once for each of their addresses.
+
+    For views: what is kept is right for whatever tensors of these shapes lie there by then.
+    """
+    kept: dict[tuple[int, ...], Any] = {}
+
+    def get(*tensors: Tensor) -> Any:
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        if addresses not in kept:
+            if len(kept) >= MOST_KEPT:
+                kept.clear()
+            kept[addresses] = make(*tensors)
+        return kept[addresses]
+
+    return get
 
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:

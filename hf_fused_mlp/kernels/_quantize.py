@@ -12,8 +12,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate
+from hf_fused_mlp.kernels._fp8 import LARGEST, scaled_to
 from hf_fused_mlp.kernels._launch import allocator, launcher
-from hf_fused_mlp.types import FP8, GPU, SCALE_BLOCK, LinearCall
+from hf_fused_mlp.types import FP8, GPU, SCALE_BLOCK, LinearCall, scale_blocks
 
 ROW_MULTIPLE = 16  # quantized rows are padded to it, since PyTorch's block-scaled GEMM wants that
 BLOCKS = 8  # of scales in a program
@@ -31,6 +32,7 @@ def _activate_kernel(
     ROWS,
     stride_up,
     ACTIVATION: tl.constexpr,
+    LARGEST: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     SHORT: tl.constexpr,
@@ -58,9 +60,7 @@ def _activate_kernel(
     else:
         out = activate(out, ACTIVATION, SHORT)
     if scale_ptr is not None:
-        scale = tl.max(tl.abs(out), 1) / 448.0
-        scale = tl.where(scale == 0, 1.0, scale)
-        out = out / scale[:, None]
+        out, scale = scaled_to(out, LARGEST)
         tl.store(scale_ptr + offs_s.to(tl.int64) * ROWS + row, scale, mask=mask_s)
     tl.store(out_ptr + row * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask_n)
 
@@ -87,8 +87,8 @@ def activation(call: LinearCall, n: int, stride: int, name: str, quantized: bool
     launch = launcher(
         _activate_kernel,
         call.device,
-        (call.m, -(-n // (BLOCKS * SCALE_BLOCK)), 1),
-        (n, rows, stride, name, SCALE_BLOCK, BLOCKS, gpu.is_nvidia, gpu.can_overlap),
+        (call.m, -(-scale_blocks(n) // BLOCKS), 1),
+        (n, rows, stride, name, LARGEST, SCALE_BLOCK, BLOCKS, gpu.is_nvidia, gpu.can_overlap),
         overlap=call.overlap,
         num_warps=4,
     )
@@ -102,7 +102,7 @@ def activation(call: LinearCall, n: int, stride: int, name: str, quantized: bool
 
         return run
     empty_data = allocator((rows, n), FP8, call.device)
-    empty_scale = allocator((-(-n // SCALE_BLOCK), rows), torch.float32, call.device)
+    empty_scale = allocator((scale_blocks(n), rows), torch.float32, call.device)
 
     def run_quantized(up, bias, gate, gate_bias):
         data, scale = empty_data(), empty_scale()

@@ -15,7 +15,7 @@ from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.kernels._fp8 import from_fp8, load_scale, scale_for_kernels, weight_reader, why_not_fp8
 from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
 from hf_fused_mlp.kernels.elementwise import Rows, act_mul
-from hf_fused_mlp.types import SCALE_BLOCK, LinearCall, LinearKey, TileConfig
+from hf_fused_mlp.types import SCALE_BLOCK, LinearCall, LinearKey, TileConfig, scale_blocks
 
 BLOCK_N = 32  # rows in a program, a divisor of `SCALE_BLOCK`
 
@@ -51,7 +51,7 @@ def fp8_dequantized(call: LinearCall, config: TileConfig) -> Linear:
     readable = weight_reader(call.device)
 
     def dequantizer():
-        grid = -(-K // SCALE_BLOCK), -(-N // BLOCK_N), 1
+        grid = scale_blocks(K), -(-N // BLOCK_N), 1
         return launcher(_dequantize_kernel, call.device, grid, (N, K, SCALE_BLOCK, BLOCK_N), num_warps=4)
 
     # one for each weight: a launcher takes all addresses to be aligned as the first

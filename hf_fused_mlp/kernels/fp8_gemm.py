@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_fused_mlp.kernels._fp8 import why_not_fp8
-from hf_fused_mlp.kernels._launch import Linear
+from hf_fused_mlp.kernels._launch import Linear, kept_by_address
 from hf_fused_mlp.kernels._quantize import activation, quantize_rows
 from hf_fused_mlp.types import SCALE_BLOCK, LinearCall, LinearKey, TileConfig
 from hf_fused_mlp.weights.packing import as_one, is_packed
@@ -55,18 +55,8 @@ def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
     quantize = quantize_rows(call)
     # of gate and up in one product `[rows, 2N]`, or in one each
     finish_wide, finish = (activation(call, N, width, call.activation, call.gives_fp8) for width in (2 * N, N))
+    block_of = kept_by_address(_as_block)
     is_bare = not call.gated and call.activation == "identity" and not call.gives_fp8
-    blocks: dict[tuple[int, ...], tuple[Tensor, Tensor] | None] = {}
-
-    def block_of(weight, scale, gate, gate_scale):
-        """Gate and up as one matrix, or None if they are not; a view, kept by all addresses that it rests on."""
-        addresses = gate.data_ptr(), weight.data_ptr(), gate_scale.data_ptr(), scale.data_ptr()
-        if addresses not in blocks:
-            if len(blocks) >= 4096:
-                blocks.clear()
-            one = is_packed(gate, weight) and is_packed(gate_scale, scale)
-            blocks[addresses] = (as_one(gate, weight), as_one(gate_scale, scale)) if one else None
-        return blocks[addresses]
 
     def run(x: Any, weight, gate):
         (weight, scale, bias), (gate, gate_scale, gate_bias) = weight, gate
@@ -85,3 +75,9 @@ def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
         return finish(scaled_mm(data, factors, weight, scale), bias, gate, gate_bias)
 
     return run
+
+
+def _as_block(weight: Tensor, scale: Tensor, gate: Tensor, gate_scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Gate and weight as one matrix, with its scales; None if they are not in one block of memory."""
+    one = is_packed(gate, weight) and is_packed(gate_scale, scale)
+    return (as_one(gate, weight), as_one(gate_scale, scale)) if one else None

@@ -5,17 +5,13 @@ fast: the library's GEMM fills the GPU better with twice the columns, and the ke
 Launches: 1 after the GEMM, which has no bias: the kernel adds it in fp32. Bytes: the products read, out written.
 """
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate, add_bias
-from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
+from hf_fused_mlp.kernels._launch import Linear, allocator, kept_by_address, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 from hf_fused_mlp.weights import as_one
 
@@ -85,7 +81,7 @@ def wide(call: LinearCall, config: TileConfig) -> Linear:
         overlap=gpu.can_overlap,  # it waits for the GEMM before it reads anything
         num_warps=4,
     )
-    as_block = block_of()
+    as_block = kept_by_address(as_one)
 
     def run(x, weight, gate):
         (weight, _, bias), (gate, _, gate_bias) = weight, gate
@@ -97,21 +93,3 @@ def wide(call: LinearCall, config: TileConfig) -> Linear:
         return out
 
     return run
-
-
-def block_of() -> Callable[[Tensor, Tensor], Tensor]:
-    """A function that gives two packed matrices `[N, K]` as one `[2 * N, K]`, made once for each address.
-
-    What is kept is an address and a shape, and so right for whatever packed pair lies there by then.
-    """
-    blocks: dict[tuple[int, torch.Size], Tensor] = {}
-
-    def block(gate: Tensor, weight: Tensor) -> Tensor:
-        key = gate.data_ptr(), gate.shape
-        if (both := blocks.get(key)) is None:
-            if len(blocks) >= 4096:
-                blocks.clear()
-            both = blocks[key] = as_one(gate, weight)
-        return both
-
-    return block

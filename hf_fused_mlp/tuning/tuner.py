@@ -28,7 +28,6 @@ from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin, round_
 from hf_fused_mlp.types import (
     ABSENT,
     FP8,
-    SCALE_BLOCK,
     TORCH,
     UNFUSED,
     ExpertsPlan,
@@ -38,6 +37,7 @@ from hf_fused_mlp.types import (
     Plan,
     ProblemKey,
     TileConfig,
+    scale_blocks,
 )
 from hf_fused_mlp.validation import inaccuracy
 
@@ -142,7 +142,7 @@ class Launch:
         scales: Any = [None] * count
         if key.storage == "fp8":
             block = block.to(FP8)
-            sizes = count, -(-key.n // SCALE_BLOCK), -(-key.k // SCALE_BLOCK)
+            sizes = count, scale_blocks(key.n), scale_blocks(key.k)
             scales = torch.rand(sizes, device=device).add_(0.5).mul_(key.k**-0.5)
         else:
             block.mul_(key.k**-0.5)

@@ -8,17 +8,12 @@ from torch import Tensor
 
 from hf_fused_mlp.kernels._common import activate
 from hf_fused_mlp.kernels._fp8 import weight_reader
-from hf_fused_mlp.types import SCALE_BLOCK, ExpertsCall
+from hf_fused_mlp.types import ExpertsCall
 
 
 def reader(call: ExpertsCall) -> Callable[[Tensor], Tensor]:
     """How kernels take the weights: as they are, or FP8 as bytes where the GPU has no instruction for it."""
     return weight_reader(call.device) if call.storage == "fp8" else lambda weight: weight
-
-
-def blocks(n: int) -> int:
-    """How many blocks of scales `n` rows or columns have."""
-    return -(-n // SCALE_BLOCK)
 
 
 @triton.jit

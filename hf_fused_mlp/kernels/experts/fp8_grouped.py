@@ -17,19 +17,28 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import grouped_tile
-from hf_fused_mlp.kernels._fp8 import from_fp8, load_scale, scale_for_kernels
+from hf_fused_mlp.kernels._fp8 import LARGEST, from_fp8, load_scale, scale_for_kernels, scaled_to
 from hf_fused_mlp.kernels._launch import Tiling, allocator, launcher
 from hf_fused_mlp.kernels.experts import routing
-from hf_fused_mlp.kernels.experts._common import blocks, combine, reader
+from hf_fused_mlp.kernels.experts._common import combine, reader
 from hf_fused_mlp.kernels.experts.grouped import programs_a_multiprocessor
-from hf_fused_mlp.types import FP8, GPU, SCALE_BLOCK, ExpertsCall, ExpertsPlan, TileConfig, next_power_of_two
+from hf_fused_mlp.types import (
+    FP8,
+    GPU,
+    SCALE_BLOCK,
+    ExpertsCall,
+    ExpertsPlan,
+    TileConfig,
+    next_power_of_two,
+    scale_blocks,
+)
 
 # by the name of a kernel, what its left or right operand becomes, with a scale for each 1 x 128 elements, and the
 # number that the largest of them becomes; the weights are converted to that dtype, or that of x
 ACTIVATIONS: dict[str, tuple[torch.dtype, float] | None] = {
     "w8a16": None,  # as it is: accurate; two or three instructions for a weight in bf16
     "w8a16_scaled": (torch.float16, 1024.0),  # accurate; half an instruction for a weight
-    "w8a8": (FP8, 448.0),  # as Transformers quantizes it; no conversions, and twice the arithmetic
+    "w8a8": (FP8, LARGEST),  # as Transformers quantizes it; no conversions, and twice the arithmetic
 }
 BLOCKS = 8  # of scales in a program of the kernel that quantizes
 
@@ -58,9 +67,8 @@ def _quantize_kernel(
     offs_k = offs_s[:, None] * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)[None, :]
     mask_s, mask_k = offs_s * SCALE_BLOCK < K, offs_k < K
     x = tl.load(x_ptr + token * stride_xm + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    scale = tl.max(tl.abs(x), 1) / LARGEST
-    scale = tl.where(scale == 0, 1.0, scale)
-    x = (x / scale[:, None]).to(out_ptr.dtype.element_ty)
+    x, scale = scaled_to(x, LARGEST)
+    x = x.to(out_ptr.dtype.element_ty)
     scale_ptr += offs_s.to(tl.int64) * scale_rows
     if OVERLAP:
         gdc_launch_dependents()
@@ -257,7 +265,7 @@ def fp8_grouped(call: ExpertsCall, plan: ExpertsPlan):
     empty_h = allocator((call.pairs, I), call.dtype if h_quantized is None else h_quantized[0], call.device)
     empty_scale = None
     if h_quantized is not None:
-        empty_scale = allocator((blocks(I), padded), torch.float32, call.device)
+        empty_scale = allocator((scale_blocks(I), padded), torch.float32, call.device)
     empty_y = allocator((call.pairs, H), call.dtype, call.device)
 
     def launch(gated: bool, gate: tuple, n: int, k: int, tile: TileConfig, x_rows: int, stride: int, tiling: Any):
@@ -308,7 +316,7 @@ def _quantize(call: ExpertsCall, columns: int, gathers: bool, dtype: torch.dtype
 
     Rows are tokens, or if it `gathers` pairs, sorted; scales are `[ceil(hidden / SCALE_BLOCK), columns]`.
     """
-    rows, num_blocks = call.pairs if gathers else call.tokens, blocks(call.hidden)
+    rows, num_blocks = call.pairs if gathers else call.tokens, scale_blocks(call.hidden)
     empty = allocator((rows, call.hidden), dtype, call.device)
     empty_scale = allocator((num_blocks, columns), torch.float32, call.device)
     some = min(BLOCKS, next_power_of_two(num_blocks))

@@ -13,8 +13,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._fp8 import from_fp8, load_scale, scale_for_kernels
 from hf_fused_mlp.kernels._launch import allocator, launcher
-from hf_fused_mlp.kernels.experts._common import blocks, combine, reader
-from hf_fused_mlp.types import GPU, SCALE_BLOCK, ExpertsCall, TileConfig, next_power_of_two
+from hf_fused_mlp.kernels.experts._common import combine, reader
+from hf_fused_mlp.types import GPU, SCALE_BLOCK, ExpertsCall, TileConfig, next_power_of_two, scale_blocks
 
 
 @triton.jit
@@ -239,7 +239,7 @@ def pairs(call: ExpertsCall, up: TileConfig, down: TileConfig):
             I,
             call.stride_xm,
             *strides,
-            blocks(width) * blocks(H),
+            scale_blocks(width) * scale_blocks(H),
             expert,
             plane,
             column,
@@ -258,7 +258,7 @@ def pairs(call: ExpertsCall, up: TileConfig, down: TileConfig):
         call.device,
         (m * -(-H // down.block_n), 1, 1),
         (
-            *(call.experts, H, *down_strides, blocks(H) * blocks(I), I, k, next_power_of_two(k)),
+            *(call.experts, H, *down_strides, scale_blocks(H) * scale_blocks(I), I, k, next_power_of_two(k)),
             *(down.block_n, down.block_k, SCALE_BLOCK, can_overlap),
         ),
         overlap=can_overlap,
