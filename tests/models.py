@@ -7,11 +7,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
+from transformers.integrations import finegrained_fp8
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_fused_mlp import fuse_model, modes, ops
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.reading.mlp import recognise
+from hf_fused_mlp.reference import fp8_linear_ref
+from hf_fused_mlp.types import Matrix
 
 SIZES = {
     "vocab_size": 96,
@@ -109,6 +112,30 @@ class Doubling(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         return 2 * out if func is nn.functional.linear else out
+
+
+def fp8_by_reference(monkeypatch):
+    """Transformers' FP8 layers without kernels from the Hub; the weights that they are called with."""
+    calls = []
+
+    def fp8_linear(x, weight, scale, block_size=None, bias=None, *_, **__):
+        calls.append(weight)
+        return fp8_linear_ref(x, Matrix(weight, scale, bias))
+
+    monkeypatch.setattr(finegrained_fp8, "fp8_linear", fp8_linear)
+    return calls
+
+
+def compiled_experts(model, tokens):
+    """The logits of a model compiled without graph breaks, and how often the operator of experts is in the graph."""
+    nodes = []
+
+    def backend(graph, _):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    out = torch.compile(model.model, fullgraph=True, backend=backend)(tokens)
+    return model.lm_head(out.last_hidden_state), sum("hf_fused_mlp.experts" in node for node in nodes)
 
 
 def assert_fused_computes_the_same(module):

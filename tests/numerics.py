@@ -20,6 +20,30 @@ def run_plan(plan, x, gate, up, down, *biases_and_activation):
     return prepare(plan, x, operands)(x, *operands[:3])
 
 
+def run_experts(plan, operands, form):
+    """Routed experts as `plan` has them; `operands` are what launches take."""
+    from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts
+
+    x, ids, _, up, down, *_ = operands
+    return prepare_experts(plan, describe_experts(x, ids, up, down, form))(*operands)
+
+
+ROUTINGS = ["one", "foreign", "repeated", "all foreign"]
+
+
+def rerouted(case, ids, weights):
+    """The ids and weights of a case of `ROUTINGS`, for at least six tokens and six experts."""
+    if case == "one":
+        return torch.full_like(ids, 4)[:, :1].contiguous(), weights[:, :1].contiguous()
+    if case == "foreign":
+        ids[::2, 1], ids[1::3, 0], ids[5] = 6, 1 << 33, -1
+    elif case == "repeated":
+        ids[:, 1] = ids[:, 0]
+    else:
+        ids[:] = 6
+    return ids, weights
+
+
 def mlp_cuda(x, *operands):
     """`dispatch.mlp_cuda` with the arguments of the operator."""
     from hf_fused_mlp.ops import dispatch

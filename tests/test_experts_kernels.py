@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from numerics import ROUTINGS, rerouted, run_experts
 
 from hf_fused_mlp.reference import experts_ref
 from hf_fused_mlp.types import ExpertsForm, ExpertsPlan, TileConfig
@@ -42,13 +43,6 @@ def problem(form, device, dtype, tokens=11, experts=6, top_k=3, hidden=48, inter
     return x, ids.long().to(device), weights, *rest
 
 
-def run(plan, operands, form):
-    from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts
-
-    x, ids, _, up, down, *_ = operands
-    return prepare_experts(plan, describe_experts(x, ids, up, down, form))(*operands)
-
-
 def check(got, operands, form):
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in operands]
     expected = experts_ref(*wide, form)
@@ -60,31 +54,23 @@ def check(got, operands, form):
 @pytest.mark.parametrize(("form", "plan", "bias"), list(product(FORMS, PLANS, (False, True))))
 def test_forms(form, plan, bias, device):
     operands = problem(FORMS[form], device, torch.float16, bias=bias)
-    check(run(PLANS[plan], operands, FORMS[form]), operands, FORMS[form])
+    check(run_experts(PLANS[plan], operands, FORMS[form]), operands, FORMS[form])
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 5, 1), (40, 3, 2), (30, 60, 4), (9, 17, 16)])
 def test_sizes(plan, tokens, experts, top_k, device):
     operands = problem(PLANES, device, torch.float16, tokens, experts, top_k)
-    check(run(PLANS[plan], operands, PLANES), operands, PLANES)
+    check(run_experts(PLANS[plan], operands, PLANES), operands, PLANES)
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("case", ["one", "foreign", "repeated", "all foreign"])
+@pytest.mark.parametrize("case", ROUTINGS)
 def test_routings(plan, case, device):
     """All tokens to one expert, ids of other ranks, an id twice in a row."""
     x, ids, *rest = problem(PLANES, device, torch.float16, tokens=21)
-    if case == "one":
-        ids = torch.full_like(ids, 4)[:, :1].contiguous()
-        rest[0] = rest[0][:, :1].contiguous()
-    elif case == "foreign":
-        ids[::2, 1], ids[1::3, 0], ids[5] = 6, 1 << 33, -1
-    elif case == "repeated":
-        ids[:, 1] = ids[:, 0]
-    else:
-        ids[:] = 6
-    got = run(PLANS[plan], (x, ids, *rest), PLANES)
+    ids, rest[0] = rerouted(case, ids, rest[0])
+    got = run_experts(PLANS[plan], (x, ids, *rest), PLANES)
     if case == "all foreign":
         assert not got.any()
     else:
@@ -95,11 +81,11 @@ def test_routings(plan, case, device):
 def test_types(plan, device):
     """fp32 is exact; ids may be int32, weights of another dtype, and rows apart."""
     operands = problem(PLANES, device, torch.float32)
-    check(run(PLANS[plan], operands, PLANES), operands, PLANES)
+    check(run_experts(PLANS[plan], operands, PLANES), operands, PLANES)
     x, ids, weights, *rest = problem(PLANES, device, torch.float16)
     apart = torch.zeros(len(x), 2 * x.shape[1], dtype=x.dtype, device=device)[:, : x.shape[1]].copy_(x)
     operands = apart, ids.int(), weights.float(), *rest
-    check(run(PLANS[plan], operands, PLANES), operands, PLANES)
+    check(run_experts(PLANS[plan], operands, PLANES), operands, PLANES)
 
 
 @pytest.mark.parametrize("tokens", [16, 17, 40])
@@ -112,7 +98,7 @@ def test_more_programs_than_a_grid_holds(tokens, device, monkeypatch):
     apart = torch.zeros(len(x), 2 * x.shape[1], dtype=x.dtype, device=device)[:, : x.shape[1]].copy_(x)
     plan = ExpertsPlan("pairs", 1, replace(ROW, block_n=32), replace(ROW, block_n=32))
     for operands in ((x, *rest), (apart, *rest)):
-        check(run(plan, operands, PLANES), operands, PLANES)
+        check(run_experts(plan, operands, PLANES), operands, PLANES)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 6])

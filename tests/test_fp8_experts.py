@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from models import experts_as_on_gpu, tiny_moe, token_ids
+from models import compiled_experts, experts_as_on_gpu, fp8_by_reference, tiny_moe, token_ids
 from numerics import quantize_stack
 from torch import nn
 from transformers import FineGrainedFP8Config
@@ -15,7 +15,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_f
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model, validate
 from hf_fused_mlp.families.experts import FusedExperts
 from hf_fused_mlp.reading.experts import find_experts
-from hf_fused_mlp.reference import experts_ref, fp8_experts_ref, fp8_linear_ref
+from hf_fused_mlp.reference import experts_ref, fp8_experts_ref
 from hf_fused_mlp.types import ExpertsForm, Matrix
 from hf_fused_mlp.validation import Errors
 
@@ -59,14 +59,7 @@ def inputs(experts, tokens=9, dtype=torch.float32):
 @pytest.fixture(autouse=True)
 def by_transformers(monkeypatch):
     """In place of kernels from the Hub, and the weights that they were called with."""
-    calls = []
-
-    def fp8_linear(x, weight, scale, block_size=None, bias=None, *_, **__):
-        calls.append(weight)
-        return fp8_linear_ref(x, Matrix(weight, scale, bias))
-
-    monkeypatch.setattr(finegrained_fp8, "fp8_linear", fp8_linear)
-    return calls
+    return fp8_by_reference(monkeypatch)
 
 
 @pytest.fixture
@@ -187,15 +180,9 @@ def test_model(door, on_gpu, by_transformers):
     got = model(tokens).logits
     assert len(on_gpu) == 2 and not by_transformers
     assert (got - expected).norm() < 0.1 * expected.norm()
-    nodes = []
-
-    def backend(graph, _):
-        nodes.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    out = torch.compile(model.model, fullgraph=True, backend=backend)(tokens)
-    torch.testing.assert_close(model.lm_head(out.last_hidden_state), got, rtol=1e-4, atol=1e-4)
-    assert sum("hf_fused_mlp.experts" in node for node in nodes) == 2
+    compiled, count = compiled_experts(model, tokens)
+    torch.testing.assert_close(compiled, got, rtol=1e-4, atol=1e-4)
+    assert count == 2
     assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 10)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics import quantize_stack
+from numerics import ROUTINGS, quantize_stack, rerouted, run_experts
 
 from hf_fused_mlp.reference import experts_ref, fp8_experts_ref
 from hf_fused_mlp.types import ExpertsForm, ExpertsPlan, Matrix, TileConfig
@@ -51,13 +51,6 @@ def problem(
     return tuple(None if t is None else t.to(device) for t in operands)
 
 
-def run(plan, operands, form):
-    from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts
-
-    x, ids, _, up, down, *_ = operands
-    return prepare_experts(plan, describe_experts(x, ids, up, down, form))(*operands)
-
-
 def check(got, operands, form):
     """As near to float64 as Transformers' arithmetic; nearer by far where tokens are not quantized."""
     x, ids, weights, up, down, _, _, *scales = operands
@@ -72,7 +65,7 @@ def check(got, operands, form):
 @pytest.mark.parametrize("plan", PLANS)
 def test_forms(plan, form, scales, device):
     operands = problem(FORMS[form], device, scales=scales)
-    error, baseline = check(run(PLANS[plan], operands, FORMS[form]), operands, FORMS[form])
+    error, baseline = check(run_experts(PLANS[plan], operands, FORMS[form]), operands, FORMS[form])
     quantizes = "w8a8" in (PLANS[plan].up.kernel, PLANS[plan].down.kernel)
     assert baseline > 1e-2
     assert error < (1.05 * baseline if quantizes else 1e-3)
@@ -92,7 +85,7 @@ SIZES = {
 @pytest.mark.parametrize("plan", MAIN)
 def test_sizes(plan, size, device):
     operands = problem(GATED, device, **SIZES[size])
-    check(run(PLANS[plan], operands, GATED), operands, GATED)
+    check(run_experts(PLANS[plan], operands, GATED), operands, GATED)
 
 
 @pytest.mark.parametrize("plan", MAIN)
@@ -100,24 +93,16 @@ def test_ragged_without_a_gate(plan, device):
     """The last blocks of scales are not whole, along rows and along K."""
     form = FORMS["plain"]
     operands = problem(form, device, hidden=272, intermediate=176)
-    check(run(PLANS[plan], operands, form), operands, form)
+    check(run_experts(PLANS[plan], operands, form), operands, form)
 
 
 @pytest.mark.parametrize("plan", MAIN)
-@pytest.mark.parametrize("case", ["one", "foreign", "repeated", "all foreign"])
+@pytest.mark.parametrize("case", ROUTINGS)
 def test_routings(plan, case, device):
     """All tokens to one expert, ids of other ranks, an id twice in a row."""
     x, ids, *rest = problem(GATED, device, tokens=21)
-    if case == "one":
-        ids = torch.full_like(ids, 4)[:, :1].contiguous()
-        rest[0] = rest[0][:, :1].contiguous()
-    elif case == "foreign":
-        ids[::2, 1], ids[1::3, 0], ids[5] = 6, 1 << 33, -1
-    elif case == "repeated":
-        ids[:, 1] = ids[:, 0]
-    else:
-        ids[:] = 6
-    got = run(PLANS[plan], (x, ids, *rest), GATED)
+    ids, rest[0] = rerouted(case, ids, rest[0])
+    got = run_experts(PLANS[plan], (x, ids, *rest), GATED)
     if case == "all foreign":
         assert not got.any()
     else:
@@ -137,7 +122,7 @@ def test_types(plan, dtype, device):
     x, ids, weights, *rest = problem(GATED, device, dtype)
     apart = torch.zeros(len(x), 2 * x.shape[1], dtype=dtype, device=device)[:, : x.shape[1]].copy_(x)
     operands = apart, ids.int(), weights.float(), *rest
-    check(run(PLANS[plan], operands, GATED), operands, GATED)
+    check(run_experts(PLANS[plan], operands, GATED), operands, GATED)
 
 
 @pytest.mark.parametrize("plan", ["w8a8 16", "w8a8 128", "w8a16_scaled 16"])
@@ -147,7 +132,7 @@ def test_extremes(plan, device):
     x *= torch.logspace(-6, 3, 9, device=device)[:, None]
     x[3], x[4, :128], x[8, 7] = 0, 0, 3e5
     operands = x, *rest
-    got = run(PLANS[plan], operands, GATED)
+    got = run_experts(PLANS[plan], operands, GATED)
     check(got, operands, GATED)
     assert not got[3].any()
 
@@ -197,7 +182,7 @@ def test_tiles_that_cross_blocks_of_scales(case):
     """A plan may have been written by anyone."""
     plan, change, reason = WRONG[case]
     with pytest.raises(ValueError, match=reason):
-        run(replace(plan, up=replace(plan.up, **change)), problem(GATED, "cpu"), GATED)
+        run_experts(replace(plan, up=replace(plan.up, **change)), problem(GATED, "cpu"), GATED)
 
 
 @pytest.mark.parametrize("capability", [(0, 0), (8, 0), (8, 9), (9, 0), (10, 0)], ids=str)

@@ -5,15 +5,14 @@ import io
 
 import pytest
 import torch
-from models import as_on_gpu, real_mlp, tiny_model, token_ids
+from models import as_on_gpu, fp8_by_reference, real_mlp, tiny_model, token_ids
 from numerics import quantize_weight
 from torch import nn
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model, validate
-from hf_fused_mlp.reference import dequantize, fp8_linear_ref, quantize_ref
-from hf_fused_mlp.types import Matrix
+from hf_fused_mlp.reference import dequantize, quantize_ref
 from hf_fused_mlp.validation import Errors
 from hf_fused_mlp.weights import is_packed
 
@@ -39,14 +38,7 @@ def to_fp8(module, names=("proj", "dense"), scales="fp32"):
 @pytest.fixture(autouse=True)
 def by_transformers(monkeypatch):
     """In place of kernels from the Hub, and a count of the layers that were called."""
-    calls = []
-
-    def fp8_linear(x, weight, scale, block_size, bias, *_):
-        calls.append(weight)
-        return fp8_linear_ref(x, Matrix(weight, scale, bias))
-
-    monkeypatch.setattr(finegrained_fp8, "fp8_linear", fp8_linear)
-    return calls
+    return fp8_by_reference(monkeypatch)
 
 
 @pytest.fixture
