@@ -268,7 +268,7 @@ def test_measure_training(monkeypatch, path):
 def test_a_later_run_replaces_whole_problems(tmp_path, monkeypatch):
     """What an interrupted run measured is in the file, and rows of other problems stay."""
 
-    def measure(shape, m, dtype, names):
+    def measure(shape, m, dtype, names, by_rule):
         if m == 4:
             raise KeyboardInterrupt
         return [row(name, 2.0, shape.name, m) for name in names]
@@ -346,6 +346,37 @@ def test_table(tmp_path):
         "| phi-3-mini | bfloat16 | 2 | 2.0 | - | - | - | - | - | - |",
     ]
     assert "| 1 | 20.0 | 28.0 | - | 1.40x |" in invoke(*args, "1", "--impl", "liger,fused").stdout
+
+
+def test_table_by_rule(tmp_path):
+    problems = {("phi-3-mini", 1): 20.0, ("phi-3-mini", 3): 31.25, ("gemma-2b", 1): 24.0, ("gemma-2b", 3): 30.0}
+    rows = [
+        row(impl, us, shape, m)
+        for (shape, m), fused in problems.items()
+        for impl, us in (("eager", 30.0), ("fused", fused))
+    ]
+    rows += [row("fused", 1.0, "phi-4", 1)]  # cannot be compared
+    results.write(tmp_path / "run.json", HEADER | {"timed": "forward-by-rule"}, rows)
+    printed = invoke(
+        "bench", "mlp", "--by-rule", "--table", tmp_path / "run.json", "--shapes", "all", "--m", "1,3"
+    ).stdout
+    assert printed.strip().splitlines() == [
+        "| fused over eager, by rule | mean | lowest | M = 1 |",
+        "|---|---:|---:|---:|",
+        "| phi-3-mini | 1.20x | 0.96x at 3 | 1.50x |",
+        "| gemma-2b | 1.12x | 1.00x at 3 | 1.25x |",
+        "| **4 points: 1 below 1.00x, 1 below 0.98x** | 1.16x | 0.96x |  |",
+    ]
+
+
+def test_by_rule_leaves_measured_plans_aside():
+    from hf_fused_mlp.ops import dispatch
+
+    sources = list(dispatch.SOURCES)
+    with pytest.raises(RuntimeError), dispatch.by_rule():
+        assert dispatch.SOURCES == [dispatch.heuristic_plan]
+        raise RuntimeError
+    assert dispatch.SOURCES == sources
 
 
 def test_plots(tmp_path):

@@ -125,7 +125,7 @@ def test_a_gpu_without_kernels(gpu, monkeypatch):
 
 
 def test_every_shape_is_found():
-    assert len(problems_of("all", None)) == len(SHAPES)
+    assert len(problems_of("all", None)) == len(SHAPES) - 1  # Llama 3.2 3B's is Phi-3-mini's
     sizes = 1, 3072, 8192, 3072, True, "silu", torch.float16, False, True
     assert problems_of("phi-3-mini", torch.float16) == [ProblemKey(*sizes, GPU.of(torch.device("cpu")))]
 

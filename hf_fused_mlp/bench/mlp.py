@@ -1,6 +1,7 @@
 """`hf-fused-mlp bench mlp`: one MLP of a published model, fused, eager and as other packages compute it."""
 
 import copy
+from contextlib import nullcontext
 
 import torch
 
@@ -12,13 +13,14 @@ from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, round_robin, round_robin_gr
 
 
 @torch.no_grad()
-def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[Row]:
+def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str], by_rule: bool = False) -> list[Row]:
     """Times the forward of one shape on `[M, H]` tokens, in microseconds on the GPU.
 
     Up to `GRAPHS_UP_TO` tokens the calls run in CUDA graphs over copies of the weights that exceed the L2.
 
     Args:
         names: keys of `IMPLEMENTATIONS`.
+        by_rule: leave measured plans aside.
 
     Returns:
         One row for each implementation that is available here.
@@ -26,6 +28,13 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[
     Raises:
         AssertionError: the fused MLP is outside its tolerance.
     """
+    from hf_fused_mlp.ops import dispatch  # imports Triton
+
+    with dispatch.by_rule() if by_rule else nullcontext():
+        return _measure(shape, m, dtype, names)
+
+
+def _measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[Row]:
     torch.compiler.reset()  # earlier problems count towards a limit, past which functions stay eager
     # under no_grad too, some peers keep tensors for a backward unless the weights are frozen
     eager = build(shape, dtype).requires_grad_(False)

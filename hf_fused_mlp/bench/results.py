@@ -16,6 +16,7 @@ SAME = ("timed", "device", "torch", "triton", "transformers", "kernels")
 # the header's "timed" and the command that measures and prints such files
 COMMANDS = {
     "forward": "mlp",
+    "forward-by-rule": "mlp",
     "candidates": "candidates",
     "block": "block",
     "training": "training",

@@ -1,7 +1,12 @@
 """The rows of `bench mlp` and `bench training` as Markdown tables."""
 
+from statistics import geometric_mean
+
 from hf_fused_mlp.bench.peers import IMPLEMENTATIONS
 from hf_fused_mlp.bench.results import Row, by_problem
+
+
+FEW_COLUMNS = 1, 16, 128, 1024
 
 
 def speedup_table(rows: list[Row], over: str) -> str:
@@ -36,6 +41,35 @@ def markdown_table(rows: list[Row]) -> str:
         cells += [_ratio(us.get("eager"), us.get("fused")), _ratio(_best_peer(us), us.get("fused"))]
         lines.append(f"| {' | '.join(map(str, (*problem, *cells)))} |")
     return "\n".join(lines)
+
+
+def lowest_table(rows: list[Row]) -> str:
+    """One line a shape: the time of eager divided by the time of the fused MLP, over all its token counts.
+
+    The geometric mean, the lowest and where it is, and the speedup at a few token counts; the last line is of all points.
+    """
+    ratios: dict[tuple[str, str | None], dict[int, float]] = {}
+    for (shape, dtype, m), entries in by_problem(rows).items():
+        if {"eager", "fused"} <= entries.keys():
+            ratio = entries["eager"]["median_us"] / entries["fused"]["median_us"]
+            ratios.setdefault((shape, dtype), {})[m] = ratio
+    if not ratios:
+        return ""
+    tokens = [m for m in FEW_COLUMNS if all(m in by_tokens for by_tokens in ratios.values())]
+    several = len({dtype for _, dtype in ratios}) > 1
+    lines = [
+        f"| fused over eager, by rule | mean | lowest | {' | '.join(f'M = {m}' for m in tokens)} |",
+        f"|---|---:|---:|{'---:|' * len(tokens)}",
+    ]
+    for (shape, dtype), by_tokens in ratios.items():
+        lowest = min(by_tokens, key=lambda m: by_tokens[m])
+        cells = [f"{geometric_mean(by_tokens.values()):.2f}x", f"{by_tokens[lowest]:.2f}x at {lowest}"]
+        cells += [f"{by_tokens[m]:.2f}x" for m in tokens]
+        lines.append(f"| {f'{shape}, {dtype}' if several else shape} | {' | '.join(cells)} |")
+    points = [ratio for by_tokens in ratios.values() for ratio in by_tokens.values()]
+    below = ", ".join(f"{sum(ratio < limit for ratio in points)} below {limit:.2f}x" for limit in (1.0, 0.98))
+    cells = [f"**{len(points)} points: {below}**", f"{geometric_mean(points):.2f}x", f"{min(points):.2f}x"]
+    return "\n".join([*lines, f"| {' | '.join([*cells, *('' for _ in tokens)])} |"])
 
 
 def _best_peer(us: dict[str, float]) -> float | None:

@@ -60,6 +60,9 @@ def mlp(
     m: Tokens = TOKENS,
     dtype: Dtype = "bfloat16",
     impl: Impl = None,
+    by_rule: Annotated[
+        bool, typer.Option("--by-rule", help="Ignore measured plans, as if none were shipped.")
+    ] = False,
     json_file: Json = None,
     table: Table = None,
     plot: Plot = None,
@@ -70,7 +73,8 @@ def mlp(
     """
     from hf_fused_mlp.bench import mlp as bench
 
-    compare("forward", bench.measure, shapes, m, dtype, impl, json_file, table, plot)
+    timed = "forward-by-rule" if by_rule else "forward"
+    compare(timed, partial(bench.measure, by_rule=by_rule), shapes, m, dtype, impl, json_file, table, plot)
 
 
 def training(
@@ -106,7 +110,7 @@ def compare(
     from hf_fused_mlp.bench.measuring import chosen
     from hf_fused_mlp.bench.peers import packages_of
     from hf_fused_mlp.bench.shapes import SHAPES
-    from hf_fused_mlp.bench.tables import markdown_table, speedup_table
+    from hf_fused_mlp.bench.tables import lowest_table, markdown_table, speedup_table
 
     names = chosen("implementation", impl or ("all" if table else ",".join(DEFAULT)), IMPLEMENTATIONS)
     shape_names, tokens, draw = chosen("shape", shapes, SHAPES), token_counts(m), plotter(plot)
@@ -120,7 +124,10 @@ def compare(
         packages=packages_of(names),
         wanted=lambda row: row["shape"] in shape_names and row["m"] in tokens and row["impl"] in names,
     )
-    print(*(speedup_table(rows, over) for over in ("eager", "peers")), markdown_table(rows), sep="\n\n")
+    if timed == "forward-by-rule":
+        print(lowest_table(rows))
+    else:
+        print(*(speedup_table(rows, over) for over in ("eager", "peers")), markdown_table(rows), sep="\n\n")
     draw(header, kept)
 
 
