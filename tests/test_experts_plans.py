@@ -161,9 +161,17 @@ def test_order_then_up_then_down(clock, device, monkeypatch):
     assert experts.tune(key, device) == TunedPlan(key, rule, 29.0, 29.0)
 
 
-@pytest.mark.parametrize("fault", ["wrong", "gap"])
+FP8 = {"storage": "fp8", "bias": False, "hidden": 256, "intermediate": 128}
+
+
+@pytest.mark.parametrize("fault", ["wrong", "gap", "wrong in FP8", "gap in FP8"])
 def test_plans_that_give_a_wrong_answer(fault, clock, device, monkeypatch, caplog):
     bad = ExpertsPlan("sorted", 16, replace(TILE, block_n=16, block_k=16), replace(TILE, block_n=32, block_k=16))
+    changes = {}
+    if fault.endswith("FP8"):
+        tile = TileConfig("w8a8", block_n=128, block_k=128, num_stages=2, group_m=2)
+        bad, changes = ExpertsPlan("sorted", 32, tile, tile), FP8
+    key = small(m=512 if fault == "gap" else 48, **changes)
     monkeypatch.setattr(choices, "first_plans", lambda call: [bad])
     monkeypatch.setattr(choices, "tiles", lambda call, plan, launch: [])
     clock[bad] = 1.0
@@ -176,28 +184,36 @@ def test_plans_that_give_a_wrong_answer(fault, clock, device, monkeypatch, caplo
             out = run(*tensors)
             if fault == "wrong":
                 return out * 1.05
+            if fault == "wrong in FP8":
+                return out * 1.1
             out[1:3] = float("nan")  # of which tokens that are checked in float64 need not be one
             return out
 
         return spoiled if plan == bad else run
 
     monkeypatch.setattr(experts, "prepare_experts", prepared)
-    assert experts.tune(small(m=512), device).plan == rule_of_thumb(small(m=512).call(device))
+    rule = rule_of_thumb(key.call(device))
+    assert bad != rule
+    assert experts.tune(key, device).plan == rule
     assert "gives a wrong answer" in caplog.text
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 400])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "FP8"])
 def test_every_candidate_may_be_written(form, tokens):
     """Those of the tuner, the rule and the fallback, for problems that tensor descriptors can read."""
-    layout, gated, activation, *_ = FORMS[form]
+    storage = "fp8" if form == "FP8" else "float"
+    layout, gated, activation, *_ = FORMS.get(form, PLANES)
     gpu = replace(H100, name="cpu")
-    key = ExpertsKey(tokens, 8, 2, 512, 256, layout, gated, activation, torch.bfloat16, False, gpu)
+    key = ExpertsKey(tokens, 8, 2, 512, 256, layout, gated, activation, torch.bfloat16, False, gpu, storage)
     call = key.call(CPU)
     plans = choices.first_plans(call)
     plans += [replace(plans[-1], up=tile) for tile in choices.tiles(call, plans[-1], "up")]
     plans += [replace(plans[-1], down=tile) for tile in choices.tiles(call, plans[-1], "down")]
-    assert 5 < len(plans) < 30
+    if storage == "fp8":  # tiles of what down reads without scales may be narrower
+        plans = [plan for plan in plans if choices.unsupported(key, plan) is None]
+        assert {plan.up.kernel for plan in plans} >= {"w8a8", "w8a16", "w8a16_scaled"}
+    assert 5 < len(plans) < 60
     for plan in (*plans, rule_of_thumb(call)):
         assert choices.unsupported(key, plan) is None, plan
 

@@ -5,7 +5,6 @@ from statistics import geometric_mean
 from hf_fused_mlp.bench.peers import IMPLEMENTATIONS
 from hf_fused_mlp.bench.results import Row, by_problem
 
-
 FEW_COLUMNS = 1, 16, 128, 1024
 
 
@@ -46,7 +45,7 @@ def markdown_table(rows: list[Row]) -> str:
 def lowest_table(rows: list[Row]) -> str:
     """One line a shape: the time of eager divided by the time of the fused MLP, over all its token counts.
 
-    The geometric mean, the lowest and where it is, and the speedup at a few token counts; the last line is of all points.
+    The geometric mean, the lowest and where it is, and a few token counts; the last line is of all points.
     """
     ratios: dict[tuple[str, str | None], dict[int, float]] = {}
     for (shape, dtype, m), entries in by_problem(rows).items():

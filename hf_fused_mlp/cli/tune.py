@@ -68,7 +68,9 @@ def tune(
     tuned = []
     tokens = sorted({next_power_of_two(count) for count in counts})
     if fp8:
-        keys = [replace(key, storage="fp8") for key in keys if isinstance(key, ProblemKey)]
+        keys = [replace(key, storage="fp8") for key in keys if isinstance(key, ProblemKey) or has_fp8(key)]
+        if not keys:
+            fail(f"no weights of {model} are stored in FP8 with a scale for each block")
     problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
     for key in progress(problems, "tuning"):
         try:
@@ -121,6 +123,14 @@ def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey | Ex
     return [key for key in dict.fromkeys(keys) if key is not None]
 
 
+def has_fp8(key: "ExpertsKey") -> bool:
+    """Whether Transformers stores such experts in FP8."""
+    from hf_fused_mlp.types import SCALE_BLOCK
+
+    sizes = key.hidden % SCALE_BLOCK, key.intermediate % SCALE_BLOCK
+    return key.layout == "planes" and not key.bias and sizes == (0, 0)
+
+
 def skeleton(name: str, dtype: "torch.dtype | None") -> "nn.Module":
     """The model of a directory or hub id without weights."""
     require_directory(name)
@@ -158,11 +168,10 @@ def describe_problem(key: "ProblemKey | ExpertsKey") -> str:
 
     kind = "gated" if key.gated else "plain"
     bias = ", bias" if key.bias else ""
-    dtype = str(key.dtype).removeprefix("torch.")
+    dtype = str(key.dtype).removeprefix("torch.") + ("" if key.storage == "float" else f", weights in {key.storage}")
     if isinstance(key, ExpertsKey):
         sizes = f"{key.experts} experts, {key.top_k} a token, {key.hidden} x {key.intermediate}"
         return f"{sizes} {kind} {key.activation}{bias}, {key.layout}, {dtype}"
-    dtype += "" if key.storage == "float" else f", weights in {key.storage}"
     return f"{key.hidden} x {key.intermediate} {kind} {key.activation}{bias}, {dtype}"
 
 

@@ -264,9 +264,9 @@ class ExpertsFamily(Family):
         assert isinstance(spec, ExpertsSpec)
         config, operands = getattr(module, "config", None), operands_of(module, spec)
         top_k = next((n for name in TOP_K if type(n := getattr(config, name, None)) is int), None)
-        if operands is None or top_k is None or not stacks_fit(*operands) or operands.up_scale is not None:
+        if operands is None or top_k is None or not stacks_fit(*operands):
             return None
-        up, down, up_bias, down_bias, form, *_ = operands
+        up, down, up_bias, down_bias, form, up_scale, _ = operands
         hidden, intermediate = down.shape[1:] if form.layout == "planes" else down.mT.shape[1:]
         return ExpertsKey(
             m=next_power_of_two(m),
@@ -277,9 +277,10 @@ class ExpertsFamily(Family):
             layout=form.layout,
             gated=form.gated,
             activation=form.activation,
-            dtype=up.dtype,
+            dtype=up.dtype if up_scale is None else torch.bfloat16,
             bias=up_bias is not None or down_bias is not None,
             gpu=gpu,
+            storage="float" if up_scale is None else "fp8",
         )
 
 

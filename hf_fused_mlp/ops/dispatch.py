@@ -46,7 +46,7 @@ _FALLBACKS = {"fp8": (Plan(TileConfig("fp8_dequantized"), TileConfig("fp8_dequan
 
 @contextmanager
 def by_rule() -> Iterator[None]:
-    """Within it, plans for new calls come from the rule alone, as on a GPU and for shapes that nothing was measured on."""
+    """Within it, plans for new calls come from the rule alone, as for shapes that were never measured."""
     before = list(SOURCES)
     SOURCES[:] = [heuristic_plan]
     try:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hf_fused_mlp.kernels.experts import choices, prepare_experts, rule_of_thumb
 from hf_fused_mlp.logs import logger
-from hf_fused_mlp.reference import experts_ref
+from hf_fused_mlp.reference import experts_ref, fp8_experts_ref
 from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO
 from hf_fused_mlp.tuning.tuner import WHOLE_ROUNDS, Calls, fastest, measure, runnable
-from hf_fused_mlp.types import ExpertsCall, ExpertsKey, ExpertsPlan
-from hf_fused_mlp.validation import RELATIVE_RMS, inaccuracy
+from hf_fused_mlp.types import FP8, ExpertsCall, ExpertsKey, ExpertsPlan, Matrix, scale_blocks
+from hf_fused_mlp.validation import RELATIVE_RMS, Errors, inaccuracy
 
 ROUTINGS = 8  # in a graph; beyond GRAPHS_UP_TO tokens, one call reads almost all experts
 CHECKED_PAIRS = 32  # whose experts are computed in float64, which takes four times the memory of theirs
@@ -61,7 +61,7 @@ class Problem:
 
     key: ExpertsKey
     call: ExpertsCall
-    stacks: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    stacks: tuple[Tensor | None, ...]  # up, down and their biases, and those in FP8 their scales
     copies: list[tuple[Tensor, Tensor, Tensor]]
 
     @property
@@ -70,17 +70,27 @@ class Problem:
 
     @staticmethod
     def random(key: ExpertsKey, device: torch.device) -> "Problem":
-        """Tokens of N(0, 1), weights over sqrt(fan_in), all experts equally likely."""
+        """Tokens of N(0, 1), weights over sqrt(fan_in), all experts equally likely.
+
+        FP8 weights are of N(0, 1), and their scales do the rest.
+        """
+        is_fp8 = key.storage == "fp8"
         width = (2 if key.gated else 1) * key.intermediate
 
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            made = torch.empty(shape, dtype=key.dtype, device=device)
+        def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = key.dtype) -> Tensor:
+            made = torch.empty(shape, dtype=dtype, device=device)
             for part in made:  # one by one, which needs little memory besides
-                part.normal_(0, scale)
+                part.copy_(torch.empty(part.shape, dtype=key.dtype, device=device).normal_(0, scale))
             return made
 
-        up = normal(key.experts, width, key.hidden, scale=key.hidden**-0.5)
-        down = normal(key.experts, key.hidden, key.intermediate, scale=key.intermediate**-0.5)
+        def weights(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+            if not is_fp8:
+                return normal(key.experts, rows, columns, scale=columns**-0.5), None
+            scales = torch.rand(key.experts, scale_blocks(rows), scale_blocks(columns), device=device)
+            return normal(key.experts, rows, columns, dtype=FP8), scales.add_(0.5).mul_(columns**-0.5)
+
+        up, up_scale = weights(width, key.hidden)
+        down, down_scale = weights(key.hidden, key.intermediate)
         if key.layout != "planes":  # what is random may be read in any order
             up, down = up.view(key.experts, key.hidden, width), down.view(key.experts, key.intermediate, key.hidden)
         biases = (
@@ -95,7 +105,8 @@ class Problem:
             for _ in range(ROUTINGS if key.m <= GRAPHS_UP_TO else 1)
         ]
         call = key.call(up.device)  # which has an index
-        return Problem(key, call, (up, down, *(biases or (None, None))), copies)
+        scales = (up_scale, down_scale) if is_fp8 else ()
+        return Problem(key, call, (up, down, *(biases or (None, None)), *scales), copies)
 
     def run(self, x: Tensor, copy: int, plan: ExpertsPlan) -> Tensor:
         _, *routing = self.copies[copy]
@@ -108,23 +119,34 @@ class Problem:
 
 def correct(problem: Problem, plans: Iterable[ExpertsPlan]) -> list[ExpertsPlan]:
     """Those of `plans` that run and are as near to float64 as PyTorch is, as far as some tokens tell, and near to
-    PyTorch's answer for all tokens; others are warned of."""
+    PyTorch's answer for all tokens; others are warned of. In FP8 PyTorch's answer is Transformers', which quantizes
+    tokens."""
     form, (x, ids, weights) = problem.call.form, problem.copies[0]
-    eager = experts_ref(x, ids, weights, *problem.stacks, form)
+    up, down, up_bias, down_bias, *scales = problem.stacks
+    assert up is not None and down is not None
+    if scales:
+        up_scale, down_scale = scales
+        eager = fp8_experts_ref(x, ids, weights, Matrix(up, up_scale, None), Matrix(down, down_scale, None), form)
+    else:
+        eager = experts_ref(x, ids, weights, up, down, up_bias, down_bias, form)
     rows = torch.linspace(0, len(x) - 1, max(1, min(len(x), CHECKED_PAIRS // problem.key.top_k))).long().to(x.device)
     used, places = ids[rows].unique(return_inverse=True)
-    exact: list[Any] = [None if stack is None else stack[used].double() for stack in problem.stacks]
-    stacks = exact[0], exact[1], exact[2], exact[3]
-    oracle = experts_ref(x[rows].double(), places, weights[rows].double(), *stacks, form)
-    del exact, stacks
+    chosen: list[Any] = [None if stack is None else stack[used] for stack in problem.stacks]
+    if not scales:  # or they are dequantized
+        chosen = [None if stack is None else stack.double() for stack in chosen]
+    oracle = experts_ref(x[rows].double(), places, weights[rows].double(), *chosen[:4], form, *chosen[4:])
+    del chosen
+    allowed = 2 * RELATIVE_RMS[x.dtype]
+    if scales:
+        allowed = max(allowed, 3 * Errors.of(eager[rows], oracle).relative_rms)
 
     passed = []
     for plan in runnable(problem, plans):
         torch.full_like(eager, float("nan"))  # what a kernel leaves out must not look right, as in `tuner.correct`
         answer = problem.run(x, 0, plan)
-        reason = inaccuracy(answer[rows], eager[rows], oracle)
+        reason = inaccuracy(answer[rows], eager[rows], oracle, quantized=bool(scales))
         difference = ((answer.float() - eager.float()).norm() / eager.float().norm()).item()
-        if reason is None and not difference <= 2 * RELATIVE_RMS[x.dtype]:
+        if reason is None and not difference <= allowed:
             reason = f"relative difference from PyTorch's answer {difference:.3g}"
         if reason:
             logger.warning("%s gives a wrong answer for %s and is not used: %s", plan, problem.key, reason)

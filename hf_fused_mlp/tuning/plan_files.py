@@ -157,7 +157,7 @@ def _order(key: ProblemKey) -> tuple:
 
 
 def _order_of_experts(key: ExpertsKey) -> tuple:
-    kind = key.layout, key.gated, key.activation, str(key.dtype), key.bias
+    kind = key.layout, key.gated, key.activation, str(key.dtype), key.bias, key.storage
     return key.hidden, key.intermediate, key.experts, key.top_k, *kind, key.m
 
 
@@ -174,7 +174,7 @@ def kernel_hashes() -> dict[str, str]:
     Comments, docstrings, layout, launchers and the version of Python do not change it.
     """
     files = {name: Path(str(kernel.__file__)) for kind in KINDS.values() for name, kernel in kind.kernels.items()}
-    codes = {name: _imported_code(file) + kernel_code(file.read_text(), name) for name, file in files.items()}
+    codes = {name: _imported_code(file) + kernel_code(file.read_text(), file.stem) for name, file in files.items()}
     return {name: hashlib.sha256(code.encode()).hexdigest()[:16] for name, code in codes.items()}
 
 

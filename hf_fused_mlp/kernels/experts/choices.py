@@ -5,10 +5,11 @@ from types import ModuleType
 
 import torch
 
-from hf_fused_mlp.kernels.experts import grouped, pairs
-from hf_fused_mlp.types import ExpertsCall, ExpertsKey, ExpertsPlan, TileConfig, next_power_of_two
+from hf_fused_mlp.kernels.experts import fp8_grouped, grouped, pairs
+from hf_fused_mlp.types import SCALE_BLOCK, ExpertsCall, ExpertsKey, ExpertsPlan, TileConfig, next_power_of_two
 
-KERNELS: dict[str, ModuleType] = {"pairs": pairs, "grouped": grouped}
+FP8_KERNELS = dict.fromkeys(fp8_grouped.ACTIVATIONS, fp8_grouped)  # each a way to multiply, of one kernel
+KERNELS: dict[str, ModuleType] = {"pairs": pairs, "grouped": grouped, **FP8_KERNELS}
 # by order, the kernel, and the rows of one expert that a tile may have; what tensor cores multiply has at least 16
 ORDERS = {"pairs": ("pairs", (1,)), "sorted": ("grouped", (16, 32, 64, 128)), "gathered": ("grouped", (64, 128, 256))}
 MOST_PAIRS = 256  # beyond, reading an expert once for each of its pairs is hopeless
@@ -19,29 +20,33 @@ LARGEST_BLOCK = 1 << 14  # elements of `pairs`, which multiplies what registers 
 
 def unsupported(key: ExpertsKey, plan: ExpertsPlan) -> str | None:
     """Why `plan` cannot or should not run `key`, or None if it can."""
-    if key.storage != "float":  # TODO: candidates, once the kernels for FP8 are measured
-        return f"no plans are measured for weights in {key.storage}"
+    is_fp8 = key.storage == "fp8"
+    if is_fp8 and (key.layout != "planes" or key.bias):
+        return f"no kernel reads weights in FP8 as {key.layout}" + (" with biases" if key.bias else "")
     if plan.order not in ORDERS:
         return f"unknown order {plan.order!r}; known are {', '.join(ORDERS)}"
     kernel, rows = ORDERS[plan.order]
     if plan.rows not in rows:
         return f"{plan.rows} rows a tile; expected one of {', '.join(map(str, rows))}"
-    planes = 2 if key.gated else 1
+    planes, item_bytes = 2 if key.gated else 1, 1 if is_fp8 else key.dtype.itemsize
+    kernels = list(FP8_KERNELS) if is_fp8 and kernel == "grouped" else [kernel]
     for name, n, k, width, tile in (
         ("up", key.intermediate, key.hidden, planes, plan.up),
         ("down", key.hidden, key.intermediate, 1, plan.down),
     ):
-        if tile.kernel != kernel:
-            return f"{name}: {tile.kernel!r} does not run in the order {plan.order!r}, {kernel} does"
+        if tile.kernel not in kernels:
+            return f"{name}: {tile.kernel!r} does not run in the order {plan.order!r}; expected {' or '.join(kernels)}"
         if kernel == "pairs":
             together = next_power_of_two(key.top_k) if name == "down" else 1
             if together * tile.block_n * tile.block_k > LARGEST_BLOCK or k > MOST_PIECES * tile.block_k:
                 return f"{name}: blocks of {tile.block_n} x {tile.block_k} are too large or too small"
-        elif k * key.dtype.itemsize % 16 or n * key.dtype.itemsize % 16:
+            if is_fp8 and tile.block_k % SCALE_BLOCK:
+                return f"{name}: blocks of {tile.block_k} along K; FP8 is read in whole blocks of {SCALE_BLOCK}"
+        elif k * item_bytes % 16 or n * item_bytes % 16:
             return f"{name}: tensor descriptors need rows of a multiple of 16 bytes, not {n} and {k} elements"
         elif tile.block_n < 16 or tile.block_k < 16 or plan.rows * width * tile.block_n > LARGEST_TILE:
             return f"{name}: tiles of {plan.rows} x {tile.block_n} x {tile.block_k} are too large or too small"
-    return None
+    return fp8_grouped.unsupported(plan) if is_fp8 and kernel == "grouped" else None
 
 
 def first_plans(call: ExpertsCall) -> list[ExpertsPlan]:
@@ -50,6 +55,8 @@ def first_plans(call: ExpertsCall) -> list[ExpertsPlan]:
     plans = []
     if call.pairs <= MOST_PAIRS and call.form.layout == "planes":
         plans.append(ExpertsPlan("pairs", 1, *(next(iter(_pairs(call, name))) for name in ("up", "down"))))
+    if call.storage == "fp8":
+        return plans + _first_fp8_plans(call, rows)
     if call.dtype == torch.float32:
         return [*plans, *(_plan("sorted", height, (32, 32, 4, 2), (64, 32, 4, 2)) for height in (16, 32))]
     for height, up, down in (
@@ -69,6 +76,8 @@ def tiles(call: ExpertsCall, plan: ExpertsPlan, launch: str) -> list[TileConfig]
     """The tiles that a tuner should try in place of those of a plan's `launch`, "up" or "down"."""
     if plan.order == "pairs":
         return list(_pairs(call, launch))
+    if call.storage == "fp8":
+        return _fp8_tiles(call, plan, launch)
     halved = launch == "up" and call.form.gated  # a tile has so many rows of gate, too
     if call.dtype == torch.float32:
         sizes: list[tuple[int, int, int, int]] = [(32, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3)]
@@ -83,11 +92,39 @@ def tiles(call: ExpertsCall, plan: ExpertsPlan, launch: str) -> list[TileConfig]
     return made
 
 
+def _first_fp8_plans(call: ExpertsCall, rows: float) -> list[ExpertsPlan]:
+    """Each way to multiply, with tiles of as many rows as may suit so many of an expert."""
+    if call.dtype == torch.float32:
+        return [fp8_grouped.plan_of(call, height, "w8a16", (32, 4, 2), (32, 4, 2)) for height in (16, 32)]
+    plans = []
+    for order, height, warps in (("sorted", 16, 4), ("sorted", 32, 4), ("sorted", 64, 4), ("gathered", 64, 4)):
+        if height <= 4 * max(4, rows) and rows <= 8 * height:
+            tile = SCALE_BLOCK, warps, 3
+            plans += [fp8_grouped.plan_of(call, height, kernel, tile, tile, order=order) for kernel in FP8_KERNELS]
+    if rows >= 32:
+        plans += [fp8_grouped.plan_of(call, 128, kernel, (128, 8, 4), (128, 8, 6)) for kernel in FP8_KERNELS]
+    return plans
+
+
+def _fp8_tiles(call: ExpertsCall, plan: ExpertsPlan, launch: str) -> list[TileConfig]:
+    if call.dtype == torch.float32:
+        kernels, sizes = ["w8a16"], [(32, 4, 2), (64, 4, 2)]
+    else:
+        kernels = list(FP8_KERNELS)
+        sizes = [(128, 4, 2), (128, 4, 4), (128, 8, 3), (128, 8, 4), (64, 4, 3), (64, 4, 5), (64, 8, 4)]
+    made = []
+    for kernel in kernels:
+        for size in sizes:
+            tuned = fp8_grouped.plan_of(call, plan.rows, kernel, size, size)
+            made.append(tuned.up if launch == "up" else tuned.down)
+    return made
+
+
 def _pairs(call: ExpertsCall, launch: str) -> Iterable[TileConfig]:
-    k = call.hidden if launch == "up" else call.intermediate
+    k, least = (call.hidden if launch == "up" else call.intermediate), SCALE_BLOCK if call.storage == "fp8" else 16
     together = next_power_of_two(call.top_k) if launch == "down" else 1
     for block_n, size, warps in ((2, 2048, 4), (1, 1024, 4), (1, 2048, 4), (2, 1024, 4), (1, 4096, 8), (4, 4096, 8)):
-        block_k = min(max(size // together, 16), next_power_of_two(k))
+        block_k = min(max(size // together, least), max(least, next_power_of_two(k)))
         if k <= 64 * block_k:
             yield TileConfig("pairs", block_n=block_n, block_k=block_k, num_warps=warps)
 

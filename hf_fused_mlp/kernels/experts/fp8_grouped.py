@@ -217,8 +217,13 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
     return plan_of(call, 64 if rows < 48 else 128, "w8a8", (128, 8, 4), (128, 8, 6))
 
 
-def plan_of(call: ExpertsCall, rows: int, kernel: str, *tiles: tuple[int, int, int]) -> ExpertsPlan:
-    """Tiles of (block_n, num_warps, num_stages), with as many stages as the GPU has shared memory for."""
+def plan_of(
+    call: ExpertsCall, rows: int, kernel: str, *tiles: tuple[int, int, int], order: str | None = None
+) -> ExpertsPlan:
+    """Tiles of (block_n, num_warps, num_stages), with as many stages as the GPU has shared memory for.
+
+    Without an `order`, up to 64 rows are sorted, and more are gathered.
+    """
     shared = GPU.of(call.device).shared_memory
     quantized = ACTIVATIONS[kernel]
     of_x = (call.dtype if quantized is None else quantized[0]).itemsize
@@ -234,7 +239,17 @@ def plan_of(call: ExpertsCall, rows: int, kernel: str, *tiles: tuple[int, int, i
         )
         for plane, (block_n, num_warps, num_stages) in zip(planes, tiles, strict=True)
     ]
-    return ExpertsPlan("sorted" if rows <= 64 else "gathered", rows, *configs)
+    return ExpertsPlan(order or ("sorted" if rows <= 64 else "gathered"), rows, *configs)
+
+
+def unsupported(plan: ExpertsPlan) -> str | None:
+    """Why the tiles of `plan` cannot be read with their scales, or None if they can."""
+    for tile in (plan.up, plan.down):
+        if tile.block_k != SCALE_BLOCK or SCALE_BLOCK % tile.block_n:
+            return f"{tile}: a step is one block of scales, and the rows of a tile must share their scales"
+    if ACTIVATIONS[plan.down.kernel] is not None and plan.up.block_n != SCALE_BLOCK:
+        return f"{plan.up}: what down reads with scales is quantized in whole blocks"
+    return None
 
 
 def fp8_grouped(call: ExpertsCall, plan: ExpertsPlan):
@@ -247,11 +262,8 @@ def fp8_grouped(call: ExpertsCall, plan: ExpertsPlan):
     gpu = GPU.of(call.device)
     left = plan.order == "sorted"
     quantized, h_quantized = ACTIVATIONS[up.kernel], ACTIVATIONS[down.kernel]
-    for tile in (up, down):
-        if tile.block_k != SCALE_BLOCK or SCALE_BLOCK % tile.block_n:
-            raise ValueError(f"{tile}: a step is one block of scales, and the rows of a tile must share their scales")
-    if h_quantized is not None and up.block_n != SCALE_BLOCK:
-        raise ValueError(f"{up}: what down reads with scales is quantized in whole blocks")
+    if reason := unsupported(plan):
+        raise ValueError(reason)
     padded = (call.pairs // rows + 2) * rows  # of scales of sorted rows: the last tile's are read in whole
     overlap = gpu.can_overlap and left
     sort, add = routing.sort(call, rows, positions=not left, overlap=overlap), routing.add(call, overlap)
