@@ -35,17 +35,11 @@ def caplog(caplog):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where kernels run: compiled on a GPU, interpreted on the CPU. New memory holds NaN, so that a gap shows.
-
-    No launch is remembered that another test has run.
-    """
-    from hf_fused_mlp.tuning import cache
-
+    """Where kernels run: compiled on a GPU, interpreted on the CPU. New memory holds NaN, so that a gap shows."""
     guards = torch._C._dynamo.guards  # the kernels allocate with Inductor's functions
     for module, name in ((torch, "empty"), (guards, "_empty_strided_cpu"), (guards, "_empty_strided_cuda")):
         if allocate := getattr(module, name, None):
             monkeypatch.setattr(module, name, partial(_filled, allocate))
-    cache.forget()
     with interpreter(monkeypatch) if request.param == "cpu" else nullcontext():
         yield torch.device(request.param)
 

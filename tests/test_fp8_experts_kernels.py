@@ -22,7 +22,7 @@ def plan(order, rows, up, down="", up_n=128):
 
 
 MAIN = {
-    "pairs": ExpertsPlan("pairs", 1, ROW, replace(ROW, block_n=8, block_k=256)),
+    "pairs": ExpertsPlan("pairs", 1, ROW, replace(ROW, block_k=256)),
     "w8a16 16": plan("sorted", 16, "w8a16", up_n=64),
     "w8a8 64": plan("sorted", 64, "w8a8"),
     "w8a8 128": plan("gathered", 128, "w8a8"),
