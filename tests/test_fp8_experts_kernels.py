@@ -134,10 +134,12 @@ def test_types(plan, dtype, device):
 
 @pytest.mark.parametrize("plan", ["w8a8 16", "w8a8 128", "w8a16_scaled 16"])
 def test_extremes(plan, device):
-    """A row of zeros, large and small tokens: a block that is all zero, one that would overflow in fp16."""
+    """A row of zeros, large and small tokens: a block that is all zero, one that would overflow in fp16, one whose
+    scale has no finite inverse."""
     x, *rest = problem(GATED, device, torch.float32, tokens=9)
     x *= torch.logspace(-6, 3, 9, device=device)[:, None]
     x[3], x[4, :128], x[8, 7] = 0, 0, 3e5
+    x[5] *= 1e-19
     operands = x, *rest
     got = run(PLANS[plan], operands, GATED)
     check(got, operands, GATED)
