@@ -46,7 +46,7 @@ def scales_to(x, AXIS: tl.constexpr, LARGEST: tl.constexpr):
 
 @triton.jit
 def scaled_to(x, LARGEST: tl.constexpr):
-    """Divides fp32 `x` `[blocks, elements]` by scales that make each block's largest element `LARGEST`; returns both."""
+    """fp32 `x` `[blocks, elements]` over the scale of each block (see `scales_to`), and the scales."""
     scale = scales_to(x, 1, LARGEST)
     return x / scale[:, None], scale
 
