@@ -35,13 +35,20 @@ def caplog(caplog):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where kernels run: compiled on a GPU, interpreted on the CPU. New memory holds NaN, so that a gap shows."""
+    """Where kernels run: compiled on a GPU, interpreted on the CPU. New memory holds NaN, so that a gap shows.
+
+    Nothing that another test made the package remember answers calls: launches, or plans that failed.
+    """
+    from hf_fused_mlp.tuning import cache
+
+    cache.forget()
     guards = torch._C._dynamo.guards  # the kernels allocate with Inductor's functions
     for module, name in ((torch, "empty"), (guards, "_empty_strided_cpu"), (guards, "_empty_strided_cuda")):
         if allocate := getattr(module, name, None):
             monkeypatch.setattr(module, name, partial(_filled, allocate))
     with interpreter(monkeypatch) if request.param == "cpu" else nullcontext():
         yield torch.device(request.param)
+    cache.forget()
 
 
 def _filled(allocate, *args, **kwargs):
@@ -91,9 +98,7 @@ def interpreter(monkeypatch):
 
     from hf_fused_mlp import kernels
     from hf_fused_mlp.kernels import _common, _fp8, _quantize, experts, norm
-    from hf_fused_mlp.tuning import cache
 
-    cache.forget()  # of what is kept of calls, kernels are a part
     changed = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base, tl.core.condition)
     before = [dict(vars(owner)) for owner in changed]
     of_experts = experts._common, experts.pairs, experts.routing, experts.grouped, experts.fp8_grouped
@@ -103,7 +108,6 @@ def interpreter(monkeypatch):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
     yield
-    cache.forget()
     monkeypatch.undo()
     for owner, attributes in zip(changed, before, strict=True):
         for name, value in list(vars(owner).items()):

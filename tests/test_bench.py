@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -137,7 +138,7 @@ def test_implementations_compute_the_mlp(path, absent):
             continue  # needs a GPU
         answer = implementation.prepare(eager, fused, x)()
         assert answer.shape == expected.shape
-        if implementation.role == "quantized":
+        if implementation.in_fp8:
             assert Errors.of(answer, oracle).relative_rms < 0.06
         elif implementation.role != "floor":
             assert inaccuracy(answer, expected, oracle) is None, name
@@ -211,11 +212,24 @@ def test_judgement(monkeypatch, caplog):
     assert failed == "liger: failed at here: RuntimeError: no kernel"
 
     monkeypatch.setitem(IMPLEMENTATIONS, "fused", Implementation("fused", answers(lambda y: 2 * y), "ours"))
-    with pytest.raises(AssertionError, match="here: the fused MLP is wrong, so it is not timed: largest error"):
+    with pytest.raises(AssertionError, match="here, fused: the fused MLP is wrong, so it is not timed: largest error"):
         measuring.judged(["fused"], *forms(LLAMA), "here")
     monkeypatch.setitem(IMPLEMENTATIONS, "fused", Implementation("fused", fails, "ours"))
     with pytest.raises(RuntimeError, match="no kernel"):
         measuring.judged(["fused"], *forms(LLAMA), "here")
+
+
+@torch.no_grad()
+def test_judgement_in_fp8(monkeypatch):
+    """By the numbers that FP8 stands for, so that what quantizing costs is no error."""
+    eager, fused, x = forms(NEOX)
+    assert list(measuring.judged(["fp8"], eager, fused, x, "here")) == ["fp8"]
+    row = IMPLEMENTATIONS["fp8"]
+    answer = row.prepare(eager, fused, x)()
+    assert inaccuracy(answer, eager(x), copy.deepcopy(eager).double()(x.double()))
+    monkeypatch.setitem(IMPLEMENTATIONS, "fp8", replace(row, prepare=lambda *_: lambda: 1.2 * answer))
+    with pytest.raises(AssertionError, match="here, fp8: the fused MLP is wrong, so it is not timed"):
+        measuring.judged(["fp8"], eager, fused, x, "here")
 
 
 @pytest.mark.usefixtures("stand_ins")

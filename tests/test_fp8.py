@@ -128,10 +128,12 @@ def test_quantizing(device):
     assert data.shape == (16, 1024)
     assert scale.shape == (8, 16)
     torch.testing.assert_close(scale[:, :5].t(), factors, rtol=1e-6, atol=0)
-    got, wanted = data[:5].float(), expected.float()
-    differ = got != wanted  # where a quotient is between two numbers, the last bit of a scale decides
-    assert differ.float().mean() < 1e-3
-    torch.testing.assert_close(got, wanted, rtol=0.13, atol=0)
+    # where a quotient is halfway between two numbers, the last bits of a division decide, which a GPU's may get wrong
+    quotients = x.float() / factors.repeat_interleave(128, 1)
+    below, above = ((quotients * factor).clamp(-448, 448).to(expected.dtype) for factor in (1 - 1e-6, 1 + 1e-6))
+    got = data[:5].float()
+    assert ((got == below.float()) | (got == above.float())).all()
+    assert (got == expected.float()).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("as_bytes", [True, False], ids=["bytes", "fp8"])

@@ -8,8 +8,10 @@ import torch
 from models import as_on_gpu, fp8_by_reference, real_mlp, tiny_model, token_ids
 from numerics import quantize_weight
 from torch import nn
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model, validate
 from hf_fused_mlp.reference import dequantize, quantize_ref
@@ -189,8 +191,12 @@ def test_what_cannot_be_read_is_called(change, by_transformers, on_gpu, monkeypa
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_damaged_scales(value):
+@pytest.mark.parametrize("called", [False, True])
+def test_damaged_scales(called, value):
+    """Also where another layer has to be called."""
     mlp = to_fp8(real_mlp(LLAMA, **SIZES))
+    if called:
+        hooked(mlp)
     mlp.down_proj.weight_scale_inv.data[1, 2] = value
     (report,) = fusion_report(fuse_model(nn.ModuleList([mlp]))).mlps
     assert report.state == "skipped"
@@ -238,6 +244,40 @@ def test_a_whole_model(by_transformers, on_gpu):
     assert torch.equal(twin(ids).logits, model(ids).logits)
     unfuse_model(model)
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_without_a_download(device, by_transformers, tmp_path, monkeypatch):
+    """Quantized in every projection while it loads, a model generates, asks for no kernel of Transformers', and is
+    saved as it would be unfused."""
+
+    def download(*_):
+        raise ImportError("no network")
+
+    monkeypatch.setattr(finegrained_fp8, "is_kernels_available", lambda: False)
+    monkeypatch.setattr(finegrained_fp8, "lazy_load_kernel", download)
+    if device == "cpu":
+        as_on_gpu(monkeypatch)
+        monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    tiny_model(dtype=torch.bfloat16, head_dim=64, **SIZES).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16,
+        device_map=device,
+        quantization_config=FineGrainedFP8Config(modules_to_not_convert=["lm_head"]),
+        use_fused_mlp={"fp8_linears": True},
+    )
+    report, ids = fusion_report(model), token_ids(2, 7).to(device)
+    assert [(status.state, status.reason) for status in (*report.mlps, *report.fp8_linears)] == [("fused", None)] * 16
+    logits, exact = model(ids).logits, nn.Module.float(dequantized(model))(ids).logits
+    assert (logits - exact).norm() < 0.1 * exact.norm()
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 11)
+    assert by_transformers == []
+    for form, change in (("fused", fuse_model), ("plain", unfuse_model)):
+        change(model).save_pretrained(tmp_path / form)
+    fused, plain = ((tmp_path / form / "model.safetensors").read_bytes() for form in ("fused", "plain"))
+    assert fused == plain and len(plain) < 0.6 * (tmp_path / "model.safetensors").stat().st_size
 
 
 @torch.no_grad()

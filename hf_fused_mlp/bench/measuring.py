@@ -16,6 +16,7 @@ from hf_fused_mlp.bench import results
 from hf_fused_mlp.bench.peers import IMPLEMENTATIONS, Unavailable
 from hf_fused_mlp.bench.results import Header, Row
 from hf_fused_mlp.bench.shapes import Shape
+from hf_fused_mlp.numerics.fp8 import dequantized, fp8_by_reference
 from hf_fused_mlp.reading.mlp import MLPKind
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO, Timing, round_robin
 from hf_fused_mlp.validation import inaccuracy
@@ -124,8 +125,7 @@ def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, prob
     Raises:
         AssertionError: the fused MLP is outside the tolerance of `validation.inaccuracy`.
     """
-    expected, oracle = eager(x), copy.deepcopy(eager).double()(x.double())
-    calls = {}
+    in_float, calls = (eager(x), copy.deepcopy(eager).double()(x.double())), {}
     for name in names:
         implementation = IMPLEMENTATIONS[name]
         try:
@@ -146,11 +146,20 @@ def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, prob
         calls[name] = call
         if implementation.role in ("floor", "quantized"):
             continue
-        if reason := inaccuracy(answer, expected, oracle):
+        in_fp8 = implementation.in_fp8
+        expected, oracle = in_float if in_fp8 is None else _references_in_fp8(in_fp8(copy.deepcopy(eager)), x)
+        if reason := inaccuracy(answer, expected, oracle, quantized=in_fp8 is not None):
             if implementation.role == "ours":
-                raise AssertionError(f"{problem}: the fused MLP is wrong, so it is not timed: {reason}")
+                raise AssertionError(f"{problem}, {name}: the fused MLP is wrong, so it is not timed: {reason}")
             logger.warning("%s: inaccurate at %s, timed all the same: %s", name, problem, reason)
     return calls
+
+
+def _references_in_fp8(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What an MLP of `FP8Linear`s gives with Transformers' arithmetic, and in float64 without quantizing tokens."""
+    with fp8_by_reference(module):
+        expected = module(x)
+    return expected, copy.deepcopy(dequantized(module)).double()(x.double())
 
 
 def mlp_row(shape: Shape, m: int, dtype: torch.dtype, kind: MLPKind, impl: str, timing: Timing) -> Row:

@@ -37,8 +37,9 @@ class Implementation:
     """One row.
 
     `ours` must be within tolerance, `eager` is the baseline, a `peer` is checked but timed anyway, a `floor` does not
-    compute an MLP, and what is `quantized` computes another one. An implementation that `trains` gives gradients to
-    the parameters of the eager module.
+    compute an MLP, and what is `quantized` computes another one, which is not checked. One that is checked in FP8 is
+    compared with what `in_fp8` makes of the eager module, which it may change. An implementation that `trains` gives
+    gradients to the parameters of the eager module.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Implementation:
     role: Literal["ours", "eager", "peer", "floor", "quantized"] = "peer"
     package: str | None = None
     trains: bool = False
+    in_fp8: Callable[[nn.Module], nn.Module] | None = None
 
 
 def fused_mlp(eager, fused, x):
@@ -180,7 +182,7 @@ IMPLEMENTATIONS = {
         Implementation("quack", quack, package="quack-kernels"),
         Implementation("packed-gemm", packed_gemm),
         Implementation("two-gemms", two_gemms, "floor"),
-        Implementation("fp8", fp8_mlp, "quantized"),
+        Implementation("fp8", fp8_mlp, "ours", in_fp8=to_fp8),
         Implementation("torchao-fp8", torchao_fp8, "quantized", package="torchao"),
     )
 }

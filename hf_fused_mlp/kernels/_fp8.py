@@ -35,13 +35,19 @@ def load_scale(ptr, mask):
 
 
 @triton.jit
-def scaled_to(x, LARGEST: tl.constexpr):
-    """Divides fp32 `x` `[blocks, elements]` by scales that make each block's largest element `LARGEST`; returns both.
+def scales_to(x, AXIS: tl.constexpr, LARGEST: tl.constexpr):
+    """What to divide fp32 `x` by so that its largest elements along `AXIS` are `LARGEST`; 1 for zeros.
 
-    The scale of zeros is 1.
+    No scale is so small that its inverse would be infinite.
     """
-    scale = tl.max(tl.abs(x), 1) / LARGEST
-    scale = tl.where(scale == 0, 1.0, scale)
+    scale = tl.max(tl.abs(x), AXIS) / LARGEST
+    return tl.where(scale == 0, 1.0, tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale))
+
+
+@triton.jit
+def scaled_to(x, LARGEST: tl.constexpr):
+    """fp32 `x` `[blocks, elements]` over the scale of each block (see `scales_to`), and the scales."""
+    scale = scales_to(x, 1, LARGEST)
     return x / scale[:, None], scale
 
 

@@ -134,13 +134,13 @@ def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
     if reason := why_functions_are_not_own() or altered_reason(module, spec):
         return reason
     projections: dict[str, Any] = {name: module._modules[name] for name in spec.projections}
+    matrices: dict[str, Any] = {name: read(projection) for name, projection in projections.items()}
+    for name, matrix in matrices.items():
+        if matrix is not None and (reason := unusable_scales(matrix.scale)):
+            return f"{name} {reason}"
     if reason := called_reason(module, spec):
         loaded = all(is_loaded(projection) for projection in projections.values())
         return None if loaded and can_call(module, spec, read_projections(module, spec)) else reason
-    matrices: dict[str, Any] = {name: read(projection) for name, projection in projections.items()}
-    for name, matrix in matrices.items():
-        if reason := unusable_scales(matrix.scale):
-            return f"{name} {reason}"
     return _mismatch(matrices, spec)
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import grouped_tile
-from hf_fused_mlp.kernels._fp8 import LARGEST, from_fp8, load_scale, scale_for_kernels, scaled_to
+from hf_fused_mlp.kernels._fp8 import LARGEST, from_fp8, load_scale, scale_for_kernels, scaled_to, scales_to
 from hf_fused_mlp.kernels._launch import Tiling, allocator, launcher
 from hf_fused_mlp.kernels.experts import routing
 from hf_fused_mlp.kernels.experts._common import combine, reader
@@ -190,8 +190,7 @@ def _fp8_grouped_kernel(
         mask_n = offs_n < N
         out = combine(acc_gate, acc, GATED, ACTIVATION, LIMIT, UP_OFFSET, SHORT)
         if out_scale_ptr is not None:
-            out_scale = tl.max(tl.abs(out), 1 - AXIS) / LARGEST
-            out_scale = tl.where(out_scale == 0, 1.0, out_scale)
+            out_scale = scales_to(out, 1 - AXIS, LARGEST)
             out *= tl.expand_dims(1.0 / out_scale, 1 - AXIS)
             tl.store(out_scale_ptr + pid_n * out_rows + rows, out_scale, mask=mask_m)
         if factor is not None:
