@@ -5,8 +5,10 @@ Whatever was changed runs, and reports say so.
 
 import copy
 import gc
+import inspect
 import pickle
-from types import FunctionType, MethodType
+import textwrap
+from types import FunctionType, MethodType, ModuleType
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from hf_fused_mlp import launch_cache, modes, ops
 from hf_fused_mlp.families.experts import FusedExperts, operands_of
 from hf_fused_mlp.fuse import fuse_model, fusion_report, unfuse_model
-from hf_fused_mlp.reading.experts import original_of
+from hf_fused_mlp.reading.experts import ExpertsSpec, find_experts, original_of
 from hf_fused_mlp.types import ExpertsOperands
 
 MIXTRAL = "transformers.models.mixtral.modeling_mixtral.MixtralExperts"
@@ -207,6 +209,91 @@ def test_a_property_over_a_weight(fused):
 
     fused.__class__ = Scaled
     assert status(fused).reason.startswith("Scaled has 'down_proj' as an attribute of the class, which hides")
+
+
+def scaled(self, name):
+    value = nn.Module.__getattr__(self, name)
+    return value * 0.5 if name == "down_proj" else value
+
+
+def of_class(**attributes):
+    def change(experts, patch):
+        experts.__class__ = type("Changed", (type(experts),), attributes)
+
+    return change
+
+
+def of_instance(experts, patch):
+    experts.__dict__["act_fn"] = torch.tanh
+
+
+class Emulated(ModuleType):
+    """Like PyTorch's module but for one product, as emulators of number formats put in its place."""
+
+    def __getattr__(self, name):
+        return self if name == "functional" else getattr(nn.functional, name, None) or getattr(nn, name)
+
+    def linear(self, *args):
+        return nn.functional.linear(*args) * 0.5
+
+
+def names_of_modules(experts, patch):
+    patch.setattr("transformers.models.mixtral.modeling_mixtral.nn", Emulated("nn"))
+
+
+ATTRIBUTES = {
+    "getattr": (of_class(__getattr__=scaled), "looks its attributes up"),
+    "call": (of_class(__call__=lambda self, *args: self.forward(*args) * 2), "is called"),
+    "activation of the class": (
+        of_class(act_fn=staticmethod(torch.tanh)),
+        "has 'act_fn' as an attribute of the class",
+    ),
+    "activation of the instance": (of_instance, "the activation of"),
+    "names": (names_of_modules, "is not one of the known loops"),
+}
+
+
+@pytest.mark.parametrize("case", ATTRIBUTES)
+@pytest.mark.parametrize("door", ["class", "interface"])
+@torch.no_grad()
+def test_the_same_text_with_another_meaning(case, door, on_cpu, monkeypatch):  # noqa: F811
+    """The forward is a known loop, whose words mean something else for this class, instance or module."""
+    change, reason = ATTRIBUTES[case]
+    find_experts(make(MIXTRAL))  # what was read before is not believed
+    experts = make(MIXTRAL)
+    x = inputs(experts)
+    change(experts, monkeypatch)
+    experts.config._experts_implementation = "eager" if door == "class" else "grouped_mm"
+    expected = experts(*x)
+    if door == "class":
+        assert status(fuse_model(experts)).state == "skipped" and reason in status(experts).reason
+    else:
+        experts.config._experts_implementation = "hf_fused_mlp"
+    assert torch.equal(experts(*x), expected) and not on_cpu
+
+
+@pytest.mark.parametrize("change", [of_instance, names_of_modules])
+@torch.no_grad()
+def test_a_meaning_that_changes_after_fusing(change, fused, on_cpu, monkeypatch):  # noqa: F811
+    x = inputs(fused)
+    fused.config._experts_implementation = "eager"
+    change(fused, monkeypatch)
+    assert original_runs(fused, x, on_cpu) and status(fused).reason is not None
+    monkeypatch.undo()
+
+
+@torch.no_grad()
+def test_an_argument_that_is_called_like_a_module(tmp_path):
+    """`nn` is its tokens here."""
+    source = textwrap.dedent(inspect.getsource(original_of(type(make(MIXTRAL)).forward)))
+    assert "nn.functional.linear" in source
+    for name in ("tokens", "nn"):
+        file, names = tmp_path / f"{name}.py", {"torch": torch, "nn": nn}
+        file.write_text(source.replace("hidden_states", name))
+        exec(compile(file.read_text(), file, "exec"), names)
+        experts = make(MIXTRAL)
+        experts.__class__ = type("Own", (nn.Module,), {"forward": names["forward"]})
+        assert isinstance(find_experts(experts), ExpertsSpec) == (name == "tokens")
 
 
 @pytest.mark.parametrize("door", ["class", "interface"])

@@ -1,6 +1,7 @@
 """The kernels of routed experts against float64: interpreted on the CPU, compiled on a GPU."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from numerics import ROUTINGS, rerouted, run_experts
 
 from hf_fused_mlp.reference import experts_ref
-from hf_fused_mlp.types import ExpertsForm, ExpertsPlan, TileConfig
+from hf_fused_mlp.types import ExpertsCall, ExpertsForm, ExpertsPlan, TileConfig
 
 PLANES = ExpertsForm("planes", True, "silu")
 FORMS = {
@@ -88,17 +89,40 @@ def test_types(plan, device):
     check(run_experts(PLANS[plan], operands, PLANES), operands, PLANES)
 
 
+@pytest.mark.parametrize("plan", ["pairs", "16", "128"])
 @pytest.mark.parametrize("tokens", [16, 17, 40])
-def test_more_programs_than_a_grid_holds(tokens, device, monkeypatch):
-    """Tokens are computed in parts, also where rows are apart."""
+def test_more_tokens_than_a_launch_takes(plan, tokens, device, monkeypatch):
+    """They are computed in parts, also where rows are apart."""
     from hf_fused_mlp.kernels import experts
 
-    monkeypatch.setattr(experts, "MOST_PROGRAMS", 6 * 19)  # of 19 tokens: three pairs of two programs each
+    monkeypatch.setattr(experts, "MOST_PROGRAMS", 9 * 19)  # of 19 tokens: three pairs of three programs each
+    monkeypatch.setattr(experts, "MOST_SORTED", 3 * 19)
     x, *rest = problem(PLANES, device, torch.float16, tokens)
     apart = torch.zeros(len(x), 2 * x.shape[1], dtype=x.dtype, device=device)[:, : x.shape[1]].copy_(x)
-    plan = ExpertsPlan("pairs", 1, replace(ROW, block_n=32), replace(ROW, block_n=32))
+    parts = []
+
+    def counted(make, call, *args):
+        parts.append(call.tokens)
+        return make(call, *args)
+
+    for module, name in ((experts.pairs, "pairs"), (experts.grouped, "grouped")):
+        monkeypatch.setattr(module, name, partial(counted, getattr(module, name)))
     for operands in ((x, *rest), (apart, *rest)):
-        check(run_experts(plan, operands, PLANES), operands, PLANES)
+        parts.clear()
+        check(run_experts(PLANS[plan], operands, PLANES), operands, PLANES)
+        assert parts == {16: [16], 17: [16, 1], 40: [16, 8]}[tokens]
+
+
+def test_most_pairs_compile(monkeypatch):
+    """A program that sorts more than 1024 of them spills registers, and one of 16384 compiles for minutes."""
+    from hf_fused_mlp.kernels.experts import MOST_SORTED, routing
+
+    values = []
+    monkeypatch.setattr(routing, "launcher", lambda *args, **_: values.append(args[3]))
+    call = ExpertsCall(MOST_SORTED // 8, 8, 128, 64, 64, 64, PLANES, torch.float16, torch.device("cpu"))
+    routing.sort(call, 128, positions=True, overlap=False)
+    *_, (num_pairs, _, chunks, _, chunk, *_) = values
+    assert chunks * chunk == num_pairs == MOST_SORTED and chunk <= 1024
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 6])

@@ -25,6 +25,7 @@ from hf_fused_mlp.reading.experts import (
     has_own_gate,
     hf_fused_mlp_wraps,
     interface_of,
+    keeps_names,
     multiplies_by_scales,
     original_of,
 )
@@ -110,6 +111,8 @@ def _keeps_code(module: FusedExperts, cls: type[FusedExperts]) -> bool:
         and getattr(original, "_apply_gate", None) is gate
         and getattr(gate, "__code__", None) is gate_code
         and (linear is None or (original.linear is linear and linear.__code__ is linear_code))
+        and keeps_names(loop)
+        and keeps_names(gate)
         and not has_own_gate(module)
     )
 

@@ -17,6 +17,7 @@ from hf_fused_mlp.calls import is_bare, runs_class_forward
 from hf_fused_mlp.originals import is_own
 from hf_fused_mlp.reading.activations import activation_at_a_glance, find_activation
 from hf_fused_mlp.reading.expert_loops import GATES, LOOPS, OPTIONAL, Gate, Loop
+from hf_fused_mlp.reading.expression import is_usual
 from hf_fused_mlp.reading.source import Unreadable, meaning_of, source_of
 from hf_fused_mlp.types import ExpertsForm
 
@@ -24,7 +25,8 @@ _MODULE = "transformers.integrations.moe"
 _FP8_MODULE, _FP8_LINEAR = "transformers.integrations.finegrained_fp8", "FP8Experts.linear"
 _FLAGS = "has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"
 _STACKS = "gate_up_proj", "up_proj", "down_proj"
-_PARAMETERS = tuple(f"{name}{suffix}" for suffix in ("", "_bias", "_scale_inv") for name in _STACKS)
+# parameters and a child, which an attribute of the class would hide
+_HELD = "act_fn", *(f"{name}{suffix}" for suffix in ("", "_bias", "_scale_inv") for name in _STACKS)
 _SPELLINGS = {"nn.functional": "F", "torch.nn.functional": "F"}
 _MEANINGS = {"torch": torch, "nn": nn, "F": F}
 _NUMBERS = float, int
@@ -156,9 +158,10 @@ def hf_fused_mlp_experts_spec(
             return None
         kept = _specs[forward] = _Kept(forward.__code__, ref(loop), loop.__code__, {})
     gate, code = (gate, gate.__code__) if type(gate) is FunctionType else (None, None)
-    hidden = next((name for name in _PARAMETERS if hasattr(cls, name)), None)
+    hidden = next((name for name in _HELD if hasattr(cls, name)), None)
     multiplies = multiplies_by_scales(cls)
-    key = gate and ref(gate), hidden, flags, without, activation, multiplies
+    same = keeps_names(kept.loop()) and keeps_names(gate)
+    key = gate and ref(gate), hidden, flags, without, activation, multiplies, is_usual(cls), same
     gate_code, spec = kept.specs.get(key, (None, None))
     if spec is None or gate_code is not code:
         spec = _spec_of(cls, kept.loop(), gate, hidden, dict(flags), without, activation, multiplies)
@@ -190,11 +193,13 @@ def _spec_of(
     multiplies: bool,
 ) -> ExpertsSpec | str:
     if hidden is not None:
-        return f"{cls.__name__} has {hidden!r} as an attribute of the class, which hides the parameter of that name"
+        return f"{cls.__name__} has {hidden!r} as an attribute of the class, which hides that of the instance"
     if own["has_post_expert_norm"]:  # unknown to earlier versions of Transformers
         return f"{cls.__name__} has a norm after each expert, which no kernel computes"
     loops = _loops_of(original)
     decorated = original is not cls.forward
+    if loops and not is_usual(cls):
+        return f"{cls.__name__} is called, or looks its attributes up, in a way of its own"
     if not loops or (loops[0].scaled and not multiplies):
         return f"{cls.__name__} has a forward that is not one of the known loops over experts"
     # without the decorator nothing but the forward counts; with it, functions that go by the flags run in its place
@@ -236,12 +241,13 @@ def _spec_of(
 
 def activation_of(module: nn.Module) -> str | None:
     """The key in `ACTIVATIONS` of what `act_fn` computes, a module or a function; None if that is unknown."""
-    child = module._modules.get("act_fn")
+    own = module.__dict__
+    child = None if "act_fn" in own else module._modules.get("act_fn")
     if child is not None:
         if not torch.compiler.is_compiling() and runs_class_forward(child):
             return activation_at_a_glance(child)
         return find_activation(child) if is_bare(child) else None
-    function = module.__dict__.get("act_fn")
+    function = own.get("act_fn")
     return next((row.name for row in ACTIVATIONS.values() if row.function is function), None)
 
 
@@ -268,6 +274,24 @@ def hf_fused_mlp_wraps(forward: Any, loop: Any) -> bool:
         wrapped = None if found is None else ref(found)
         _wrapped[forward] = forward.__code__, wrapped
     return wrapped is not None and wrapped() is loop
+
+
+@torch.compiler.assume_constant_result
+def hf_fused_mlp_keeps_names(function: Any) -> bool:
+    """True if what a known loop or gate calls `torch`, `nn` and `F` is PyTorch's in the module of `function`, if any.
+
+    Emulators of number formats put modules of their own there.
+    """
+    names = getattr(function, "__globals__", {})
+    return (
+        names.get("torch", torch) is torch
+        and names.get("nn", nn) is nn
+        and names.get("F", F) is F
+        and nn.functional is F
+    )
+
+
+keeps_names = hf_fused_mlp_keeps_names
 
 
 def interface_of(forward: Any) -> Any:
@@ -306,6 +330,8 @@ def _text(function: Any) -> str | None:
     """The body of `function` with its local variables numbered; None if it cannot be read, or names mean otherwise."""
     if type(function) is not FunctionType:
         return None
+    if not keeps_names(function):
+        return None
     code, text = _texts.get(function, (None, None))
     if code is not function.__code__:
         text = _canonical(function)
@@ -335,8 +361,9 @@ class _Canonical(ast.NodeTransformer):
         self.function, self.local = function, local
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        if (short := _SPELLINGS.get(ast.unparse(node))) is not None:
-            if meaning_of(self.function, ast.unparse(node)) is not F:
+        path = ast.unparse(node)
+        if (short := _SPELLINGS.get(path)) is not None and path.partition(".")[0] not in self.local:
+            if meaning_of(self.function, path) is not F:
                 raise Unreadable
             return ast.Name(short, node.ctx)
         return self.generic_visit(node)

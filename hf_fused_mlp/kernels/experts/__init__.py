@@ -13,6 +13,7 @@ FEW_PAIRS = 32
 FEW_BYTES = 1 << 29  # of their weights; sorting takes as long as reading so much, and finds experts that are shared
 LARGE_EXPERT = 1 << 25  # bytes of gate and up that do not stay in the L2 until a second tile reads them
 MOST_PROGRAMS = (1 << 31) - 1  # in the first dimension of a grid, by CUDA
+MOST_SORTED = 1 << 18  # pairs at once; the registers of a program that sorts hold no more, nor does memory h and y
 
 
 def describe_experts(x: Tensor, ids: Tensor, up: Tensor, down: Tensor, form) -> ExpertsCall:
@@ -92,16 +93,23 @@ def prepare_experts(plan: ExpertsPlan, call: ExpertsCall) -> Callable[..., Tenso
 
     Scales may be left out.
     """
-    if plan.order != "pairs":
-        return (fp8_grouped.fp8_grouped if call.storage == "fp8" else grouped.grouped)(call, plan)
-    most = MOST_PROGRAMS // pairs.programs_of_a_token(call, plan.up, plan.down)
-    return pairs.pairs(call, plan.up, plan.down) if call.tokens <= most else _in_parts(plan, call, most // 16 * 16)
+    if plan.order == "pairs":
+        most = MOST_PROGRAMS // pairs.programs_of_a_token(call, plan.up, plan.down)
+    else:
+        most = MOST_SORTED // call.top_k
+    most = max(16, most // 16 * 16)  # a multiple of 16, so that addresses of parts stay aligned
+    if call.tokens > most:
+        return _in_parts(plan, call, most)
+    if plan.order == "pairs":
+        return pairs.pairs(call, plan.up, plan.down)
+    return (fp8_grouped.fp8_grouped if call.storage == "fp8" else grouped.grouped)(call, plan)
 
 
 def _in_parts(plan: ExpertsPlan, call: ExpertsCall, tokens: int) -> Callable[..., Tensor]:
-    """The same, for `tokens` at a time, a multiple of 16 so that addresses stay aligned."""
+    """The same, for `tokens` at a time."""
     whole, rest = divmod(call.tokens, tokens)
-    runs = [prepare_experts(plan, replace(call, tokens=m)) for m in (*(tokens,) * whole, rest) if m]
+    runs = [prepare_experts(plan, replace(call, tokens=tokens))] * whole
+    runs += [prepare_experts(plan, replace(call, tokens=rest))] if rest else []
 
     def run(x, ids, weights, *stacks):
         parts = zip(runs, x.split(tokens), ids.split(tokens), weights.split(tokens), strict=True)
