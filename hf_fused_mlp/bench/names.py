@@ -6,7 +6,7 @@
 # of `peers.IMPLEMENTATIONS`
 IMPLEMENTATIONS = (
     *("fused", "eager", "compile", "compile-max-autotune", "liger", "liger-mlp", "quack", "packed-gemm", "two-gemms"),
-    *("fp8", "torchao-fp8"),
+    *("batch-invariant", "fp8", "torchao-fp8"),
 )
 # the others tune themselves for each problem, which takes far longer than the measurement
 DEFAULT = ("fused", "eager", "compile", "liger", "packed-gemm", "two-gemms")

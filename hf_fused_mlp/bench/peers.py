@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.bench.shapes import to_fp8
+from hf_fused_mlp.bench.shapes import fused_twin, to_fp8
 from hf_fused_mlp.fuse import fuse_model
 from hf_fused_mlp.reading.mlp import MLPKind
 
@@ -153,6 +153,11 @@ def two_gemms(eager, fused, x):
     return call
 
 
+def batch_invariant_mlp(eager, fused, x):
+    """Ours with `batch_invariant=True`, on the same weights."""
+    return partial(fused_twin(eager, batch_invariant=True), x)
+
+
 def fp8_mlp(eager, fused, x):
     """The fused MLP with its weights in FP8, a scale for each 128 x 128 block, as in official FP8 checkpoints."""
     twin: Any = fuse_model(to_fp8(copy.deepcopy(eager)), strict=True)
@@ -182,6 +187,7 @@ IMPLEMENTATIONS = {
         Implementation("quack", quack, package="quack-kernels"),
         Implementation("packed-gemm", packed_gemm),
         Implementation("two-gemms", two_gemms, "floor"),
+        Implementation("batch-invariant", batch_invariant_mlp, "ours"),
         Implementation("fp8", fp8_mlp, "ours", in_fp8=to_fp8),
         Implementation("torchao-fp8", torchao_fp8, "quantized", package="torchao"),
     )

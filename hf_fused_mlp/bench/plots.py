@@ -26,6 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "quack": {"color": "#CC79A7", "marker": "P"},
     "packed-gemm": {"color": "#7A5C00", "marker": "d"},
     "two-gemms": {"color": "#777777", "linestyle": "--"},
+    "batch-invariant": {"color": "#0072B2", "marker": "*", "linestyle": "-."},
     "fp8": {"color": "#0072B2", "marker": "o", "linestyle": ":"},
     "torchao-fp8": {"color": "#56B4E9", "marker": "<", "linestyle": ":"},
 }

@@ -123,11 +123,13 @@ def to_fp8(module: nn.Module) -> nn.Module:
     return module
 
 
-def fused_twin(original: nn.Module, strict: bool = True, norms: bool = False) -> Any:
-    """Returns a fused copy of `original` that shares its parameters and buffers; packing moves them for both.
+def fused_twin(original: nn.Module, strict: bool = True, **options: bool) -> Any:
+    """Returns a copy of `original`, fused with `options`, that shares its parameters and buffers.
+
+    Packing moves them for both.
 
     Raises:
         ValueError: `strict`, and a module cannot be fused.
     """
     shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
-    return fuse_model(copy.deepcopy(original, shared), strict=strict, norms=norms)
+    return fuse_model(copy.deepcopy(original, shared), strict=strict, **options)
