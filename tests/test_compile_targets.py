@@ -243,6 +243,21 @@ def test_fp8_compiles(family, gated, scales, target, monkeypatch):
     assert ("e4m3x2" in codes[0]) == (target in ("sm_90", "sm_100"))
 
 
+def test_fp8_compiles_for_ada(monkeypatch):
+    """The oldest GPUs that multiply FP8 have other instructions for it than Hopper, and less shared memory."""
+    target, gpu = GPUTarget("cuda", 89, 32), GPU("a GPU", 3, (8, 9), 101376)
+    key = ProblemKey(64, 512, 512, 512, True, "silu", torch.bfloat16, False, True, gpu, "fp8")
+    gate, up, *_, gate_scale, up_scale, _ = quantized_mlp(512, 512, True, False, torch.bfloat16)
+    x, weights = (
+        torch.randn(64, 512, dtype=torch.bfloat16),
+        (Matrix(up, up_scale, None), Matrix(gate, gate_scale, None)),
+    )
+    call = partial(launch_linear, x, *weights, "silu", heuristic_plan(key).up)
+    _, kernel = compiled(call, target, monkeypatch, gpu.shared_memory)
+    assert re.search(r"mma\.sync\S*e4m3\.e4m3", kernel.asm["ptx"]) and kernel.metadata.shared <= gpu.shared_memory
+    assert not CUOBJDUMP or stack_bytes(kernel) == 0
+
+
 FORMS_OF_EXPERTS = {
     "planes": ExpertsForm("planes", True, "silu"),
     "interleaved": ExpertsForm("interleaved", True, "quick_gelu", 7.0, 1.0),

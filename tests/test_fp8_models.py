@@ -347,6 +347,20 @@ def test_validate(fp8_linears, by_transformers, on_gpu):
     assert not validate(model, token_ids(2, 17), reference=reference, new_tokens=0).passed
 
 
+def test_validate_against_floats(on_gpu):
+    """Layers are compared with their own original form, logits with the model before it was quantized."""
+    model = tiny_model(**SIZES)
+    reference = copy.deepcopy(model)
+    fuse_model(to_fp8(model, names=("mlp",)), strict=True)
+    report = validate(model, token_ids(2, 17), reference=reference, new_tokens=0)
+    assert report.passed and report.reference == "its original form"
+    assert all(layer.fused.relative_rms < 1e-5 < 1e-2 < layer.original.relative_rms < 0.1 for layer in report.layers)
+    own = validate(model, token_ids(2, 17), new_tokens=0)
+    quantizing = (model(token_ids(2, 17)).logits - reference(token_ids(2, 17)).logits).abs().max().item()
+    assert report.logits.largest_difference == pytest.approx(quantizing) != own.logits.largest_difference
+    assert report.logits.reference_perplexity != own.logits.reference_perplexity
+
+
 @torch.no_grad()
 def test_linears_compile_without_gradients(by_transformers, on_gpu):
     """As `generate` compiles: one graph."""

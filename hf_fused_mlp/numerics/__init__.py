@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from hf_fused_mlp.numerics.layers import judge_calls
 from hf_fused_mlp.numerics.logits import Forward, compare_greedy, compare_logits, predicts_next
 from hf_fused_mlp.numerics.report import Divergence, LayerNumerics, NumericsReport
 from hf_fused_mlp.swap import Fused
+from hf_fused_mlp.types import FLOATS, FP8
 
 
 @torch.no_grad()
@@ -43,7 +45,8 @@ def validate(
         model: a model with fused MLPs; it is run in evaluation mode, and left as it was.
         inputs: token ids `[tokens]` or `[batch, tokens]`, or the keyword arguments of a forward.
         reference: another model with MLPs of the same names, shapes and dtypes: its weights are the oracle, and its
-            original forward is what the fused one is compared with.
+            original forward is what the fused one is compared with. MLPs that are in FP8 and there in floats are
+            compared with their own original form, and logits and perplexities show what quantizing costs.
         new_tokens: the length of the greedy answers to four short pieces of the text; 0 for none.
 
     Raises:
@@ -78,7 +81,7 @@ def validate(
             greedy = compare_greedy(model, source, forward.text(), new_tokens)
         statuses = fusion_report(model).default
     return NumericsReport(
-        reference="its original form" if reference is None else "the reference model",
+        reference="its original form" if all(map(is_, twins.values(), fused.values())) else "the reference model",
         device=str(device),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         layers=tuple(layers[name] for name in fused if name in layers),
@@ -104,7 +107,7 @@ def _forward(inputs, device: torch.device) -> Forward:
 
 
 def _twin(reference: nn.Module, name: str, module: Fused) -> nn.Module:
-    """The module of `reference` that `module` is compared with."""
+    """The module of `reference` that `module` is compared with; `module` itself if it is quantized and that is not."""
     try:
         twin = reference.get_submodule(name)
     except AttributeError:
@@ -115,6 +118,8 @@ def _twin(reference: nn.Module, name: str, module: Fused) -> nn.Module:
     for path, parameter in module.named_parameters():
         other = theirs.get(path, parameter)
         if (other.shape, other.dtype) != (parameter.shape, parameter.dtype):
+            if parameter.dtype == FP8 and other.dtype in FLOATS and other.shape == parameter.shape:
+                return module
             raise ValueError(
                 f"{name}.{path} is {list(parameter.shape)} {parameter.dtype}, and in reference {list(other.shape)} "
                 f"{other.dtype}; load both models in one architecture and dtype"
