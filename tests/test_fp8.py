@@ -84,7 +84,7 @@ def test_few_tokens(m, split_k, sizes, quantized, gated, device, monkeypatch):
 def reference_mm(data, scale, weight, weight_scale):
     """What `torch._scaled_mm` computes on Hopper."""
     x = data.float() * scale.t().repeat_interleave(128, 1)
-    return (x @ dequantize(weight, weight_scale, torch.float32).t()).to(torch.bfloat16)
+    return (x @ dequantize(weight.t(), weight_scale.t(), torch.float32).t()).to(torch.bfloat16)
 
 
 @pytest.fixture

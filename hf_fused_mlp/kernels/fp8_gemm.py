@@ -43,10 +43,16 @@ def candidates(key: LinearKey) -> list[TileConfig]:
 
 
 def scaled_mm(data: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """``x @ weight.T`` in bf16, `[rows, N]`, of x as `data` `[rows, K]` and `scale` `[K / 128, rows]`."""
-    return torch._scaled_mm(
-        data, weight.t(), scale_a=scale.t(), scale_b=weight_scale.float().t(), out_dtype=torch.bfloat16
-    )
+    """``x @ weight`` in bf16, `[rows, N]`, of x as `data` `[rows, K]` and `scale` `[K / 128, rows]`.
+
+    Of the weight, `transposed` gives what the library reads.
+    """
+    return torch._scaled_mm(data, weight, scale_a=scale.t(), scale_b=weight_scale, out_dtype=torch.bfloat16)
+
+
+def transposed(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of a weight as `[K, N]` and its scales, which are copied unless they are in fp32."""
+    return weight.t(), scale.float().t()
 
 
 def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
@@ -55,24 +61,27 @@ def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
     quantize = quantize_rows(call)
     # of gate and up in one product `[rows, 2N]`, or in one each
     finish_wide, finish = (activation(call, N, width, call.activation, call.gives_fp8) for width in (2 * N, N))
-    block_of = kept_by_address(_as_block)
+    kept, block_of = kept_by_address(transposed), kept_by_address(_as_block)
     is_bare = not call.gated and call.activation == "identity" and not call.gives_fp8
 
     def run(x: Any, weight, gate):
         (weight, scale, bias), (gate, gate_scale, gate_bias) = weight, gate
         data, factors = x if call.reads_fp8 else quantize(x)
+        read = kept if scale.dtype is torch.float32 else transposed  # a copy is of what the scales are by now
         if is_bare:
-            out = scaled_mm(data, factors, weight, scale)[:M]
+            out = scaled_mm(data, factors, *read(weight, scale))
+            if len(out) != M:
+                out = out[:M]
             if bias is not None:
                 out += bias
-            return out.view(*call.lead, N)
+            return out if call.lead == (M,) else out.view(*call.lead, N)
         if gate is None:
-            return finish(scaled_mm(data, factors, weight, scale), bias, None, None)
+            return finish(scaled_mm(data, factors, *read(weight, scale)), bias, None, None)
         if (block := block_of(weight, scale, gate, gate_scale)) is not None:
-            both = scaled_mm(data, factors, *block)
+            both = scaled_mm(data, factors, *read(*block))
             return finish_wide(both[:, N:], bias, both[:, :N], gate_bias)
-        gate = scaled_mm(data, factors, gate, gate_scale)
-        return finish(scaled_mm(data, factors, weight, scale), bias, gate, gate_bias)
+        gate = scaled_mm(data, factors, *read(gate, gate_scale))
+        return finish(scaled_mm(data, factors, *read(weight, scale)), bias, gate, gate_bias)
 
     return run
 
