@@ -37,6 +37,16 @@ def no_kernels(device: torch.device) -> str | None:
     return None
 
 
+def why_variant(storage: str | None, dtype: torch.dtype) -> str | None:
+    """Why no kernels for weights stored so (`types.storage_of`) have sums that ignore the token count, or None."""
+    if storage != "float":
+        how = {"fp8": "FP8", "transposed": "[in, out], as in Conv1D,"}.get(storage or "", "several ways")
+        return f"no kernels for weights stored as {how} have sums that ignore the token count"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"no kernels for {dtype} have sums that ignore the token count; load as bfloat16 or float16"
+    return None
+
+
 def needs_only_output(x: Tensor) -> bool:
     """True if the caller needs the output only: no autograd, mode or transform.
 

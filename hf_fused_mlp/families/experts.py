@@ -257,8 +257,11 @@ class ExpertsFamily(Family):
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> None:
         return None  # a stack of matrices that nothing is known about is listed among the MLPs
 
-    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused] | None:
-        return None if batch_invariant else FusedExperts
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
+        return FusedExperts
+
+    def why_variant(self, module: nn.Module, spec: Hashable) -> str:
+        return f"no kernels for {self.noun}s have sums that ignore the token count"
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ExpertsKey | None:
         assert isinstance(spec, ExpertsSpec)

@@ -81,8 +81,11 @@ class FP8LinearFamily(Family):
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
         return None
 
-    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused] | None:
-        return None if batch_invariant else FusedFP8Linear
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
+        return FusedFP8Linear
+
+    def why_variant(self, module: nn.Module, spec: Hashable) -> str:
+        return f"no kernels for {self.noun}s have sums that ignore the token count"
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> None:
         return None

@@ -105,6 +105,9 @@ class NormFamily(Family):
     def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         return FusedRMSNorm
 
+    def why_variant(self, module: nn.Module, spec: Hashable) -> None:
+        return None  # each row has a program of its own
+
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> None:
         return None
 

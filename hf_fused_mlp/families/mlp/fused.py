@@ -21,6 +21,7 @@ from hf_fused_mlp.families.mlp.checks import (
     called_reason,
     can_call,
     read_projections,
+    warn_of_variance,
     wrapped_besides,
 )
 from hf_fused_mlp.launch_cache import answer, mlp_kind, remembered
@@ -77,10 +78,14 @@ class FusedMLP(Fused):
             if traced:
                 out = _compiled(self, x)
             elif (
-                (type(first := self._modules.get(cls._first_name)) is not LINEAR and not may_be_read(first))
-                or torch._C._is_any_autocast_enabled()
-                or (self.training and torch.is_grad_enabled())
-            ) and _is_small(x):
+                (
+                    (type(first := self._modules.get(cls._first_name)) is not LINEAR and not may_be_read(first))
+                    or torch._C._is_any_autocast_enabled()
+                    or (self.training and torch.is_grad_enabled())
+                )
+                and _is_small(x)
+                and not cls.batch_invariant
+            ):
                 return cls.original_class.forward(self, *args, **kwargs)
             else:
                 out = _replay(self, cls, x)
@@ -290,6 +295,8 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
         out = ops.mlp_if_fits(x, _operands(module, cls, found))
         if out is not None:
             return out
+    if cls.batch_invariant and not (compiling or training):
+        warn_of_variance("it casts under autocast" if autocasts else called_reason(module, spec))
     if not compiling and _is_small(x) and (torch.is_grad_enabled() or not found.first_are_read):
         return None  # only the product could be fused
     # what the kernels do not take goes on: PyTorch answers, errors included
