@@ -70,7 +70,7 @@ def test_a_token_gives_the_same_at_any_place(device):
         assert torch.equal(alone[0], whole[row])
 
 
-@pytest.mark.parametrize("gpu", [GPU("H100", 132, (9, 0), 232448), GPU("T4", 40, (7, 5), 65536)], ids=str)
+@pytest.mark.parametrize("gpu", [GPU("H100", 132, (9, 0), 232448), GPU("A10", 72, (8, 6), 65536)], ids=str)
 @KINDS
 def test_plans(gated, gpu):
     """One kernel and one step along K at every token count, K not split, and nothing of PyTorch's."""
@@ -86,6 +86,7 @@ def test_plans(gated, gpu):
         assert invariant_plan(replace(key, out=0)).down == TORCH
     for changes in ({"dtype": torch.float32}, {"storage": "fp8"}, {"storage": "transposed"}):
         assert invariant_plan(replace(key, **changes)) is None
+    assert invariant_plan(replace(key, gpu=GPU("T4", 40, (7, 5), 65536))) is None, "it would multiply on CUDA cores"
 
 
 def test_where_there_are_no_such_kernels(device, caplog):

@@ -43,7 +43,7 @@ class FusedFP8Linear(Fused):
         if has_own_forward(self):
             return Runs(OWN_FORWARD)
         reason = _why_not_read(self) or _why_not_own(type(self).original_class)
-        return Runs(reason or modes.no_kernels(device or device_of(self)))
+        return Runs(reason or modes.no_kernels(device or device_of(self), least=modes.COMPLETE))
 
     @staticmethod
     def read_again(module: nn.Module) -> str | None:
@@ -59,7 +59,7 @@ def _product(linear: FusedFP8Linear, cls: type[FusedFP8Linear], x: Tensor) -> Te
         out = answer(kind, (x, *ABSENT, *matrix, *ABSENT), (x, ABSENT, matrix, ABSENT))
         if out is not None:
             return out
-    if not modes.is_ordinary(x) or modes.no_kernels(x.device) is not None or matrix.data.is_meta:
+    if not modes.is_ordinary(x) or modes.no_kernels(x.device, least=modes.COMPLETE) is not None or matrix.data.is_meta:
         return None
     # the original multiplies as it comes, whatever autocast says
     with torch.autocast(x.device.type, enabled=False):

@@ -50,7 +50,7 @@ class FusedRMSNorm(Fused):
                 "its forward, its weight or its epsilon was replaced after fusing, so the original forward runs"
             )
         reason = None if rsqrt_is_own() else why_functions_are_not_own()
-        return Runs(reason or modes.no_kernels(device or device_of(self)))
+        return Runs(reason or modes.no_kernels(device or device_of(self), self._parameters["weight"].dtype))
 
     @staticmethod
     def read_again(module: nn.Module) -> NormSpec | None:

@@ -22,6 +22,8 @@ Linear = Callable[[Tensor, Matrix, Matrix], Tensor]
 Tiling = tuple[list[int], list[int], list[int]]
 
 MOST_KEPT = 4096  # addresses
+# why a kernel that multiplies tiles does not run
+NO_DOT = "Triton does not use this GPU's tensor cores"
 
 _thread = threading.local()
 

@@ -52,7 +52,7 @@ def find_plan(key: ProblemKey) -> Plan:
 
 def _invariant_plan(key: ProblemKey) -> Plan:
     """The plan whose sums do not depend on the token count; where there is none, the usual one and a warning."""
-    if reason := why_variant(key.storage, key.dtype):
+    if reason := why_variant(key.storage, key.dtype, key.gpu):
         _warn_of_variance(reason)
     return invariant_plan(key) or find_plan(key)
 
@@ -115,7 +115,7 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
     tensors = *gate, *up, *down
     if x.numel() == 0 or operands.storage is None:
         if operands.batch_invariant and operands.storage is None:
-            _warn_of_variance(why_variant(None, x.dtype))
+            _warn_of_variance(why_variant(None, x.dtype, GPU.of(x.device)))
         return mlp_ref(x, *operands.flat())
     if not has_rows(x):
         rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows

@@ -2,12 +2,13 @@
 
 `cost.py` predicts the time of floats in 16 bits that are stored row by row. Fp32, FP8 and transposed weights repeat
 what won nearby (docs/notes-kernels.md). The kernels for few tokens are bound by memory, and so are candidates on every
-GPU that can run them; `gemm` is one on Hopper only.
+GPU that can run them; `gemm` is one on Hopper only, and Turing multiplies no tiles (`GPU.has_dot`).
 """
 
 from collections.abc import Iterator
 
 from hf_fused_mlp.kernels import fp8_gemm, fp8_skinny, gemm, skinny, transposed_gemv, wide
+from hf_fused_mlp.modes import no_kernels_on
 from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, bucket, next_power_of_two
 
@@ -25,8 +26,10 @@ def heuristic_plan(key: ProblemKey) -> Plan:
 
 
 def _linear(key: LinearKey) -> TileConfig:
-    if key.gpu.capability < (8, 0) or key.dtype.itemsize > 4:
+    if not key.gpu.is_nvidia or key.dtype.itemsize > 4 or no_kernels_on(key.gpu, key.dtype):
         return TORCH
+    if not key.gpu.has_dot:
+        return _without_dot(key)
     if key.storage == "fp8":
         return _fp8(key)
     if key.storage == "transposed":
@@ -40,6 +43,15 @@ def _linear(key: LinearKey) -> TileConfig:
     times = {config: expected_us(key, config) for config in by_library}
     times |= {config: margin * expected_us(key, config) for config in _ours(key)}
     return min(times, key=lambda config: times[config])
+
+
+def _without_dot(key: LinearKey) -> TileConfig:
+    """On Turing, fp16 alone: what needs no `tl.dot`. Nothing was measured there."""
+    if key.storage == "fp8":
+        return TORCH
+    if key.storage == "transposed":
+        return _transposed(key, half=False)
+    return _gemv(key) if key.m <= 2 else _by_library(key)[0]
 
 
 def _gemv(key: LinearKey) -> TileConfig:

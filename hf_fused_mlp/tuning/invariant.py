@@ -38,7 +38,7 @@ def invariant_plan(key: ProblemKey) -> Plan | None:
 
 
 def _linear(key: LinearKey) -> TileConfig | None:
-    if why_variant(key.storage, key.dtype):
+    if why_variant(key.storage, key.dtype, key.gpu):
         return None
     planes = 2 if key.gated else 1
     if gemm.supports(key) is not None:  # for reasons that are the weights', not the tokens'

@@ -18,7 +18,7 @@ from hf_fused_mlp.families.mlp.fused import (
     InvariantPackedMLP,
     InvariantPlainMLP,
 )
-from hf_fused_mlp.modes import why_variant
+from hf_fused_mlp.modes import no_kernels, why_variant
 from hf_fused_mlp.originals import is_patched
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.expression import reading_of
@@ -70,7 +70,10 @@ class MLPFamily(Family):
         if reason := called_reason(module, spec):
             return f"{CALLED} ({reason})"
         matrices: list[Any] = [read(module._modules[name]) for name in spec.projections]
-        return why_variant(storage_of(*matrices), matrices[0].data.dtype)
+        first = matrices[0].data
+        # of a GPU that is not there, as fake tensors claim one, nothing is known
+        gpu = GPU.of(torch.device("cpu") if no_kernels(first.device) else first.device)
+        return why_variant(storage_of(*matrices), first.dtype, gpu)
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
         assert isinstance(spec, MLPSpec)

@@ -113,7 +113,8 @@ class FusedMLP(Fused):
                 return Runs("in training mode with dropout")
             if elements is not None and elements <= SMALL_INPUT and not found.first_are_read:
                 return Runs(f"for so few tokens one kernel between called layers gains nothing: {called}")
-        return Runs(modes.no_kernels(device or device_of(self._modules[spec.first[0]])), called)
+        dtype = None if found.up is None else found.up.data.dtype
+        return Runs(modes.no_kernels(device or device_of(self._modules[spec.first[0]]), dtype), called)
 
     def call_inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
         x = args[0] if args else kwargs.get(self.input_name)
@@ -166,7 +167,7 @@ class FusedGatedMLP(FusedMLP):
         replaced = []
         for weights in self._pairs_to_pack():
             # packing gains nothing where the original forward runs
-            if modes.no_kernels(weights[0].device) is None and _are_parameters(self, weights):
+            if modes.no_kernels(weights[0].device, weights[0].dtype) is None and _are_parameters(self, weights):
                 replaced += pack(*weights)
         return replaced
 
@@ -281,7 +282,7 @@ def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
 def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     """Runs the whole MLP, or as much of it as the kernels can; None if the original forward must run."""
     spec = cls.fused_spec
-    if modes.no_kernels(x.device) is not None:  # on a CPU, all that is checked
+    if modes.no_kernels(x.device, x.dtype) is not None:  # on a CPU, all that is checked
         return None
     compiling, autocasts, training = torch.compiler.is_compiling(), modes.autocasts(), module.training
     if not (hf_fused_mlp_keeps_forward(cls.original_class) if compiling else _keeps_forward(cls)):
