@@ -14,6 +14,9 @@ from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, 
 
 # how many times faster than PyTorch's GEMMs a kernel must be expected to be: predictions are off by a few percent
 GATED_MARGIN, PLAIN_MARGIN = 1.02, 1.05
+# microseconds that the host takes for a launch of an MLP and what goes with it: where the GPU takes less, it waits in
+# eager mode, and of two that take the GPU as long, the one of fewer steps on the host is faster
+HOST = 30.0
 FEW = 64  # tokens, from which on a tile of `gemm` is worth its padding; without a gate later
 MANY = 512
 
@@ -61,7 +64,11 @@ def _gemv(key: LinearKey) -> TileConfig:
 def _by_library(key: LinearKey) -> list[TileConfig]:
     """What PyTorch's GEMMs have a part in. With a gate one kernel for two is never slower than two."""
     if not key.gated:
-        return [TORCH]
+        is_aligned = key.k % 16 == 0 and key.n % 16 == 0
+        if wide.supports(key) is not None or not is_aligned or key.m <= 2:
+            return [TORCH]
+        # a GEMM that adds no bias, and a launch of ours, cost the host less than theirs
+        return [TileConfig("wide")] if expected_us(key, TORCH) < HOST else [TORCH, TileConfig("wide")]
     if wide.supports(key) is not None:
         return [TileConfig("elementwise")]
     # from there on cuBLAS runs two narrow GEMMs faster than a wide one at times, which the model does not know
