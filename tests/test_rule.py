@@ -46,7 +46,7 @@ def test_rows_that_are_not_aligned_are_left_to_the_library(m, gated):
 
 
 def test_where_the_gpu_waits_for_the_host_one_launch_adds_bias_and_activation():
-    """BERT, ViT and CLIP: their layers take the GPU less time than Python, and a GEMM with a bias takes Python longer."""
+    """BERT, ViT and CLIP: their layers take the GPU less time than Python, which a GEMM with a bias takes longer."""
     for m in (50, 197, 512, 1576):
         for activation in ("gelu", "quick_gelu"):
             plan = heuristic_plan(problem(m, 768, 3072, gated=False, activation=activation, bias=True))

@@ -20,6 +20,7 @@ COMMANDS = {
     "block": "block",
     "training": "training",
     "host": "host",
+    "encoders": "encoders",
     "end-to-end": "generate",
     "wrapped": "wrapped",
     "experts": "experts",
