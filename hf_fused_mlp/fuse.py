@@ -49,7 +49,7 @@ def fuse_model(
             nothing.
         batch_invariant: run kernels whose sums do not depend on how many tokens a call has: a token's output is the
             same to the bit, alone or among others. For float16 and bfloat16 in inference; slower, see
-            docs/numerics.md. Routed experts stay as they are.
+            docs/numerics.md. MLPs that have no such kernels, and routed experts, stay as they are.
 
     Returns:
         `model`.
@@ -255,29 +255,30 @@ def _as_asked(found: list[Examined], options: FusionOptions) -> list[Examined]:
         spec = entry.module.fused_spec if isinstance(entry.module, Fused) else entry.finding.spec
         if spec is None or entry.finding.state == "skipped":
             return entry
-        mixin = entry.family.mixin_for(spec, batch_invariant=True)
-        if mixin is None:
-            reason = f"batch_invariant: no kernels for {entry.family.noun}s have sums that ignore the token count"
-            return replace(entry, finding=Finding("skipped", reason, spec))
-        is_so = isinstance(entry.module, mixin)
+        if reason := entry.family.why_variant(entry.module, spec):
+            return replace(entry, finding=Finding("skipped", f"batch_invariant: {reason}", spec))
+        is_so = isinstance(entry.module, entry.family.mixin_for(spec, batch_invariant=True))
         return entry if is_so else replace(entry, finding=Finding("fusable", spec=spec))
 
     return [asked(entry) for entry in found]
 
 
 def _fuse_all(entries: list[Examined], options: FusionOptions) -> None:
-    """Fuses all modules or, if one fails, none."""
-    done: list[Any] = []
+    """Fuses all modules or, if one fails, none: each has the form again that it had."""
+    before: list[tuple[nn.Module, tuple | None]] = []
     try:
         for entry in entries:
-            if isinstance(entry.module, Fused):  # in another form
-                unfuse_module(entry.module)
-            mixin: Any = entry.family.mixin_for(entry.finding.spec, options.batch_invariant)
-            fuse(entry.module, mixin, entry.finding.spec)
-            done.append(entry.module)
+            module: Any = entry.module
+            before.append((module, module.fused_recipe() if isinstance(module, Fused) else None))
+            if isinstance(module, Fused):  # in another form
+                unfuse_module(module)
+            fuse(module, entry.family.mixin_for(entry.finding.spec, options.batch_invariant), entry.finding.spec)
     except BaseException:
-        for module in done:
-            unfuse_module(module)
+        for module, recipe in before:
+            if isinstance(module, Fused):
+                unfuse_module(module)
+            if recipe is not None:
+                fuse(module, *recipe)
         raise
 
 

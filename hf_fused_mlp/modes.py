@@ -20,8 +20,17 @@ from hf_fused_mlp.types import GPU
 HAS_TRITON = find_spec("triton") is not None
 
 
-def no_kernels(device: torch.device) -> str | None:
-    """The reason why no kernel of ours runs on `device`, or None."""
+FIRST = 7, 5  # the first compute capability that has kernels
+COMPLETE = 8, 0  # and the first that has all of them, and bfloat16
+
+
+def no_kernels(device: torch.device, dtype: torch.dtype | None = None, least: tuple[int, int] = FIRST) -> str | None:
+    """The reason why no kernel of ours runs on `device`, or None.
+
+    Args:
+        dtype: of the tokens; None asks about any.
+        least: the compute capability that the kernels in question need.
+    """
     if device.type != "cuda":
         return f"on {device}, where the original forward runs; move the model to a GPU"
     if not HAS_TRITON:
@@ -32,8 +41,27 @@ def no_kernels(device: torch.device) -> str | None:
     # fake tensors may claim a device that does not exist
     if not torch.cuda.is_initialized() and not torch.cuda.is_available():
         return f"on {device}, which PyTorch does not find here"
-    if GPU.of(device).capability < (8, 0):
-        return f"no kernels for {GPU.of(device).name}; they need CUDA compute capability 8.0 or later"
+    return no_kernels_on(GPU.of(device), dtype, least)
+
+
+def no_kernels_on(gpu: GPU, dtype: torch.dtype | None = None, least: tuple[int, int] = FIRST) -> str | None:
+    """The same of a GPU."""
+    if gpu.capability < least:
+        return f"no kernels for {gpu.name}; they need CUDA compute capability {'.'.join(map(str, least))} or later"
+    if gpu.capability < COMPLETE and dtype not in (None, torch.float16):
+        return f"no kernels for {dtype} on {gpu.name}; load as float16"
+    return None
+
+
+def why_variant(storage: str | None, dtype: torch.dtype, gpu: GPU) -> str | None:
+    """Why no kernels for weights stored so (`types.storage_of`) have sums that ignore the token count, or None."""
+    if not gpu.has_dot:
+        return f"no kernels for {gpu.name} have sums that ignore the token count"
+    if storage != "float":
+        how = {"fp8": "FP8", "transposed": "[in, out], as in Conv1D,"}.get(storage or "", "several ways")
+        return f"no kernels for weights stored as {how} have sums that ignore the token count"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"no kernels for {dtype} have sums that ignore the token count; load as bfloat16 or float16"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,7 +12,11 @@ from hf_fused_mlp.calls import device_of
 from hf_fused_mlp.families import problem_of
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.swap import Fused
-from hf_fused_mlp.types import ProblemKey
+from hf_fused_mlp.threads import LOCK
+from hf_fused_mlp.types import GPU, ProblemKey
+
+if TYPE_CHECKING:
+    from hf_fused_mlp.tuning.plan_files import TunedPlan
 
 TRIED = 6  # configurations of ours for each launch; `hf-fused-mlp tune` tries all
 # each stands for all up to it; what is beyond runs by rule
@@ -21,15 +26,17 @@ TOKENS = tuple(2**i for i in range(13))
 def unmeasured(model: nn.Module) -> dict[ProblemKey, torch.device]:
     """The problems of the fused MLPs of `model` that have no measured plan, and the GPU to measure each on.
 
-    Modules that call some of their layers, or run their original forward, have none, nor do batch-invariant ones.
+    Modules that call some of their layers, or run their original forward, have none, nor do batch-invariant ones. What
+    counts is evaluation mode, whatever mode the model is in.
     """
     problems: dict[ProblemKey, torch.device] = {}
-    for module in model.modules():
-        if not isinstance(module, Fused) or module.batch_invariant or module.runs() != (None, None):
-            continue
-        for m in TOKENS:
-            if (key := problem_of(module, m)) is not None:
-                problems.setdefault(key, device_of(module))
+    with LOCK, modes.evaluating(model):
+        for module in model.modules():
+            if not isinstance(module, Fused) or module.batch_invariant or module.runs() != (None, None):
+                continue
+            for m in TOKENS:
+                if (key := problem_of(module, m)) is not None:
+                    problems.setdefault(key, device_of(module))
     if not problems:
         return {}
     from hf_fused_mlp.tuning.cache import tuned_plan  # imports Triton
@@ -49,26 +56,45 @@ def tune_model(model: nn.Module) -> None:
     if not problems:
         return
 
-    from hf_fused_mlp.tuning import cache, tuner  # imports Triton
+    from hf_fused_mlp.tuning import cache  # imports Triton
 
-    began = time.monotonic()
-    try:
-        for gpu in {key.gpu for key in problems}:
-            cache.save([], gpu)  # if plans cannot be kept, that is better known before than after
-        for key, device in _with_progress(problems):
-            try:
-                on_gpu = device.type == "cuda"
-                # random weights take nothing from the caller's generators
-                with torch.random.fork_rng([device] if on_gpu else []), torch.cuda.device(device if on_gpu else -1):
-                    tuned = tuner.tune(key, device, most=TRIED)
-            except torch.OutOfMemoryError:
-                logger.warning("tune: the GPU has no room to measure %s tokens of %s", key.m, _name(key))
-            else:
-                cache.save([tuned], key.gpu)
-    except (OSError, RuntimeError) as error:
-        logger.warning("tune: plans cannot be kept (%s); set HF_FUSED_MLP_CACHE to a directory", error)
+    def keep(tuned: list["TunedPlan"], gpu: GPU) -> bool:
+        try:
+            cache.save(tuned, gpu)
+        except (OSError, RuntimeError) as error:
+            logger.warning("tune: plans cannot be kept (%s); set HF_FUSED_MLP_CACHE to a directory", error)
+            return False
+        return True
+
+    # if plans cannot be kept, that is better known before than after
+    if not all(keep([], gpu) for gpu in {key.gpu for key in problems}):
         return
-    logger.info("tune: %d problems measured in %.0f s", len(problems), time.monotonic() - began)
+    began, count = time.monotonic(), 0
+    for key, device in _with_progress(problems):
+        try:
+            tuned = _measured(key, device)
+        except torch.OutOfMemoryError:
+            logger.warning("tune: the GPU has no room to measure %s tokens of %s", key.m, _name(key))
+        except Exception as error:  # of the GPU or the compiler; the model is fused, and others may be measured
+            logger.warning("tune: %s tokens of %s cannot be measured: %s", key.m, _name(key), error)
+        else:
+            if not keep([tuned], key.gpu):
+                return
+            count += 1
+    logger.info("tune: %d problems measured in %.0f s", count, time.monotonic() - began)
+
+
+def _measured(key: ProblemKey, device: torch.device) -> "TunedPlan":
+    """The plan of `tuner.tune`, which takes nothing from the caller's generators, nor anything from his autocast."""
+    from hf_fused_mlp.tuning import tuner  # imports Triton
+
+    on_gpu = device.type == "cuda"
+    with (
+        torch.random.fork_rng([device] if on_gpu else []),
+        torch.cuda.device(device if on_gpu else -1),
+        torch.autocast(device.type, enabled=False),
+    ):
+        return tuner.tune(key, device, most=TRIED)
 
 
 def _with_progress(problems: dict[ProblemKey, torch.device]):

@@ -40,6 +40,11 @@ class GPU:
         return self.capability > (0, 0)
 
     @property
+    def has_dot(self) -> bool:
+        """Whether Triton's `tl.dot` uses the tensor cores; for Turing's it makes code for the CUDA cores."""
+        return not self.is_nvidia or self.capability >= (8, 0)
+
+    @property
     def can_overlap(self) -> bool:
         """Whether a launch may begin while the one before is finishing: CUDA's programmatic dependent launch."""
         return self.capability >= (9, 0)
@@ -105,9 +110,7 @@ def storage_of(*matrices: Matrix) -> str | None:
 class MLPOperands(NamedTuple):
     """The weights of an MLP: gate and up are `[I, H]`, down is `[O, I]`; gate and down may be `ABSENT`.
 
-    `batch_invariant` asks for sums that do not depend on the token count.
-
-    `flat` also takes bare tuples in place of matrices.
+    `batch_invariant` asks for sums that do not depend on the token count. `flat` also takes bare tuples.
     """
 
     gate: Matrix

@@ -4,18 +4,21 @@ import copy
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from models import as_on_gpu, tiny_model, tiny_moe
 from numerics import assert_accurate, mlp_cuda, oracle_of, random_mlp
 
 from hf_fused_mlp import FusionError, fuse_model, fusion_report, ops, unfuse_model
+from hf_fused_mlp.families.mlp import checks
+from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.kernels import KERNELS
 from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.swap import Fused
 from hf_fused_mlp.tuning.invariant import BLOCK_K, invariant_plan
-from hf_fused_mlp.types import GPU, TORCH, ProblemKey
+from hf_fused_mlp.types import GPU, TORCH, Plan, ProblemKey, TileConfig
 
 KINDS = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 
@@ -39,6 +42,19 @@ def test_rows_do_not_depend_on_the_token_count(shape, bias, gated, device):
 
 
 @pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """The CPU's library adds in an order that depends on a tile's sides, which tensor cores do not: tiles are
+    multiplied in fp64, of which the order does not show in fp32."""
+
+    def create_dot(builder, a, b, acc, *_):
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(acc.data.dtype)
+        return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
+
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
 def no_current_device(monkeypatch):
     """Remembered launches ask for it, on a CPU too."""
     if not torch.cuda.is_available():
@@ -54,7 +70,7 @@ def test_a_token_gives_the_same_at_any_place(device):
         assert torch.equal(alone[0], whole[row])
 
 
-@pytest.mark.parametrize("gpu", [GPU("H100", 132, (9, 0), 232448), GPU("T4", 40, (7, 5), 65536)], ids=str)
+@pytest.mark.parametrize("gpu", [GPU("H100", 132, (9, 0), 232448), GPU("A10", 72, (8, 6), 65536)], ids=str)
 @KINDS
 def test_plans(gated, gpu):
     """One kernel and one step along K at every token count, K not split, and nothing of PyTorch's."""
@@ -70,6 +86,7 @@ def test_plans(gated, gpu):
         assert invariant_plan(replace(key, out=0)).down == TORCH
     for changes in ({"dtype": torch.float32}, {"storage": "fp8"}, {"storage": "transposed"}):
         assert invariant_plan(replace(key, **changes)) is None
+    assert invariant_plan(replace(key, gpu=GPU("T4", 40, (7, 5), 65536))) is None, "it would multiply on CUDA cores"
 
 
 def test_where_there_are_no_such_kernels(device, caplog):
@@ -79,8 +96,83 @@ def test_where_there_are_no_such_kernels(device, caplog):
     for _ in range(2):
         out = mlp_cuda(x, *operands, "silu", None, None, None, True)
     assert_accurate(out, mlp_ref(x, *operands, "silu"), oracle_of(x, operands, "silu"))
+    # gate as it is stored usually, up and down not
+    gate, up, down, *biases = (tensor if tensor is None else tensor.half() for tensor in operands)
+    mlp_cuda(x.half(), gate, up.t().contiguous().t(), down, *biases, "silu", None, None, None, True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "batch_invariant: no kernels for torch.float32 have sums that ignore the token count; load as bfloat16 or "
+        "float16; the usual ones run",
+        "batch_invariant: no kernels for weights stored as several ways have sums that ignore the token count; the "
+        "usual ones run",
+    ]
+
+
+def test_a_plan_that_does_not_run(device, monkeypatch, caplog):
+    """Nothing that is tuned would help: what runs instead is said not to be invariant."""
+    broken = Plan(TileConfig("gemm", 64, 32, 3, num_stages=2), TORCH)
+    monkeypatch.setattr(dispatch, "invariant_plan", lambda key: broken)
+    operands = random_mlp(72, 104, True, False, torch.float16, device)
+    x = torch.randn(3, 72).to(device, torch.float16)
+    for _ in range(2):
+        mlp_cuda(x, *operands, "silu", None, None, None, True)
     (record,) = caplog.records
-    assert "batch_invariant: no such kernels for torch.float32" in record.getMessage()
+    assert record.getMessage().startswith(f"batch_invariant: {broken} does not run here (")
+    assert record.getMessage().endswith("; PyTorch's GEMMs do, whose sums depend on the token count")
+
+
+LORA = "a layer must be called, which may add in another order"
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (tiny_model, "no kernels for torch.float32"),
+        (lambda: tiny_model("gpt2", torch.float16), r"stored as \[in, out\]"),
+        (lambda: with_hooks(tiny_model(dtype=torch.float16)), LORA),
+    ],
+    ids=["fp32", "Conv1D", "hooks"],
+)
+def test_refused(make, reason, monkeypatch):
+    """What would depend on the token count is not fused; one form or none."""
+    as_on_gpu(monkeypatch)
+    model = make()
+    fuse_model(model)
+    with pytest.raises(FusionError, match=f"batch_invariant: .*{reason}"):
+        fuse_model(model, strict=True, batch_invariant=True)
+    fuse_model(model, batch_invariant=True)
+    assert not any(isinstance(module, Fused) for module in model.modules())
+
+
+def with_hooks(model):
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_later(monkeypatch, caplog):
+    as_on_gpu(monkeypatch)
+    checks.warn_of_variance.cache_clear()
+    model = fuse_model(tiny_model(dtype=torch.float16), strict=True, batch_invariant=True)
+    with_hooks(model)(torch.ones(1, 3, dtype=torch.long))
+    assert caplog.records[-1].getMessage().startswith(f"batch_invariant: {LORA}")
+
+
+def test_a_failure_leaves_the_form_that_was(monkeypatch):
+    as_on_gpu(monkeypatch)
+    model = fuse_model(tiny_model(dtype=torch.float16))
+    before = [type(module) for module in model.modules()]
+    last, repack = model.model.layers[-1].mlp, FusedMLP.repack
+
+    def fail(module):
+        if module is last and module.batch_invariant:
+            raise MemoryError
+        repack(module)
+
+    monkeypatch.setattr(FusedMLP, "repack", fail)
+    with pytest.raises(MemoryError):
+        fuse_model(model, batch_invariant=True)
+    assert [type(module) for module in model.modules()] == before
 
 
 @pytest.fixture
@@ -99,7 +191,7 @@ def flags(monkeypatch):
 
 @torch.no_grad()
 def test_the_option_reaches_the_operator(flags):
-    model, x = tiny_model(), torch.ones(1, 3, dtype=torch.long)
+    model, x = tiny_model(dtype=torch.float16), torch.ones(1, 3, dtype=torch.long)
     fuse_model(model, strict=True)
     model(x)
     assert flags and not any(flags)
@@ -132,7 +224,7 @@ def test_the_operator_and_its_gradients():
 
 def test_experts_stay_as_they_are(monkeypatch, caplog):
     as_on_gpu(monkeypatch)
-    model = tiny_moe()
+    model = tiny_moe(dtype=torch.float16)
     with pytest.raises(FusionError, match="batch_invariant: no kernels for"):
         fuse_model(model, strict=True, batch_invariant=True)
     fuse_model(model, batch_invariant=True)

@@ -13,7 +13,7 @@ from models import SIZES, real_mlp
 from torch import nn
 from typer.testing import CliRunner
 
-from hf_fused_mlp.bench import experts, generate, measuring, mlp, names, peers, results, training, wrapped
+from hf_fused_mlp.bench import encoders, experts, generate, measuring, mlp, names, peers, results, training, wrapped
 from hf_fused_mlp.bench.peers import IMPLEMENTATIONS, Implementation, Unavailable
 from hf_fused_mlp.bench.shapes import Shape, fused_twin
 from hf_fused_mlp.cli import app
@@ -149,6 +149,7 @@ def test_the_names_of_the_options_are_those_of_the_tables():
     assert tuple(generate.MODELS) == names.MODELS
     assert tuple(generate.MODES) == names.MODES
     assert tuple(wrapped.WRAPPINGS) == names.WRAPPINGS
+    assert tuple(encoders.ENCODERS) == names.ENCODERS
     assert tuple(experts.SHAPES) == names.EXPERTS
 
 

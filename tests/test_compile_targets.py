@@ -120,22 +120,28 @@ def test_compiles_every_activation(family, activation, monkeypatch):
     assert kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+TURING = GPUTarget("cuda", 75, 32)  # runs fp16 alone, and what multiplies no tiles
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "sm_75"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_act_mul_compiles(activation, target, monkeypatch):
-    grad, gate, up = (torch.randn(3, 100, dtype=torch.bfloat16) for _ in range(3))
+    dtype = torch.float16 if target == "sm_75" else torch.bfloat16
+    grad, gate, up = (torch.randn(3, 100, dtype=dtype) for _ in range(3))
     for function, tensors in ((act_mul_cuda, (gate, up)), (act_mul_backward_cuda, (grad, gate, up))):
-        (kernel,) = compiled(partial(function, *tensors, activation), TARGETS[target], monkeypatch)
+        (kernel,) = compiled(partial(function, *tensors, activation), TARGETS.get(target, TURING), monkeypatch)
         assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, "sm_75"])
 @pytest.mark.parametrize("hidden", [128, 4096, norm.LONGEST])
 @pytest.mark.parametrize("form", FORMS)
 def test_rms_norm_compiles(form, hidden, target, monkeypatch):
-    x, weight = torch.randn(3, hidden, dtype=torch.bfloat16), torch.randn(hidden, dtype=torch.bfloat16)
+    dtype = torch.float16 if target == "sm_75" else torch.bfloat16
+    x, weight = torch.randn(3, hidden, dtype=dtype), torch.randn(hidden, dtype=dtype)
     call = describe_launch(x, weight[None], False, "identity")
-    (kernel,) = compiled(lambda: norm.rms_norm(call, 1e-6, form)(x, weight), TARGETS[target], monkeypatch)
+    target_of = TARGETS.get(target, TURING)
+    (kernel,) = compiled(lambda: norm.rms_norm(call, 1e-6, form)(x, weight), target_of, monkeypatch)
     assert kernel.asm["ptx" if target.startswith("sm") else "amdgcn"]
 
 
@@ -170,6 +176,7 @@ def test_transposed_compiles(family, dtype, target, monkeypatch):
 
 # name, multiprocessors, and bytes of shared memory that a block may have
 GPUS = {
+    "sm_75": ("Tesla T4", 40, 65536),
     "sm_80": ("A100", 108, 166912),
     "sm_86": ("A10", 72, 101376),
     "sm_89": ("L4", 58, 101376),
@@ -184,10 +191,12 @@ def picked(gpu):
     launches = {}
     for m, gated in itertools.product((1, 2, 8, 32, 64, 128, 300, 600, 4096), (True, False)):
         key = ProblemKey(m, 2048, 8192, 2048, gated, "silu", torch.float16, not gated, True, gpu)
-        for plan in (heuristic_plan(key), invariant_plan(key)):
-            for launch, config in ((key.up, plan.up), (key.down, plan.down)):
-                if config.kernel != "torch":
-                    launches[launch.gated, launch.activation, config] = launch
+        others = replace(key, one_block=False), replace(key, storage="transposed", gated=False)
+        for problem in (key, *(others if gpu.capability == (7, 5) else ())):
+            for plan in filter(None, (heuristic_plan(problem), invariant_plan(problem))):
+                for launch, config in ((problem.up, plan.up), (problem.down, plan.down)):
+                    if config.kernel != "torch":
+                        launches[launch.gated, launch.activation, config] = launch
     return [(config, launch) for (*_, config), launch in launches.items()]
 
 
@@ -201,10 +210,13 @@ def test_what_is_picked_fits_the_gpu(target, monkeypatch):
     gpu = GPU(name, sms, divmod(arch, 10) if backend.backend == "cuda" else (0, 0), shared)
     for config, launch in picked(gpu):
         gate, up, _, gate_bias, up_bias, _ = random_mlp(256, 512, launch.gated, not launch.gated, torch.float16)
-        x = torch.randn(16, 256).half()
+        if launch.storage == "transposed":
+            up = up.t().contiguous().t()
+        x = torch.randn(min(launch.m, 16), 256).half()
         call = partial(linear, x, up, up_bias, gate, gate_bias, launch.activation, config)
         for kernel in compiled(call, backend, monkeypatch, shared):
             assert kernel.metadata.shared <= shared, (config, kernel.metadata.shared)
+            assert target != "sm_75" or "tt.dot" not in kernel.asm["ttir"], "it would multiply on the CUDA cores"
             if backend.backend == "cuda" and CUOBJDUMP:
                 assert stack_bytes(kernel) <= 64, config  # more holds registers
 

@@ -106,7 +106,7 @@ def test_other_casts_are_not_repeated(device, monkeypatch):
 
     experts = fuse_model(make(MIXTRAL), strict=True)
     x = inputs(experts)
-    monkeypatch.setattr(modes, "no_kernels", lambda device: None)
+    monkeypatch.setattr(modes, "no_kernels", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = experts.original_output(*x)
@@ -299,7 +299,7 @@ def test_an_argument_that_is_called_like_a_module(tmp_path):
 @pytest.mark.parametrize("door", ["class", "interface"])
 @torch.no_grad()
 def test_compiled_code_notices_a_gate_on_the_instance(door, monkeypatch):
-    monkeypatch.setattr(modes, "no_kernels", lambda device: None)
+    monkeypatch.setattr(modes, "no_kernels", lambda *_, **__: None)
     torch._dynamo.reset()
     experts = make(MIXTRAL)
     x = inputs(experts)
@@ -317,7 +317,7 @@ def test_compiled_code_notices_a_gate_on_the_instance(door, monkeypatch):
 @torch.no_grad()
 def test_compiled_layers_of_other_numbers(door, monkeypatch):
     """Dynamo makes symbols of numbers in which modules differ."""
-    monkeypatch.setattr(modes, "no_kernels", lambda device: None)
+    monkeypatch.setattr(modes, "no_kernels", lambda *_, **__: None)
     torch._dynamo.reset()
     for limit, alpha in ((7.0, 1.702), (0.5, 1.702), (0.3, 1.0), (float("inf"), 1.702), (0.1, 1.4)):
         experts = make(GPT_OSS)

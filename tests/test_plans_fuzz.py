@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,15 @@ def test_bad_files(what, good, caplog):
         pass
     else:
         assert dispatch.find_plan(KEYS[0]) == PLAN
+
+
+def test_a_loop_that_takes_minutes_to_compile(plan_cache, caplog):
+    """Some kernels unroll theirs: a step of one element makes thousands."""
+    key = replace(KEYS[0], m=1, hidden=8192)
+    plan = Plan(TileConfig("gemv", block_k=1), TORCH)
+    cache.save([TunedPlan(key, plan, 1.0, 2.0)], H100)
+    assert dispatch.find_plan(key) == heuristic_plan(key)
+    assert "block_k 1 is too small for the unrolled loop of gemv" in caplog.text
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=oct)

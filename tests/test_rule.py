@@ -7,7 +7,7 @@ import torch
 
 from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, TORCH, ProblemKey, TileConfig
+from hf_fused_mlp.types import GPU, TORCH, Plan, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 A100 = GPU("NVIDIA A100", 108, (8, 0), 166912)
@@ -43,6 +43,18 @@ def test_rows_that_are_not_aligned_are_left_to_the_library(m, gated):
     assert plan.up.kernel == ("wide" if gated else "torch")
     assert plan.down == TORCH
     assert heuristic_plan(problem(m, 1000, 2730, True, one_block=False)).up.kernel == "elementwise"
+
+
+def test_where_the_gpu_waits_for_the_host_one_launch_adds_bias_and_activation():
+    """BERT, ViT and CLIP: their layers take the GPU less time than Python, which a GEMM with a bias takes longer."""
+    for m in (50, 197, 512, 1576):
+        for activation in ("gelu", "quick_gelu"):
+            plan = heuristic_plan(problem(m, 768, 3072, gated=False, activation=activation, bias=True))
+            assert plan == Plan(TileConfig("wide"), TORCH) or plan.up.kernel == "skinny"
+    assert heuristic_plan(problem(16384, 768, 3072, gated=False)).up == TORCH
+    # of three kernels that PyTorch takes for the activation, one is left at any size
+    many = problem(16384, 768, 3072, gated=False, activation="quick_gelu")
+    assert heuristic_plan(many).up == TileConfig("wide")
 
 
 def test_other_gpus_run_no_gemm_of_ours():

@@ -76,6 +76,29 @@ def test_nothing_is_measured_for_other_modules(asked):
     assert asked == [], "batch-invariant, or with a layer that is called"
 
 
+def test_a_problem_that_cannot_be_measured(asked, monkeypatch, caplog):
+    """Whatever the GPU or the compiler raises, the model is fused, and other problems are measured."""
+
+    def fail(key, device, most=None):
+        if key.m == 2:
+            raise RuntimeError("CUDA error: operation not permitted")
+        return TunedPlan(key, PLAN, 1.0, 2.0)
+
+    monkeypatch.setattr(tuner, "tune", fail)
+    model = fuse_model(tiny_model(dtype=torch.float16), tune=True)
+    assert [key.m for key in unmeasured(model)] == [2]
+    assert "tune: 2 tokens of 64 x 176 cannot be measured: CUDA error" in caplog.text
+    assert "cannot be kept" not in caplog.text
+
+
+def test_in_training_mode(asked):
+    """Models that are built from a config are; they will be measured for what they do in evaluation mode."""
+    model = tiny_model(dtype=torch.float16).train()
+    fuse_model(model, tune=True)
+    assert len(asked) == len(TOKENS)
+    assert all(module.training for module in model.modules())
+
+
 def test_plans_that_cannot_be_kept(asked, monkeypatch, caplog):
     def refuse(*args):
         raise PermissionError("read-only")

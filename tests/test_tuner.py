@@ -12,6 +12,7 @@ from hf_fused_mlp.kernels import LAUNCHERS
 from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import linear_ref
 from hf_fused_mlp.tuning import cache, tuner
+from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.tuning.timing import Timing
 from hf_fused_mlp.types import GPU, TORCH, UNFUSED, MLPOperands, Plan, ProblemKey, TileConfig
 
@@ -126,6 +127,19 @@ def test_the_rule_wins_if_its_pair_is_faster(clock):
     assert tuner.tune(problem(), CPU).plan == Plan(GOOD[0], TORCH)
 
 
+@pytest.fixture
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_dtype_is_the_callers(bfloat16_by_default):
+    """Bf16 has no number between 4080 and 4096."""
+    launch = tuner.Launch.random(problem(m=4095, hidden=16, intermediate=16).up, False, CPU)
+    assert tuner.correct(launch, [TORCH]) == [TORCH]
+
+
 @pytest.mark.parametrize(
     "launcher, words",
     [
@@ -159,10 +173,14 @@ def test_errors_that_are_no_fault_of_a_configuration_are_raised(clock, monkeypat
 
 
 def test_few_candidates_are_those_expected_fastest():
-    key = problem(m=16, hidden=4096, intermediate=14336, dtype=torch.bfloat16, gpu=GPU("H100", 132, (9, 0), 232448)).up
-    few = tuner.candidates(key, 3)
-    assert len(few) == 4 and set(few) <= set(tuner.candidates(key))
-    assert {config.kernel for config in few} == {"torch", "skinny"}
+    """One of each kernel before others: the model expects the same of all tiles of `gemv`."""
+    gpu = GPU("H100", 132, (9, 0), 232448)
+    for m, kernels in ((2, {"gemv", "skinny"}), (16, {"skinny", "wide"})):
+        key = problem(m=m, hidden=4096, intermediate=14336, dtype=torch.bfloat16, gpu=gpu).up
+        torch_first, *few = tuner.candidates(key, 3)
+        assert torch_first == TORCH and len(few) == 3 and set(few) <= set(tuner.candidates(key))
+        assert {config.kernel for config in few} == kernels
+        assert min(expected_us(key, config) for config in tuner.candidates(key)) == expected_us(key, few[0])
 
 
 @pytest.mark.gpu

@@ -21,6 +21,12 @@ WRAPPINGS = (
     *("device-map-2", "tensor-parallel-2"),
 )
 
+# of `encoders.ENCODERS`
+ENCODERS = (
+    *("bert-base", "vit-base", "clip-base-vision", "siglip-base-vision", "t5-base-encoder", "modernbert-base"),
+    "pythia-160m",
+)
+
 # of `experts.SHAPES`
 EXPERTS = (
     *("qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b", "gpt-oss-20b", "deepseek-v2-lite", "gemma-4-26b-a4b"),

@@ -21,6 +21,7 @@ COMMANDS = {
     "block": "block",
     "training": "training",
     "host": "host",
+    "encoders": "encoders",
     "end-to-end": "generate",
     "wrapped": "wrapped",
     "experts": "experts",

@@ -202,7 +202,7 @@ def _rows(name: str, config: LlamaConfig, tokens: list[int], rounds: int, dtype:
         x = torch.randn(1, m, config.hidden_size, device=DEVICE, dtype=dtype, requires_grad=wrapping.trains)
         step = partial(_train if wrapping.trains else _forward, model, x)
         with wrapping.around():
-            _check(step, modules)
+            check(step, modules)
             times = time_forms(step, modules, rounds, calls=1 if m > 512 else 3)
         paired = statistics.median(map(truediv, times["original"], times["fused"]))
         rows = []
@@ -239,7 +239,7 @@ def _train(model: nn.Module, x: Tensor) -> Tensor:
     return x.grad
 
 
-def _check(step: Callable[[], Tensor], modules: list[Any]) -> None:
+def check(step: Callable[[], Tensor], modules: list[Any]) -> None:
     """Raises an error where the fused form of `modules` gives other numbers than the original."""
     got = step().float()
     with original_form(modules):

@@ -31,6 +31,7 @@ BENCH = (
     ),
     Row("experts", "hf_fused_mlp.cli.bench:experts", "Routed experts of published models."),
     Row("host", "hf_fused_mlp.cli.bench:host", "Host time of a module call."),
+    Row("encoders", "hf_fused_mlp.cli.bench:encoders", "Eager forwards of small models, which wait for Python."),
     Row("candidates", "hf_fused_mlp.cli.bench:candidates", "Every tile configuration that the tuner may choose."),
 )
 

@@ -9,6 +9,7 @@ import typer
 
 from hf_fused_mlp.bench.names import (
     DEFAULT,
+    ENCODERS,
     EXPERTS,
     EXPERTS_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
@@ -232,6 +233,23 @@ def host(m: Tokens = TOKENS, dtype: Dtype = "bfloat16", json_file: Json = None, 
     batches = bench.measure(token_counts(m), dtype_of(dtype))
     _, _, rows = measured("host", batches, json_file, table, by=("kind", "m"))
     print(bench.table(rows))
+
+
+def encoders(
+    model: Annotated[str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(ENCODERS)}.")] = "all",
+    batch: Annotated[str, typer.Option(help="Texts of 128 tokens, or images, comma-separated.")] = "1,8,32",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds in which original and fused take turns.")] = 40,
+    dtype: Annotated[str, typer.Option(help="Comma-separated: bfloat16, float16.")] = "bfloat16,float16",
+    json_file: Json = None,
+    table: Table = None,
+) -> None:
+    """Eager forwards of small models, which wait for Python."""
+    from hf_fused_mlp.bench import encoders as bench
+    from hf_fused_mlp.bench.measuring import chosen
+
+    names, dtypes = chosen("model", model, ENCODERS), [dtype_of(name) for name in dtype.split(",")]
+    batches = bench.measure(names, token_counts(batch), dtypes, rounds)
+    print(bench.table(measured("encoders", batches, json_file, table, by=("model", "dtype", "batch"))[2]))
 
 
 def wrapped(

@@ -48,7 +48,7 @@ def facts() -> Iterator[tuple[str, str]]:
     for gpu, count in Counter(map(GPU.of, devices)).items():
         major, minor = gpu.capability
         yield "GPU", f"{count} x {gpu.name}, compute capability {major}.{minor}, {gpu.num_sms} multiprocessors"
-    if devices and (reason := no_kernels(devices[0])):
+    if devices and (reason := no_kernels(devices[0], torch.bfloat16)):
         yield "kernels", reason
     if HAS_TRITON:
         yield from plans(list(dict.fromkeys(map(GPU.of, devices))))

@@ -53,14 +53,17 @@ def tune(
 
     import torch
 
+    from hf_fused_mlp.modes import COMPLETE, FIRST, no_kernels_on
     from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two
 
     keys = problems_of(model, None if dtype == "auto" else getattr(torch, dtype))
     if not torch.cuda.is_available():
         fail("tune needs a CUDA GPU, and PyTorch finds none; the rules of thumb need no tuning")
     gpu = GPU.of(torch.device("cuda", torch.cuda.current_device()))
-    if gpu.capability < (8, 0):
-        fail(f"no kernels for {gpu.name}; they need CUDA compute capability 8.0 or later")
+    for key in keys:
+        least = FIRST if isinstance(key, ProblemKey) else COMPLETE
+        if reason := no_kernels_on(gpu, key.dtype, least):
+            fail(reason)
 
     from hf_fused_mlp.tuning import experts, tuner  # imports Triton
 

@@ -40,11 +40,14 @@ class Family(Protocol):
         `holds_known` says that a module inside is the family's, or that of a family that is always on.
         """
 
-    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused] | None:
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         """The class that makes the fused form of a module that computes `spec`.
 
-        With `batch_invariant` one whose sums do not depend on the token count, or None if the family has none.
+        With `batch_invariant` one whose sums do not depend on the token count, unless `why_variant` says why not.
         """
+
+    def why_variant(self, module: nn.Module, spec: Hashable) -> str | None:
+        """Why the sums of a fused `module` would depend on the token count in any form, or None."""
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | ExpertsKey | None:
         """The problem that `m` tokens make, weights on meta included; None if it has no plan."""

@@ -68,7 +68,7 @@ class FusedExperts(Fused):
             reason = why_functions_are_not_own()
         if reason is None and self.training:
             reason = "in training mode, where the original forward runs"
-        return Runs(reason or modes.no_kernels(device or device_of(self)))
+        return Runs(reason or modes.no_kernels(device or device_of(self), least=modes.COMPLETE))
 
     def call_inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
         usual = len(args) == 3 and not kwargs and all(type(value) is Tensor for value in args)
@@ -134,13 +134,15 @@ def fused_output(module: nn.Module, spec: ExpertsSpec, x: Any, ids: Any, weights
     if (operands := operands_of(module, spec)) is None:
         return None
     if torch.compiler.is_compiling():
-        usual = modes.is_ordinary(x) and not modes.autocasts() and modes.no_kernels(x.device) is None
+        usual = (
+            modes.is_ordinary(x) and not modes.autocasts() and modes.no_kernels(x.device, least=modes.COMPLETE) is None
+        )
         return ops.experts_if_fits(x, ids, weights, operands) if usual else None
     if not modes.needs_only_output(x) or type(ids) is not Tensor or type(weights) is not Tensor:
         return None
     tensors = x, ids, weights, *operands.tensors
     out = answer(experts_kind(operands), tensors, tensors)
-    if out is None and modes.runs_now(x) and modes.no_kernels(x.device) is None:
+    if out is None and modes.runs_now(x) and modes.no_kernels(x.device, least=modes.COMPLETE) is None:
         out = ops.experts_if_fits(x, ids, weights, operands)
     return out
 
@@ -260,8 +262,11 @@ class ExpertsFamily(Family):
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> None:
         return None  # a stack of matrices that nothing is known about is listed among the MLPs
 
-    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused] | None:
-        return None if batch_invariant else FusedExperts
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
+        return FusedExperts
+
+    def why_variant(self, module: nn.Module, spec: Hashable) -> str:
+        return f"no kernels for {self.noun}s have sums that ignore the token count"
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ExpertsKey | None:
         assert isinstance(spec, ExpertsSpec)

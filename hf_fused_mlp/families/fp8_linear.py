@@ -43,7 +43,7 @@ class FusedFP8Linear(Fused):
         if has_own_forward(self):
             return Runs(OWN_FORWARD)
         reason = _why_not_read(self) or _why_not_own(type(self).original_class)
-        return Runs(reason or modes.no_kernels(device or device_of(self)))
+        return Runs(reason or modes.no_kernels(device or device_of(self), least=modes.COMPLETE))
 
     @staticmethod
     def read_again(module: nn.Module) -> str | None:
@@ -59,7 +59,7 @@ def _product(linear: FusedFP8Linear, cls: type[FusedFP8Linear], x: Tensor) -> Te
         out = answer(kind, (x, *ABSENT, *matrix, *ABSENT), (x, ABSENT, matrix, ABSENT))
         if out is not None:
             return out
-    if not modes.is_ordinary(x) or modes.no_kernels(x.device) is not None or matrix.data.is_meta:
+    if not modes.is_ordinary(x) or modes.no_kernels(x.device, least=modes.COMPLETE) is not None or matrix.data.is_meta:
         return None
     # the original multiplies as it comes, whatever autocast says
     with torch.autocast(x.device.type, enabled=False):
@@ -81,8 +81,11 @@ class FP8LinearFamily(Family):
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
         return None
 
-    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused] | None:
-        return None if batch_invariant else FusedFP8Linear
+    def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
+        return FusedFP8Linear
+
+    def why_variant(self, module: nn.Module, spec: Hashable) -> str:
+        return f"no kernels for {self.noun}s have sums that ignore the token count"
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> None:
         return None

@@ -50,7 +50,7 @@ class FusedRMSNorm(Fused):
                 "its forward, its weight or its epsilon was replaced after fusing, so the original forward runs"
             )
         reason = None if rsqrt_is_own() else why_functions_are_not_own()
-        return Runs(reason or modes.no_kernels(device or device_of(self)))
+        return Runs(reason or modes.no_kernels(device or device_of(self), self._parameters["weight"].dtype))
 
     @staticmethod
     def read_again(module: nn.Module) -> NormSpec | None:
@@ -104,6 +104,9 @@ class NormFamily(Family):
 
     def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         return FusedRMSNorm
+
+    def why_variant(self, module: nn.Module, spec: Hashable) -> None:
+        return None  # each row has a program of its own
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> None:
         return None

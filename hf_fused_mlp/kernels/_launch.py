@@ -22,6 +22,8 @@ Linear = Callable[[Tensor, Matrix, Matrix], Tensor]
 Tiling = tuple[list[int], list[int], list[int]]
 
 MOST_KEPT = 4096  # addresses
+# why a kernel that multiplies tiles does not run
+NO_DOT = "Triton does not use this GPU's tensor cores"
 
 _thread = threading.local()
 
@@ -84,8 +86,22 @@ class _Descriptors:
         # what the driver's launch takes for each descriptor; None if it takes whole descriptors
         self.forms: list[Callable[[TensorDescriptor], list]] | None = None
         self.kept: dict[tuple[int, int], list] = {}
+        # those of whole launches, by all of their addresses
+        self.together: dict[tuple[int | None, ...], list] = {}
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> list:
+        if self.forms is None:
+            return self._arguments(tensors)
+        addresses = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
+        arguments = self.together.get(addresses)
+        if arguments is None:
+            arguments = self._arguments(tensors)
+            if len(self.together) >= MOST_KEPT:
+                self.together.clear()
+            self.together[addresses] = arguments
+        return arguments
+
+    def _arguments(self, tensors: tuple[Tensor | None, ...]) -> list:
         arguments: list[Any] = []
         for place, tensor in enumerate(tensors):
             if tensor is None:

@@ -17,6 +17,8 @@ from hf_fused_mlp.kernels._fp8 import from_fp8, load_scale, scale_for_kernels, w
 from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
 from hf_fused_mlp.types import GPU, SCALE_BLOCK, LinearCall, LinearKey, TileConfig, next_power_of_two
 
+MOST_STEPS = 64  # of the unrolled loop
+
 
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate, add_bias, grouped_tile
-from hf_fused_mlp.kernels._launch import Linear, Tiling, allocator, launcher
+from hf_fused_mlp.kernels._launch import NO_DOT, Linear, Tiling, allocator, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 
@@ -22,6 +22,8 @@ def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
     if key.storage != "float":
         return f"made for storage 'float', not {key.storage!r}"
+    if not key.gpu.has_dot:
+        return NO_DOT
     if key.dtype not in (torch.float16, torch.bfloat16):
         return f"made for fp16 and bf16, not {key.dtype}"
     if not key.one_block:

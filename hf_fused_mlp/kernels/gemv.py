@@ -14,6 +14,8 @@ from hf_fused_mlp.kernels._common import activate, add_bias
 from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig, next_power_of_two
 
+MOST_STEPS = 64  # of the unrolled loop
+
 
 def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fused_mlp.kernels._launch import allocator, launcher
-from hf_fused_mlp.types import GPU, LinearCall, next_power_of_two
+from hf_fused_mlp.modes import no_kernels
+from hf_fused_mlp.types import LinearCall, next_power_of_two
 
 LONGEST = 1 << 15  # elements a row, all of which one program holds
 
@@ -22,7 +23,7 @@ def supports(x: Tensor, weight: Tensor) -> bool:
     alike = weight.dtype == x.dtype and weight.device == x.device and weight.shape == x.shape[-1:]
     if not alike or not weight.is_contiguous() or not 0 < weight.numel() <= LONGEST or x.numel() == 0:
         return False
-    runs = not x.is_cuda or GPU.of(x.device).capability >= (8, 0)  # on a CPU it is interpreted
+    runs = not x.is_cuda or no_kernels(x.device, x.dtype) is None  # on a CPU it is interpreted
     return runs and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate, add_bias
-from hf_fused_mlp.kernels._launch import Linear, allocator, launcher
+from hf_fused_mlp.kernels._launch import NO_DOT, Linear, allocator, launcher
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
 
 SUM_BLOCK = 512
@@ -26,6 +26,8 @@ def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
     if key.storage != "float":
         return f"made for storage 'float', not {key.storage!r}"
+    if not key.gpu.has_dot:
+        return NO_DOT
     if key.dtype not in (torch.float16, torch.bfloat16):
         return f"made for fp16 and bf16, not {key.dtype}"
     if key.k % 16:

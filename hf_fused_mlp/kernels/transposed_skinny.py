@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fused_mlp.kernels._common import activate, add_bias
-from hf_fused_mlp.kernels._launch import Linear, launcher
+from hf_fused_mlp.kernels._launch import NO_DOT, Linear, launcher
 from hf_fused_mlp.kernels.skinny import candidates as candidates_of_skinny
 from hf_fused_mlp.kernels.skinny import output_of
 from hf_fused_mlp.types import GPU, LinearCall, LinearKey, TileConfig
@@ -24,6 +24,8 @@ def supports(key: LinearKey) -> str | None:
     """Why the kernel cannot or should not run `key`, or None."""
     if key.storage != "transposed":
         return f"made for storage 'transposed', not {key.storage!r}"
+    if not key.gpu.has_dot:
+        return NO_DOT
     if key.gated:
         return "made for MLPs without a gate"
     if key.dtype not in (torch.float16, torch.bfloat16):

@@ -100,7 +100,7 @@ def _path(module: Fused, x: Tensor) -> tuple[str, str | None]:
     original, called = module.runs(x.device, x.numel())
     if original is None:
         return ("fused", None) if called is None else ("partly fused", called)
-    only_the_device = called is None and original == modes.no_kernels(x.device)
+    only_the_device = called is None and original == modes.no_kernels(x.device, x.dtype)
     return ("operator" if only_the_device else "original forward"), original
 
 

@@ -17,6 +17,7 @@ from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
 from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb, without_sorting
 from hf_fused_mlp.launch_cache import answer, experts_kind, mlp_kind, remember
 from hf_fused_mlp.logs import logger
+from hf_fused_mlp.modes import why_variant
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
@@ -63,20 +64,14 @@ def find_plan(key: ProblemKey) -> Plan:
 
 def _invariant_plan(key: ProblemKey) -> Plan:
     """The plan whose sums do not depend on the token count; where there is none, the usual one and a warning."""
-    plan = invariant_plan(key)
-    if plan is None:
-        _warn_of_variance(key.storage, key.dtype)
-    return plan or find_plan(key)
+    if reason := why_variant(key.storage, key.dtype, key.gpu):
+        _warn_of_variance(reason)
+    return invariant_plan(key) or find_plan(key)
 
 
 @cache
-def _warn_of_variance(storage: str, dtype: torch.dtype) -> None:
-    logger.warning(
-        "batch_invariant: no such kernels for %s with weights stored as %s; the usual ones run, whose sums depend on "
-        "the token count",
-        dtype,
-        storage,
-    )
+def _warn_of_variance(reason: str) -> None:
+    logger.warning("batch_invariant: %s; the usual ones run", reason)
 
 
 def _fallbacks(storage: str | None) -> tuple[Plan, ...]:
@@ -121,7 +116,9 @@ def mlp_cuda(x: Tensor, operands: MLPOperands) -> Tensor:
 
 def _kind(kind):
     """Differs from `kind`, which modules look up, under autocast: modules cast then, and operators do not."""
-    return ("under autocast", kind) if torch._C._is_any_autocast_enabled() else kind
+    if not torch._C._is_any_autocast_enabled():
+        return kind
+    return "autocast", torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), kind
 
 
 def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
@@ -129,6 +126,8 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
     gate, up, down, *_ = operands
     tensors = *gate, *up, *down
     if x.numel() == 0 or operands.storage is None:
+        if operands.batch_invariant and operands.storage is None:
+            _warn_of_variance(why_variant(None, x.dtype, GPU.of(x.device)))
         return mlp_ref(x, *operands.flat())
     if not has_rows(x):
         rows = x.clone(memory_format=torch.contiguous_format)  # a contiguous tensor may still have no rows
@@ -138,7 +137,11 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
     plans = _invariant_plan(key) if operands.batch_invariant else find_plan(key), *_fallbacks(operands.storage)
     # a shipped plan may have been measured with a Triton that needed less or compiled more; and a file of plans may
     # have been written by anyone
-    message = "%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`"
+    message = (
+        "batch_invariant: %s does not run here (%s); PyTorch's GEMMs do, whose sums depend on the token count"
+        if operands.batch_invariant
+        else "%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`"
+    )
     run, out = _first_that_runs(plans, lambda plan: prepare(plan, x, operands), (x, gate, up, down), message)
     remember(_kind(mlp_kind(*operands)), (x, *tensors), run)
     return out

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from hf_fused_mlp.activations import ACTIVATIONS
+from hf_fused_mlp.modes import no_kernels
 from hf_fused_mlp.ops.library import define, gradients, on_gpu
 from hf_fused_mlp.reference import act_mul_ref
-from hf_fused_mlp.types import GPU
 
 
 def act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -49,7 +49,8 @@ def _act_mul_cuda(gate, up, activation):
 def has_kernel(tensor: Tensor) -> bool:
     """True if `act_mul` has a kernel for such a tensor on a GPU; PyTorch's operations compute the others."""
     fp32_is_enough = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return fp32_is_enough and tensor.numel() > 0 and tensor.dim() > 0 and GPU.of(tensor.device).capability >= (8, 0)
+    has_rows = tensor.numel() > 0 and tensor.dim() > 0
+    return fp32_is_enough and has_rows and no_kernels(tensor.device, tensor.dtype) is None
 
 
 def _act_mul_fake(gate, up, activation):

@@ -17,7 +17,7 @@ from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reference import experts_ref, fp8_experts_ref
 from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO
-from hf_fused_mlp.tuning.tuner import WHOLE_ROUNDS, Calls, fastest, measure, runnable
+from hf_fused_mlp.tuning.tuner import WHOLE_ROUNDS, Calls, fastest, measure, runnable, spread
 from hf_fused_mlp.types import FP8, ExpertsCall, ExpertsKey, ExpertsPlan, Matrix, scale_blocks
 from hf_fused_mlp.validation import RELATIVE_RMS, Errors, inaccuracy
 
@@ -99,7 +99,7 @@ class Problem:
         copies = [
             (
                 normal(key.m, key.hidden),
-                torch.rand(key.m, key.experts, device=device).topk(key.top_k)[1],
+                torch.rand(key.m, key.experts, device=device, dtype=torch.float32).topk(key.top_k)[1],
                 torch.rand(key.m, key.top_k, device=device, dtype=torch.float32).add_(0.5),
             )
             for _ in range(ROUTINGS if key.m <= GRAPHS_UP_TO else 1)
@@ -129,7 +129,7 @@ def correct(problem: Problem, plans: Iterable[ExpertsPlan]) -> list[ExpertsPlan]
         eager = fp8_experts_ref(x, ids, weights, Matrix(up, up_scale, None), Matrix(down, down_scale, None), form)
     else:
         eager = experts_ref(x, ids, weights, up, down, up_bias, down_bias, form)
-    rows = torch.linspace(0, len(x) - 1, max(1, min(len(x), CHECKED_PAIRS // problem.key.top_k))).long().to(x.device)
+    rows = spread(len(x), CHECKED_PAIRS // problem.key.top_k).to(x.device)
     used, places = ids[rows].unique(return_inverse=True)
     chosen: list[Any] = [None if stack is None else stack[used] for stack in problem.stacks]
     if not scales:  # or they are dequantized

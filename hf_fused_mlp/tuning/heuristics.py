@@ -2,17 +2,21 @@
 
 `cost.py` predicts the time of floats in 16 bits that are stored row by row. Fp32, FP8 and transposed weights repeat
 what won nearby (docs/notes-kernels.md). The kernels for few tokens are bound by memory, and so are candidates on every
-GPU that can run them; `gemm` is one on Hopper only.
+GPU that can run them; `gemm` is one on Hopper only, and Turing multiplies no tiles (`GPU.has_dot`).
 """
 
 from collections.abc import Iterator
 
 from hf_fused_mlp.kernels import fp8_gemm, fp8_skinny, gemm, skinny, transposed_gemv, wide
+from hf_fused_mlp.modes import no_kernels_on
 from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, bucket, next_power_of_two
 
 # how many times faster than PyTorch's GEMMs a kernel must be expected to be: predictions are off by a few percent
 GATED_MARGIN, PLAIN_MARGIN = 1.02, 1.05
+# microseconds that the host takes for a launch of an MLP and what goes with it: where the GPU takes less, it waits in
+# eager mode, and of two that take the GPU as long, the one of fewer steps on the host is faster
+HOST = 30.0
 FEW = 64  # tokens, from which on a tile of `gemm` is worth its padding; without a gate later
 MANY = 512
 
@@ -25,8 +29,10 @@ def heuristic_plan(key: ProblemKey) -> Plan:
 
 
 def _linear(key: LinearKey) -> TileConfig:
-    if key.gpu.capability < (8, 0) or key.dtype.itemsize > 4:
+    if not key.gpu.is_nvidia or key.dtype.itemsize > 4 or no_kernels_on(key.gpu, key.dtype):
         return TORCH
+    if not key.gpu.has_dot:
+        return _without_dot(key)
     if key.storage == "fp8":
         return _fp8(key)
     if key.storage == "transposed":
@@ -42,6 +48,15 @@ def _linear(key: LinearKey) -> TileConfig:
     return min(times, key=lambda config: times[config])
 
 
+def _without_dot(key: LinearKey) -> TileConfig:
+    """On Turing, fp16 alone: what needs no `tl.dot`. Nothing was measured there."""
+    if key.storage == "fp8":
+        return TORCH
+    if key.storage == "transposed":
+        return _transposed(key, half=False)
+    return _gemv(key) if key.m <= 2 else _by_library(key)[0]
+
+
 def _gemv(key: LinearKey) -> TileConfig:
     return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
 
@@ -49,7 +64,11 @@ def _gemv(key: LinearKey) -> TileConfig:
 def _by_library(key: LinearKey) -> list[TileConfig]:
     """What PyTorch's GEMMs have a part in. With a gate one kernel for two is never slower than two."""
     if not key.gated:
-        return [TORCH]
+        is_aligned = key.k % 16 == 0 and key.n % 16 == 0
+        if wide.supports(key) is not None or not is_aligned or key.m <= 2:
+            return [TORCH]
+        # a GEMM that adds no bias, and a launch of ours, cost the host less than theirs
+        return [TileConfig("wide")] if expected_us(key, TORCH) < HOST else [TORCH, TileConfig("wide")]
     if wide.supports(key) is not None:
         return [TileConfig("elementwise")]
     # from there on cuBLAS runs two narrow GEMMs faster than a wide one at times, which the model does not know

@@ -8,6 +8,7 @@ many tokens there are. cuBLAS has no part in it: it chooses kernels, and splits 
 from typing import NamedTuple
 
 from hf_fused_mlp.kernels import gemm
+from hf_fused_mlp.modes import why_variant
 from hf_fused_mlp.types import TORCH, LinearKey, Plan, ProblemKey, TileConfig
 
 BLOCK_K = 64
@@ -37,7 +38,7 @@ def invariant_plan(key: ProblemKey) -> Plan | None:
 
 
 def _linear(key: LinearKey) -> TileConfig | None:
-    if key.storage != "float" or key.dtype.itemsize != 2:
+    if why_variant(key.storage, key.dtype, key.gpu):
         return None
     planes = 2 if key.gated else 1
     if gemm.supports(key) is not None:  # for reasons that are the weights', not the tokens'

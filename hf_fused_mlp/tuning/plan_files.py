@@ -132,8 +132,11 @@ def _unsupported(key: ProblemKey, plan: Plan) -> str | None:
             continue
         if config.kernel not in kernels.KERNELS:
             return f"{name}: unknown kernel {config.kernel!r}; known are torch, {', '.join(kernels.KERNELS)}"
-        if reason := kernels.KERNELS[config.kernel].supports(launch):
+        kernel = kernels.KERNELS[config.kernel]
+        if reason := kernel.supports(launch):
             return f"{name}: {config.kernel} does not run this problem: {reason}"
+        if launch.k > config.block_k * getattr(kernel, "MOST_STEPS", launch.k):  # code of minutes to compile
+            return f"{name}: block_k {config.block_k} is too small for the unrolled loop of {config.kernel}"
     return None
 
 

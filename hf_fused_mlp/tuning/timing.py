@@ -58,7 +58,7 @@ def round_robin_graphs(calls: Mapping[K, Sequence[Callable[[], object]]], rounds
             call()
         in_graph = list(copies) * -(-GRAPH_CALLS // len(copies))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate
             for call in in_graph:
                 call()
         return lambda: [_elapsed_us(*_record(graph.replay, before=graph.replay)) / len(in_graph)]

@@ -70,7 +70,10 @@ def candidates(key: LinearKey, most: int | None = None) -> list[TileConfig]:
     """Every configuration that may run `key`, the library's among them; or `most` of ours, those expected fastest."""
     own = [config for kernel in KERNELS.values() if kernel.supports(key) is None for config in kernel.candidates(key)]
     if most is not None and key.storage == "float":
-        own = sorted(own, key=lambda config: expected_us(key, config))[:most]
+        own.sort(key=lambda config: expected_us(key, config))
+        # the first of each kernel before the others: what one kernel's tiles differ in, the model may not see
+        first = {config.kernel: config for config in reversed(own)}.values()
+        own = sorted(own, key=lambda config: config not in first)[:most]
     return [TORCH, *own]
 
 
@@ -143,7 +146,7 @@ class Launch:
         if key.storage == "fp8":
             block = block.to(FP8)
             sizes = count, scale_blocks(key.n), scale_blocks(key.k)
-            scales = torch.rand(sizes, device=device).add_(0.5).mul_(key.k**-0.5)
+            scales = torch.rand(sizes, device=device, dtype=torch.float32).add_(0.5).mul_(key.k**-0.5)
         else:
             block.mul_(key.k**-0.5)
         blocks = [block]
@@ -211,7 +214,7 @@ def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
     """The `configs` that run and are as accurate against float64 as PyTorch; warns about the others."""
     configs = runnable(launch, configs)
     m, (up, gate) = launch.key.m, launch.copies[0]
-    rows = torch.linspace(0, m - 1, min(m, CHECKED_ROWS), device=launch.x.device).long()
+    rows = spread(m, CHECKED_ROWS).to(launch.x.device)
 
     def exact(tensor: Tensor | None, scale: Tensor | None = None) -> Any:
         if scale is not None and tensor is not None:
@@ -237,6 +240,11 @@ def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
         else:
             passed.append(config)
     return passed
+
+
+def spread(count: int, most: int) -> Tensor:
+    """At most so many of the indices below `count`, from the first to the last, whatever the default dtype is."""
+    return torch.linspace(0, count - 1, max(1, min(count, most)), dtype=torch.float64).long()
 
 
 def fastest(launch: Measured[Config], configs: list[Config]) -> list[Config]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_fused_mlp.families.base import Family
-from hf_fused_mlp.families.mlp.checks import reject_reason, unknown_activation_reason
+from hf_fused_mlp.families.mlp.checks import CALLED, called_reason, reject_reason, unknown_activation_reason
 from hf_fused_mlp.families.mlp.fused import (
     FusedGatedMLP,
     FusedMLP,
@@ -18,6 +18,7 @@ from hf_fused_mlp.families.mlp.fused import (
     InvariantPackedMLP,
     InvariantPlainMLP,
 )
+from hf_fused_mlp.modes import no_kernels, why_variant
 from hf_fused_mlp.originals import is_patched
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.expression import reading_of
@@ -25,7 +26,7 @@ from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, find_spec, is_known, patc
 from hf_fused_mlp.report import Finding
 from hf_fused_mlp.swap import Fused, why_not_swappable
 from hf_fused_mlp.types import GPU, ProblemKey, storage_of
-from hf_fused_mlp.weights.formats import described
+from hf_fused_mlp.weights.formats import described, read
 
 _MIXINS: dict[MLPKind, type[Fused]] = {
     MLPKind.GATED: FusedGatedMLP,
@@ -63,6 +64,16 @@ class MLPFamily(Family):
     def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         assert isinstance(spec, MLPSpec)
         return (_INVARIANT_MIXINS if batch_invariant else _MIXINS)[spec.kind]
+
+    def why_variant(self, module: nn.Module, spec: Hashable) -> str | None:
+        assert isinstance(spec, MLPSpec)
+        if reason := called_reason(module, spec):
+            return f"{CALLED} ({reason})"
+        matrices: list[Any] = [read(module._modules[name]) for name in spec.projections]
+        first = matrices[0].data
+        # of a GPU that is not there, as fake tensors claim one, nothing is known
+        gpu = GPU.of(torch.device("cpu") if no_kernels(first.device) else first.device)
+        return why_variant(storage_of(*matrices), first.dtype, gpu)
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | None:
         assert isinstance(spec, MLPSpec)

@@ -1,5 +1,6 @@
 """The checks that an instance of a known MLP class must pass, and what may be read of it."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -7,12 +8,16 @@ from torch import nn
 
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.calls import OWN_FORWARD, has_own_forward, is_hooked, is_wrapped
+from hf_fused_mlp.logs import logger
 from hf_fused_mlp.originals import IDENTITIES, why_functions_are_not_own
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason, was_patched_since
 from hf_fused_mlp.types import ABSENT, Matrix
 from hf_fused_mlp.weights.blocks import unusable_scales
 from hf_fused_mlp.weights.formats import can_be_halved, is_loaded, is_partial, read, why_called
+
+# what a report and a warning say of modules that shall be batch-invariant
+CALLED = "a layer must be called, which may add in another order for another token count"
 
 
 class Projections(NamedTuple):
@@ -117,6 +122,12 @@ def called_reason(module: nn.Module, spec: MLPSpec) -> str | None:
                 "pass exclude=[...] to leave it as it is"
             )
     return None
+
+
+@cache
+def warn_of_variance(reason: str | None) -> None:
+    """Logs once that a layer of a batch-invariant module is called, and why."""
+    logger.warning("batch_invariant: %s (%s)", CALLED, reason or "no kernels for float64")
 
 
 def can_call(module: nn.Module, spec: MLPSpec, found: Projections) -> bool:

@@ -21,6 +21,7 @@ from hf_fused_mlp.families.mlp.checks import (
     called_reason,
     can_call,
     read_projections,
+    warn_of_variance,
     wrapped_besides,
 )
 from hf_fused_mlp.launch_cache import answer, mlp_kind, remembered
@@ -77,10 +78,14 @@ class FusedMLP(Fused):
             if traced:
                 out = _compiled(self, x)
             elif (
-                (type(first := self._modules.get(cls._first_name)) is not LINEAR and not may_be_read(first))
-                or torch._C._is_any_autocast_enabled()
-                or (self.training and torch.is_grad_enabled())
-            ) and _is_small(x):
+                (
+                    (type(first := self._modules.get(cls._first_name)) is not LINEAR and not may_be_read(first))
+                    or torch._C._is_any_autocast_enabled()
+                    or (self.training and torch.is_grad_enabled())
+                )
+                and _is_small(x)
+                and not cls.batch_invariant
+            ):
                 return cls.original_class.forward(self, *args, **kwargs)
             else:
                 out = _replay(self, cls, x)
@@ -108,7 +113,8 @@ class FusedMLP(Fused):
                 return Runs("in training mode with dropout")
             if elements is not None and elements <= SMALL_INPUT and not found.first_are_read:
                 return Runs(f"for so few tokens one kernel between called layers gains nothing: {called}")
-        return Runs(modes.no_kernels(device or device_of(self._modules[spec.first[0]])), called)
+        dtype = None if found.up is None else found.up.data.dtype
+        return Runs(modes.no_kernels(device or device_of(self._modules[spec.first[0]]), dtype), called)
 
     def call_inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
         x = args[0] if args else kwargs.get(self.input_name)
@@ -161,7 +167,7 @@ class FusedGatedMLP(FusedMLP):
         replaced = []
         for weights in self._pairs_to_pack():
             # packing gains nothing where the original forward runs
-            if modes.no_kernels(weights[0].device) is None and _are_parameters(self, weights):
+            if modes.no_kernels(weights[0].device, weights[0].dtype) is None and _are_parameters(self, weights):
                 replaced += pack(*weights)
         return replaced
 
@@ -276,7 +282,7 @@ def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
 def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     """Runs the whole MLP, or as much of it as the kernels can; None if the original forward must run."""
     spec = cls.fused_spec
-    if modes.no_kernels(x.device) is not None:  # on a CPU, all that is checked
+    if modes.no_kernels(x.device, x.dtype) is not None:  # on a CPU, all that is checked
         return None
     compiling, autocasts, training = torch.compiler.is_compiling(), modes.autocasts(), module.training
     if not (hf_fused_mlp_keeps_forward(cls.original_class) if compiling else _keeps_forward(cls)):
@@ -290,6 +296,8 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
         out = ops.mlp_if_fits(x, _operands(module, cls, found))
         if out is not None:
             return out
+    if cls.batch_invariant and not (compiling or training):
+        warn_of_variance("it casts under autocast" if autocasts else called_reason(module, spec))
     if not compiling and _is_small(x) and (torch.is_grad_enabled() or not found.first_are_read):
         return None  # only the product could be fused
     # what the kernels do not take goes on: PyTorch answers, errors included
