@@ -29,7 +29,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "fp8": {"color": "#0072B2", "marker": "o", "linestyle": ":"},
     "torchao-fp8": {"color": "#56B4E9", "marker": "<", "linestyle": ":"},
 }
-FORMS = {"fused": "#0072B2", "fused-norms": "#56B4E9"}  # of whole models
+FORMS = {  # of whole models
+    "fused": "#0072B2",
+    "fused-norms": "#56B4E9",
+    "fused-fp8-mlps": "#E69F00",
+    "fused-fp8": "#D55E00",
+}
 REFERENCE: dict[str, Any] = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
 # (shape, dtype) -> implementation -> points
 Panels = dict[tuple[str, str | None], dict[str, list[tuple[int, float]]]]
