@@ -1,4 +1,4 @@
-"""Plans for the MLPs of one model, measured once: what `fuse_model(model, tune=True)` does after fusing."""
+"""Measures plans for the MLPs of one model, once. `fuse_model(model, tune=True)` does this after fusing."""
 
 import os
 import time
@@ -13,15 +13,15 @@ from hf_fused_mlp.logs import logger
 from hf_fused_mlp.swap import Fused
 from hf_fused_mlp.types import ProblemKey
 
-TRIED = 6  # configurations of ours for each launch; `hf-fused-mlp tune` tries all
-# each stands for all up to it; what is beyond runs by rule
+TRIED = 6  # how many of our configurations to try for each launch; `hf-fused-mlp tune` tries all
+# each covers the counts up to it; beyond the last, the rule chooses
 TOKENS = tuple(2**i for i in range(13))
 
 
 def unmeasured(model: nn.Module) -> dict[ProblemKey, torch.device]:
     """The problems of the fused MLPs of `model` that have no measured plan, and the GPU to measure each on.
 
-    Modules that call some of their layers, or run their original forward, have none, nor do batch-invariant ones.
+    Modules that call some of their layers, run their original forward or are batch-invariant have no such problems.
     """
     problems: dict[ProblemKey, torch.device] = {}
     for module in model.modules():
@@ -38,9 +38,9 @@ def unmeasured(model: nn.Module) -> dict[ProblemKey, torch.device]:
 
 
 def tune_model(model: nn.Module) -> None:
-    """Measures a plan for each problem of `unmeasured`, and adds it to the user's plans, for this and later processes.
+    """Measures a plan for each problem of `unmeasured` and adds it to the user's plans, for this and later processes.
 
-    Nothing is raised where plans cannot be measured or kept: a warning says why, and the rule chooses.
+    If plans cannot be measured or kept, a warning says why, no error is raised, and the rule chooses.
     """
     devices = {device_of(module) for module in model.modules() if isinstance(module, Fused)}
     if reasons := sorted({reason for device in devices if (reason := modes.no_kernels(device))}):
@@ -54,11 +54,11 @@ def tune_model(model: nn.Module) -> None:
     began = time.monotonic()
     try:
         for gpu in {key.gpu for key in problems}:
-            cache.save([], gpu)  # if plans cannot be kept, that is better known before than after
+            cache.save([], gpu)  # find out before measuring whether plans can be kept
         for key, device in _with_progress(problems):
             try:
                 on_gpu = device.type == "cuda"
-                # random weights take nothing from the caller's generators
+                # random weights must not change the state of the caller's generators
                 with torch.random.fork_rng([device] if on_gpu else []), torch.cuda.device(device if on_gpu else -1):
                     tuned = tuner.tune(key, device, most=TRIED)
             except torch.OutOfMemoryError:
@@ -72,7 +72,7 @@ def tune_model(model: nn.Module) -> None:
 
 
 def _with_progress(problems: dict[ProblemKey, torch.device]):
-    """The problems, with a bar on standard error where that is a terminal or a notebook."""
+    """The problems, with a progress bar on standard error if that is a terminal or a notebook."""
     from rich.console import Console
     from rich.progress import track
 
