@@ -1,5 +1,4 @@
-"""Fuses a model in place, undoes it, and reports what is fused. Asks each family once about each module.
-"""
+"""Fuses a model in place, undoes it, and reports what is fused. Asks each family once about each module."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -112,8 +111,7 @@ def unfuse_model(model: M) -> M:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Reports every MLP and RMSNorm of `model`, fused or not, with reasons, from its present state.
-    """
+    """Reports every MLP and RMSNorm of `model`, fused or not, with reasons, from its present state."""
     return _report(examine(model))
 
 

@@ -31,8 +31,9 @@ def audit(
         int | None,
         typer.Option(min=1, help="How often to time each form; 9 on a GPU, 3 on a CPU.", show_default=False),
     ] = None,
-    gpu_price: Annotated[float | None, typer.Option(help="Dollars per hour, for the cost of a million tokens.")] =
-        None,
+    gpu_price: Annotated[
+        float | None, typer.Option(help="Dollars per hour, for the cost of a million tokens.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained; the first GPU, or the CPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,

@@ -35,7 +35,8 @@ Impl = Annotated[
     str | None,
     typer.Option(
         help=f"Implementations, comma-separated, or 'all': {', '.join(IMPLEMENTATIONS)}. Packages that are not "
-        f"installed are left out. Default: {','.join(DEFAULT)}; with --table, all in the file.", show_default=False,
+        f"installed are left out. Default: {','.join(DEFAULT)}; with --table, all in the file.",
+        show_default=False,
     ),
 ]
 Json = Annotated[

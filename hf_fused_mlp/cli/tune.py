@@ -57,7 +57,7 @@ def tune(
 
     keys = problems_of(model, None if dtype == "auto" else getattr(torch, dtype))
     if not torch.cuda.is_available():
-        fail("tune needs a CUDA GPU, and PyTorch finds none; the rules of thumb need no tuning")
+        fail("tune needs a CUDA GPU, and PyTorch finds none; kernels chosen by rule need no tuning")
     gpu = GPU.of(torch.device("cuda", torch.cuda.current_device()))
     if gpu.capability < (8, 0):
         fail(f"no kernels for {gpu.name}; they need CUDA compute capability 8.0 or later")
