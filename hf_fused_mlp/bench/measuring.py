@@ -1,4 +1,6 @@
-"""What the measurements share: the header of a run, collecting its rows, and checking an answer before timing it."""
+"""Common parts of the measurements: the header of a run, collecting its rows, and checking an output before timing
+it.
+"""
 
 import copy
 import datetime

@@ -37,8 +37,8 @@ class Implementation:
     """One row.
 
     `ours` must be within tolerance, `eager` is the baseline, a `peer` is checked but timed anyway, a `floor` does not
-    compute an MLP, and what is `quantized` computes another one. An implementation that `trains` gives gradients to
-    the parameters of the eager module.
+    compute an MLP, and a `quantized` one computes a less accurate MLP. An implementation that `trains` gives gradients
+    to the parameters of the eager module.
     """
 
     name: str
@@ -139,7 +139,9 @@ def _activate_and_multiply(h: Tensor, activation: str) -> Tensor:
 
 
 def two_gemms(eager, fused, x):
-    """The two bare library GEMMs, a lower bound for anything built on them: no bias, no activation."""
+    """The two GEMMs of the library alone, without bias and activation: a lower bound for everything that calls
+    them.
+    """
     gate, up, down, *_ = fused.operands().flat()
     weight = _packed(gate, up)
     h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""SVG plots of the `bench` results, one panel a shape or phase; the same JSON gives the same bytes."""
+"""SVG plots of the `bench` results, one panel per shape or phase. The same JSON gives the same bytes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,7 +154,7 @@ def _figure(plot: Plot, header: Header, panels: Panels) -> Figure:
 
 
 def _models(header: Header, rows: list[Row]) -> Figure:
-    """One panel a phase, one bar a workload: the speedup of fused, and how busy the GPU was."""
+    """One panel per phase, one bar per workload: the speedup of fused, and how busy the GPU was."""
     forms = list(pairs(rows))[::-1]  # bars are drawn upwards
     figure = Figure(figsize=(3.3 * COLUMNS, 1.2 + 0.15 * len(forms)), layout="constrained")
     for axis, phase in zip(figure.subplots(1, len(PHASES), sharex=True, sharey=True), PHASES, strict=True):
