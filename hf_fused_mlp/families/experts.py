@@ -1,7 +1,7 @@
 """Routed experts: the sparse half of a mixture of experts, stacked in 3-D tensors.
 
-Calls that need gradients, or whose weights are not as they were read, run the original forward, which is whatever
-`experts_implementation` the model's config names.
+Calls that need gradients, or whose weights have changed since they were read, run the original forward, which runs the
+`experts_implementation` that the model's config names.
 """
 
 from collections.abc import Hashable, Iterable
@@ -34,15 +34,15 @@ from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
 from hf_fused_mlp.types import FP8, GPU, ExpertsKey, ExpertsOperands, next_power_of_two
 from hf_fused_mlp.weights.blocks import are_blocks, unusable_scales, why_not_blocks
 
-# what configs call the number of experts of a token; the modules themselves are not told
+# the names of the number of experts per token in configs; the modules do not store it
 TOP_K = "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"
 
 
 class FusedExperts(Fused):
-    """Routed experts whose forward is our operator if the caller needs only the output, and else the original."""
+    """Routed experts whose forward is our operator if the caller needs only the output, and the original otherwise."""
 
     fused_spec: ClassVar[ExpertsSpec]
-    # where the original forward looks up what its config names
+    # the registry in which the original forward looks up the implementation
     _interface: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs):
@@ -85,7 +85,7 @@ class FusedExperts(Fused):
 
     @staticmethod
     def exact_output(exact: nn.Module, *inputs: Tensor) -> Tensor:
-        # the class's loop, since other implementations take no float64
+        # the loop of the class, because other implementations do not take float64
         return (original_of(type(exact).forward) or type(exact).forward)(exact, *inputs)
 
     def by_operator(self, *inputs: Tensor) -> Tensor:

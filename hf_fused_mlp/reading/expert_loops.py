@@ -1,4 +1,4 @@
-"""Routed experts as Transformers writes them: text to compare a class with, never run.
+"""The loops over routed experts in Transformers, as text to compare a class with. They are never run.
 
 `LOOPS` are the eager forwards, `GATES` what `_apply_gate` may be. Names of local variables do not count.
 """

@@ -1,4 +1,6 @@
-"""Finding the equation of routed experts: classes whose forward is a known loop, marked by Transformers or not."""
+"""Finds the equation of routed experts. The forward of their class has to be a known loop, with Transformers' mark or
+without.
+"""
 
 import ast
 import sys
@@ -33,7 +35,7 @@ _SILU, _QUICK_GELU = 1.0, 1.702
 
 
 class ExpertsSpec(NamedTuple):
-    """What a module of routed experts computes, and what of the module says so.
+    """What a module of routed experts computes, and the attributes on which that depends.
 
     Args:
         form: but for what `limit` and `alpha` say.

@@ -1,4 +1,6 @@
-"""Which function of Transformers runs a module of routed experts: its config names it, a registry knows it."""
+"""Finds the function that runs a module of routed experts in Transformers: its config names it, and a registry holds
+it.
+"""
 
 import sys
 from types import FunctionType

@@ -1,4 +1,4 @@
-"""How long a launch should take: bytes, operations, rounds of tiles, and a fixed part for each launch.
+"""Predicts the time of a launch from bytes, operations, rounds of tiles, and a fixed part.
 
 The constants were fitted to launches of 43 MLPs of published models, gated and plain, bf16 and fp16, at 1 to 4096
 tokens on one H100 (263 problems, each launch by itself in CUDA graphs with cold weights, 2026-11-26): half of the

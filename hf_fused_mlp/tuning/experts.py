@@ -1,4 +1,4 @@
-"""Measuring what runs a problem of routed experts fastest: the tuner for `ExpertsKey`. Never called from a forward.
+"""Finds the fastest plan for a problem of routed experts: the tuner for `ExpertsKey`. Never called from a forward.
 
 First the order and the number of rows a tile are chosen, then the tiles of up, then those of down. Each candidate is
 timed as a whole call, and each call of a round has tokens and a routing of its own, as decoding has.

@@ -1,4 +1,4 @@
-"""The plan for a problem that nothing was measured for: the configuration that should take the least time.
+"""The rule: a plan for problems without measurements, made of the configurations with the least expected time.
 
 `cost.py` predicts the time of floats in 16 bits that are stored row by row. Fp32, FP8 and transposed weights repeat
 what won nearby (docs/notes-kernels.md). The kernels for few tokens are bound by memory, and so are candidates on every

@@ -1,7 +1,7 @@
 """Plans on disk: a JSON document of measured plans for one GPU, a list for each kind of problem (`KINDS`).
 
-Its header says what the plans were measured on. Whatever does not apply here, or cannot be read, is skipped with a
-warning, so a wrong plan is never loaded, and a bad file never stops a forward.
+Its header says what the plans were measured on. Plans that do not apply here, or cannot be read, are skipped with a
+warning. So a wrong plan is never loaded, and a bad file never stops a forward.
 """
 
 import ast
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 _quote = reprlib.Repr()
 _quote.maxstring = _quote.maxother = _quote.maxlong = 100
-shown = _quote.repr  # of what a file may hold, which may be long or deep
+shown = _quote.repr  # limits for the contents of a file, which may be long or deep
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Format:
 
 
 def described(linear: nn.Module | None) -> Matrix | None:
-    """The matrix of a projection in any format, one on meta or with a scale included; None if it must be called."""
+    """The matrix of a projection in any format, also on meta or with a scale; None if it must be called."""
     if linear is not None:
         for reader in _READERS:
             if (matrix := reader(linear)) is not None:
