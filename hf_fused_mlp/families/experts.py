@@ -198,7 +198,7 @@ def _why_not_scaled(module: nn.Module, spec: ExpertsSpec) -> str | None:
         if spec.form.gated and name == spec.up and share_scales(weight):
             return (
                 f"{name} packs gate and up {list(weight.shape)}, whose halves share scales; "
-                "pass exclude=[...] to leave it as it is"
+                "pass exclude=[...] to skip it"
             )
     return None
 
@@ -208,7 +208,7 @@ def why_not_kernels(module: nn.Module, spec: ExpertsSpec) -> str | None:
     parameters = {name: module._parameters.get(name) for name in spec.parameters}
     given: list[Any] = [parameter for parameter in parameters.values() if _is_plain(parameter)]
     if spec.in_fp32 and any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in given):
-        return f"{type(module).__name__} computes in fp32, whatever the dtype of its weights; load it in fp32"
+        return f"{type(module).__name__} computes in fp32, regardless of the dtype of its weights; load it in fp32"
     count = module.__dict__.get("num_experts")
     if other := [parameter for parameter in given if parameter.dim() and len(parameter) != count]:
         return f"num_experts is {count!r}, and its weights are those of {len(other[0])} experts"
@@ -231,7 +231,9 @@ def _other_implementation(module: nn.Module, interface: Any) -> str | None:
     """The reason if the original forward would run a function that is neither Transformers' nor ours."""
     if runs_transformers_own(module, interface):
         return None
-    return f"experts_implementation={implementation_of(module)!r} is not one of Transformers' own, and runs as it is"
+    return (
+        f"experts_implementation={implementation_of(module)!r} is not one of Transformers' own, so it runs unchanged"
+    )
 
 
 class ExpertsFamily(Family):
@@ -249,7 +251,7 @@ class ExpertsFamily(Family):
             stacks = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in module._parameters]
             reason = (
                 _why_not_plain(module, stacks, multiplies_by_scales(type(module)))
-                or f"{spec}; pass exclude=[...] to leave this module as it is"
+                or f"{spec}; pass exclude=[...] to skip this module"
             )
             return Finding("skipped", reason)
         return Finding.of(why_not_swappable(module, FusedExperts, spec) or _reject_reason(module, spec), spec)

@@ -116,5 +116,5 @@ def _reject_reason(module: nn.Module, spec: NormSpec) -> str | None:
         return OWN_FORWARD
     if module._modules or module._buffers or module._parameters.keys() != {"weight"}:
         held = ", ".join((*module._modules, *module._buffers, *module._parameters)) or "nothing"
-        return f"it holds {held}, expected a weight alone; pass exclude=[...] to leave this module as it is"
+        return f"it holds {held}, expected only a weight; pass exclude=[...] to skip this module"
     return None

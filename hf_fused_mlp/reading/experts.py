@@ -43,7 +43,7 @@ class ExpertsSpec(NamedTuple):
         flags: attributes of the instance with the values that were read; if one changes, the equation does.
         limit, alpha: names of attributes that hold numbers, which are read in each call, or None.
         act_fn: whether the activation is the attribute `act_fn`, which is looked at again in each call.
-        in_fp32: whether the loop computes in fp32 whatever the dtype of its weights, as our kernels do not.
+        in_fp32: whether the loop computes in fp32 regardless of the dtype of its weights, as our kernels do not.
         clamps_last: whether gate is clamped after its activation; no kernel does that, so the limit must be infinite.
     """
 

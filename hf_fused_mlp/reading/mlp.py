@@ -91,7 +91,7 @@ class MLPSpec:
             raise ValueError(f"MLPSpec(kind={self.kind.value!r}, down={self.down!r}): down must be {expected}")
         if (self.activation is None) == (self.function is None):
             given = f"activation={self.activation!r}, function={self.function!r}"
-            raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
+            raise ValueError(f"MLPSpec({given}): name the activation's module, or the function, not both")
         if self.function is not None and self.function not in ACTIVATIONS:
             raise ValueError(f"MLPSpec(function={self.function!r}): expected one of {', '.join(ACTIVATIONS)}")
 

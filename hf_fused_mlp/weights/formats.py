@@ -312,9 +312,7 @@ def why_called(linear: nn.Module) -> str:
         if reason := row.why_not(linear):
             return reason
     if rows and is_hooked(linear):
-        return (
-            "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
-        )
+        return "has hooks or a replaced forward (accelerate's offload among them); remove them, or pass exclude=[...]"
     return (
         f"is {path}, expected nn.Linear; load without quantization_config, "
         "merge or unload the adapter, or pass exclude=[...]"

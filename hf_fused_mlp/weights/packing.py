@@ -97,7 +97,7 @@ def why_not_packable(gate: Tensor, up: Tensor) -> str | None:
         return "gate and up differ in dtype, device or shape"
     for name, weight in (("gate", gate), ("up", up)):
         if not _owns_memory(weight) or gate is up:
-            return f"{name} shares its memory (a flat buffer, a tied weight, another process), and stays where it is"
+            return f"{name} shares its memory (a flat buffer, a tied weight, another process), so it is not moved"
         if _was_packed(weight) and _partner_is_there(weight):
             return f"{name} is tied, and packed with the weight of another MLP"
     return None

@@ -111,7 +111,7 @@ def _stacks_matrices(module: nn.Module) -> bool:
 def _unknown_reason(module: nn.Module) -> str:
     """Why a module that looks like an MLP is skipped."""
     if experts := _routed_experts(module):
-        return f"routed experts, whose weights are one tensor ({experts}), in an unknown class; they run as they are"
+        return f"routed experts, whose weights are one tensor ({experts}), in an unknown class; they run unchanged"
     cls: Any = type(module)
     if is_patched(cls):
         return patched_reason(cls)

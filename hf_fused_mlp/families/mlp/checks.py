@@ -68,7 +68,7 @@ def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
         return f"its children are {', '.join(children)}, no longer {', '.join(spec.sequence)}; undo the change"
     for name in spec.dropouts:
         if type(children[name]) not in IDENTITIES or is_hooked(children[name]):
-            return f"{name} is not a plain dropout or identity, which alone may be left out; pass exclude=[...]"
+            return f"{name} is not a plain dropout or identity, so it cannot be left out; pass exclude=[...]"
         if children[name].training and not module.training:
             return f"{name} is in training mode; call eval() on it"
     if spec.unread and (name := wrapped_besides(module, spec.children)) is not None:
@@ -94,7 +94,7 @@ def wrapped_besides(module: nn.Module, names: tuple[str, ...]) -> str | None:
 
 
 def _hooked_reason(name: str) -> str:
-    return f"{name} has hooks or a forward of its own; remove them first, or pass exclude=[...]"
+    return f"{name} has hooks or a replaced forward; remove them first, or pass exclude=[...]"
 
 
 def unknown_activation_reason(name: str, activation: nn.Module) -> str:
@@ -102,7 +102,7 @@ def unknown_activation_reason(name: str, activation: nn.Module) -> str:
     return (
         f"{name} is {type(activation).__name__}, expected an activation that computes one of "
         f"{', '.join(ACTIVATIONS)}; if it computes one of them, call register_mlp with MLPSpec(..., function=...) "
-        "first, or pass exclude=[...] to leave this module as it is"
+        "first, or pass exclude=[...] to skip this module"
     )
 
 
@@ -114,7 +114,7 @@ def called_reason(module: nn.Module, spec: MLPSpec) -> str | None:
         if spec.halves is not None and name == spec.up and not can_be_halved(matrix):
             return (
                 f"{name} packs gate and up {list(matrix.data.shape)}, whose halves share scales; "
-                "pass exclude=[...] to leave it as it is"
+                "pass exclude=[...] to skip it"
             )
     return None
 
