@@ -42,7 +42,7 @@ def audit(
 ) -> None:
     """Profile prefill and decode, and say whether to fuse."""
     if gpu_price is not None and not 0 < gpu_price < math.inf:
-        fail(f"gpu-price {gpu_price}: expected dollars an hour, more than 0")
+        fail(f"gpu-price {gpu_price}: expected dollars per hour, more than 0")
 
     from hf_fused_mlp.profiling.audit import audit as measure
     from hf_fused_mlp.profiling.page import page

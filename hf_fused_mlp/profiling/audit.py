@@ -60,7 +60,7 @@ def audit(
     """
     request = make_request(model, batch, prompt_tokens, new_tokens, rounds)
     if gpu_price is not None and not gpu_price > 0:
-        raise ValueError(f"gpu_price {gpu_price}: expected dollars an hour, more than 0")
+        raise ValueError(f"gpu_price {gpu_price}: expected dollars per hour, more than 0")
     folder = None if trace is None else Path(trace)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
