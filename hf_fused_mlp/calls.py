@@ -72,7 +72,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def _is_accelerates(forward: Any, module: nn.Module) -> bool:
-    """True if accelerate's hooks put this forward on the instance."""
+    """True if accelerate's hooks put this forward on an instance."""
     function = forward.func if type(forward) is partial and forward.args == (module,) else None
     return getattr(function, "__globals__", None) is vars(sys.modules.get("accelerate.hooks", sys))
 

@@ -126,9 +126,7 @@ class Examined:
 
 
 def examine(model: nn.Module) -> list[Examined]:
-    """What the families find in `model`, in the order of its modules: modules of theirs, and unknown ones that
-    resemble these.
-    """
+    """The modules of `model` that a family recognises, and unknown ones that resemble these, in the model's order."""
     with LOCK:
         return _examine(dict(model.named_modules()))
 
@@ -162,7 +160,7 @@ def _finding(family: Family, name: str, modules: dict[str, nn.Module]) -> Findin
 
 
 def _remark(module: Fused) -> str | None:
-    """Why the next call of a fused module will run more than its kernels, or slower ones; None if it will not."""
+    """Why the next call of a fused module will not run the fastest kernels only, or None."""
     original, called = module.runs()
     if original:
         return original

@@ -75,9 +75,7 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     @staticmethod
     def read_again(module: nn.Module) -> Any:
-        """Reads again what a module of the original class computes, as a `fused_spec`; any other value if that is
-        unknown.
-        """
+        """Reads the spec of a module of the original class again. Equals `fused_spec` unless the code has changed."""
         raise NotImplementedError
 
     @staticmethod

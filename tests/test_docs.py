@@ -152,7 +152,7 @@ def test_the_agreement_on_a_gpu_is_the_json():
     same = sum(answer["first_difference"] is None for answer in greedy)
     page = " ".join((ROOT / "docs/numerics.md").read_text().split())
     assert (
-        f"in {document['dtype']}: over {logits['tokens']} tokens of another text, KL {logits['kl_mean']:.4f} nats a "
+        f"in {document['dtype']}: over {logits['tokens']} tokens of another text, KL {logits['kl_mean']:.4f} nats per "
         f"token, {logits['kl_max']:.3f} at most; top-1 agreement {100 * logits['top1_agreement']:.1f} %; perplexity "
         f"{logits['perplexity']:.3f}, the original's {logits['reference_perplexity']:.3f}; and {same} of "
         f"{len(greedy)} greedy answers of {greedy[0]['tokens']} tokens"

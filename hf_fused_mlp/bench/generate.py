@@ -140,7 +140,7 @@ def measure(
             compiled code only, where each form has a separate model.
 
     Yields:
-        For each workload the rows of every form: one for the prefill, one for a token of the decoding. A workload that
+        For each workload the rows of every form: one for the prefill, one for a decoded token. A workload that
         does not fit into GPU memory is logged and left out.
     """
     original = load(name, dtype)

@@ -204,7 +204,7 @@ def _why_not_scaled(module: nn.Module, spec: ExpertsSpec) -> str | None:
 
 
 def why_not_kernels(module: nn.Module, spec: ExpertsSpec) -> str | None:
-    """Why no call of `module` can run kernels, as far as its weights and attributes tell; None if some can."""
+    """Why no call of `module` can run kernels, judging by its weights and attributes; None if some can."""
     parameters = {name: module._parameters.get(name) for name in spec.parameters}
     given: list[Any] = [parameter for parameter in parameters.values() if _is_plain(parameter)]
     if spec.in_fp32 and any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in given):

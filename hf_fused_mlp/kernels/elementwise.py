@@ -25,7 +25,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Rows:
-    """Tensors `[count, length]` of one kind whose rows are so many elements apart, one stride a tensor."""
+    """Tensors `[count, length]` of one kind with their row strides in elements, one for each tensor."""
 
     count: int
     length: int
@@ -59,7 +59,7 @@ def candidates(key: LinearKey) -> list[TileConfig]:
 
 @triton.jit
 def derivative(x, grad, ACTIVATION: tl.constexpr):
-    """That of `activate` at fp32 `x`, times `grad`.
+    """The derivative of `activate` at fp32 `x`, times `grad`.
 
     Infinite and NaN where PyTorch's is: a comparison decides as its does, and what may overflow is multiplied in its
     order, so that infinity meets a zero here where it does there.
@@ -144,7 +144,7 @@ def _backward_kernel(
 def act_mul(rows: Rows, activation: str) -> Callable[..., Tensor]:
     """The launch of ``act(gate) * up``, in fp32, rounded once: a function of `gate` and `up`.
 
-    Its third argument, unless it is to be made, is what the result is written to, which may be `gate` or `up`.
+    The optional third argument is the tensor for the result, which may be `gate` or `up`.
     """
     overlap = GPU.of(rows.device).can_overlap
     grid, sizes = rows.blocks, (rows.length, *rows.strides)

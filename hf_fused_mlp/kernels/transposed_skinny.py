@@ -32,7 +32,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: the tiles of `skinny`."""
+    """Configurations for the tuner: the tiles of `skinny`."""
     return [replace(config, kernel="transposed_skinny") for config in candidates_of_skinny(key)]
 
 

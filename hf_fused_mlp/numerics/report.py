@@ -76,7 +76,7 @@ class NumericsReport:
     """The figures of `validate`; `print` it for the verdict and what led to it.
 
     `reference` says what the fused layers were compared with. `unfused` are the MLPs of the model that are not fused,
-    `unreached` the names of those that are, but that the inputs did not come by.
+    `unreached` are the names of fused MLPs that the inputs did not reach.
     """
 
     reference: str

@@ -87,7 +87,7 @@ def set_fused(modules: dict[str, nn.Module], recipes: Mapping[str, Recipe]) -> N
 
 
 def time_forms(request: Request, forms: Forms, timed: Sequence[str], tell: Tell) -> dict[str, dict[str, list[float]]]:
-    """By phase and form, the microseconds of one step in each round.
+    """The microseconds of one step in each round, by phase and form.
 
     Every round times every form, so that slow changes, such as the clock of a warming GPU, cancel out in the ratios
     within a round. The form that comes first changes.
@@ -122,7 +122,7 @@ def _now(request: Request) -> float:
 def profile_forms(
     request: Request, forms: Forms, timed: Sequence[str], folder: Path | None, tell: Tell
 ) -> dict[str, dict[str, Breakdown]]:
-    """By phase and form, what a step consists of."""
+    """The parts of one step, by phase and form."""
     steps: dict[str, dict[str, Breakdown]] = {phase: {} for phase in PROFILED_STEPS}
     for form in timed:
         tell(f"{LABELS[form]}, profiler")

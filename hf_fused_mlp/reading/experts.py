@@ -38,7 +38,7 @@ class ExpertsSpec(NamedTuple):
     """What a module of routed experts computes, and the attributes on which that depends.
 
     Args:
-        form: but for what `limit` and `alpha` say.
+        form: the form, without the values of `limit` and `alpha`.
         up, down, up_bias, down_bias, up_scale, down_scale: names of parameters; scales count if weights are in FP8.
         flags: attributes of the instance with the values that were read; if one changes, the equation does.
         limit, alpha: names of attributes that hold numbers, which are read in each call, or None.
@@ -68,7 +68,7 @@ class ExpertsSpec(NamedTuple):
 
 
 def find_experts(module: nn.Module) -> ExpertsSpec | str | None:
-    """What `module` computes, or why that is not known; None if its class has no decorator and no known loop."""
+    """What `module` computes, or why that is unknown; None if its class has neither the decorator nor a known loop."""
     own = module.__dict__
     flags = tuple((name, _flag(own.get(name))) for name in _FLAGS)
     without = tuple(name for name in OPTIONAL if own.get(name) is None)
@@ -273,12 +273,12 @@ def hf_fused_mlp_wraps(forward: Any, loop: Any) -> bool:
 
 
 def interface_of(forward: Any) -> Any:
-    """Where such a forward looks up which implementation the config names."""
+    """The registry in which such a forward looks up the implementation that the config names."""
     return _cells_of(forward).get("experts_interface")
 
 
 def _cells_of(forward: Any) -> dict[str, Any]:
-    """What the forward that Transformers' decorator made refers to, by name."""
+    """The variables of a forward that Transformers' decorator made, by name."""
     decorator = getattr(sys.modules.get(_MODULE), "use_experts_implementation", None)
     if type(forward) is not FunctionType or decorator is None or forward.__code__ not in _codes(decorator.__code__):
         return {}

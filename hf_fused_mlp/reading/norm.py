@@ -98,7 +98,7 @@ class _Method:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the forward of a class computes (form None: unreadable), and the methods that this rests on."""
+    """What the forward of a class computes (form None: unreadable), and the methods that it depends on."""
 
     form: str | None
     eps: str

@@ -1,7 +1,7 @@
 """Finds the fastest plan for a problem of routed experts: the tuner for `ExpertsKey`. Never called from a forward.
 
-First the order and the number of rows a tile are chosen, then the tiles of up, then those of down. Each candidate is
-timed as a whole call, and each call of a round has tokens and a routing of its own, as decoding has.
+It chooses first the order and the number of rows per tile, then the tiles of up, then those of down. Each candidate is
+timed as a whole call. As in decoding, each call of a round has other tokens and another routing.
 """
 
 from collections.abc import Iterable
@@ -107,8 +107,9 @@ class Problem:
 
 
 def correct(problem: Problem, plans: Iterable[ExpertsPlan]) -> list[ExpertsPlan]:
-    """Those of `plans` that run and are as near to float64 as PyTorch is, as far as some tokens tell, and near to
-    PyTorch's answer for all tokens; others are warned of."""
+    """The `plans` that run, are as accurate as PyTorch for some tokens, compared with float64, and agree with PyTorch
+    for all tokens. Warns about the others.
+    """
     form, (x, ids, weights) = problem.call.form, problem.copies[0]
     eager = experts_ref(x, ids, weights, *problem.stacks, form)
     rows = torch.linspace(0, len(x) - 1, max(1, min(len(x), CHECKED_PAIRS // problem.key.top_k))).long().to(x.device)

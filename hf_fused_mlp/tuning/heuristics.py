@@ -47,7 +47,7 @@ def _gemv(key: LinearKey) -> TileConfig:
 
 
 def _by_library(key: LinearKey) -> list[TileConfig]:
-    """What PyTorch's GEMMs have a part in. With a gate one kernel for two is never slower than two."""
+    """The configurations that use PyTorch's GEMMs. With a gate, one kernel is never slower than two."""
     if not key.gated:
         return [TORCH]
     if wide.supports(key) is not None:
@@ -118,7 +118,7 @@ def _fp8(key: LinearKey) -> TileConfig:
 
 
 def _split_k(key: LinearKey, block_n: int) -> int:
-    """Into how many parts K is split so that tiles of so many rows fill the GPU; with a gate it is not."""
+    """The number of parts of K with which tiles of this many rows fill the GPU; with a gate K is not split."""
     split_k = 1
     while split_k < 4 and not key.gated and -(-key.n // block_n) * split_k < key.gpu.num_sms:
         split_k *= 2

@@ -220,7 +220,7 @@ def kernel_code(source: str, start: str | None = None) -> str:
 
 
 def _reached(functions: dict[str, ast.FunctionDef], start: str) -> list[ast.stmt]:
-    """Those of `functions` that `start` names, or that one of those does, in the order of the file."""
+    """The `functions` that `start` uses, directly or indirectly, in the order of the file."""
     reached, ahead = {start}, [start]
     while ahead:
         named = {node.id for node in ast.walk(functions[ahead.pop()]) if isinstance(node, ast.Name)}

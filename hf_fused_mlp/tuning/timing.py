@@ -67,7 +67,7 @@ def round_robin_graphs(calls: Mapping[K, Sequence[Callable[[], object]]], rounds
 
 
 def weight_copies(weight_bytes: int) -> int:
-    """How many copies of some weights to rotate so that a call never finds its own in the L2."""
+    """How many copies of the weights to rotate so that a call never finds its weights in the L2."""
     return 1 + 3 * torch.cuda.get_device_properties("cuda").L2_cache_size // weight_bytes
 
 

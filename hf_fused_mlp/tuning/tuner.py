@@ -183,7 +183,7 @@ def mlp_calls(up: Launch, down: Launch, plan: Plan) -> Calls:
 
 
 def runnable(launch: Measured[Config], configs: Iterable[Config]) -> list[Config]:
-    """Those of `configs` that compile and fit the GPU; they are compiled in parallel, and have run once.
+    """The `configs` that compile and fit the GPU. They are compiled in parallel and have run once.
 
     Most of a compilation is outside of Python, and Triton itself compiles in threads where it is asked to.
     """

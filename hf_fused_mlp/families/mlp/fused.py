@@ -206,7 +206,7 @@ class FusedPackedMLP(FusedMLP):
 
 
 class FusedPlainMLP(FusedMLP):
-    """``down(act(up(x)))``, or half of it; there is nothing to pack."""
+    """``down(act(up(x)))``, or its first half; there is nothing to pack."""
 
 
 # the same classes with kernels whose sums do not depend on the token count; at module level, for pickle
@@ -325,7 +325,7 @@ def _activation(module: FusedMLP, spec: MLPSpec) -> str:
 
 
 def _operands(module: FusedMLP, cls: type[FusedMLP], found: Projections) -> MLPOperands:
-    """The operands, as far as `found` has them; `cls` is the class of the module, which another thread may change."""
+    """The operands that `found` has; `cls` is the class of the module, which another thread may change."""
     spec = cls.fused_spec
     gate, up, down, _ = found
     if spec.halves is not None:
