@@ -14,9 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation. `name` is also its name in the kernels; `classes` are the modules that compute it, as
-    `package.module.Class`.
-    """
+    """One activation, named as in the kernels; `classes` are the modules that compute it, `package.module.Class`."""
 
     name: str
     classes: tuple[str, ...]

@@ -246,8 +246,9 @@ def _require_fusable(found: list[Examined], report: FusionReport, wanted: list[F
 
 
 def _as_asked(found: list[Examined], options: FusionOptions) -> list[Examined]:
-    """`found`; with `batch_invariant`, modules without such kernels are skipped, and modules fused in another form are
-    fusable.
+    """`found`, adapted to `batch_invariant`.
+
+    Modules without such kernels are skipped, and modules that are fused in another form count as fusable.
     """
     if not options.batch_invariant:
         return found

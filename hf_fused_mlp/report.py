@@ -73,9 +73,7 @@ class FamilyReport:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """Every module of a model that a family knows, in its present state. `print` shows one line per class and
-    reason.
-    """
+    """Every module of a model that a family knows, as it is now. `print` shows one line per class and reason."""
 
     families: tuple[FamilyReport, ...]
 

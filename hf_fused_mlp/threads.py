@@ -53,9 +53,7 @@ def _still(calls: list[FrameType], module: nn.Module | None = None, but: Sequenc
 
 
 def _calls_of(module: nn.Module | None) -> Iterator[FrameType]:
-    """The calls in other threads that may run `module` (None: any module): those of modules around it, and every
-    backward.
-    """
+    """The calls in other threads that may run `module` (None: any): of modules around it, and every backward."""
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = None if thread == threading.get_ident() else top
         while frame is not None:

@@ -246,7 +246,7 @@ class LinearCall:
     `[n, k]`, stored as the kernel reads them. With `overlap` it may start while the launch before, which must be one
     of ours, is finishing.
     `reads_fp8` and `gives_fp8` say that `x` or the output is quantized: e4m3 data, and a scale for each `SCALE_BLOCK`
-        elements of a row.
+    elements of a row.
     """
 
     lead: tuple[int, ...]

@@ -31,7 +31,9 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, passes: int, names: list[s
         names: keys of `IMPLEMENTATIONS`.
 
     Returns:
-        One row for each implementation that is available here, in milliseconds per pass. Raises:
+        One row for each implementation that is available here, in milliseconds per pass.
+
+    Raises:
         AssertionError: the fused MLP is outside its tolerance.
     """
     torch.compiler.reset()
@@ -44,9 +46,10 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, passes: int, names: list[s
 
 
 def wall_clock(calls: dict[str, Callable[[], object]], passes: int) -> dict[str, dict[str, float]]:
-    """Times `passes` calls of each entry, in milliseconds per pass. The passes are split into up to `ROUNDS` rounds in
-    which the calls take turns in random order, because a GPU slows down as it warms up. The first round is not
-    counted.
+    """Times `passes` calls of each entry, in milliseconds per pass.
+
+    The passes are split into up to `ROUNDS` rounds in which the calls take turns in random order, because a GPU slows
+    down as it warms up. The first round is not counted.
 
     Returns:
         For each name the mean over all passes, and the means of the fastest and the slowest round.

@@ -1,6 +1,4 @@
-"""Common parts of the measurements: the header of a run, collecting its rows, and checking an output before timing
-it.
-"""
+"""Common parts of the measurements: the header of a run, collecting its rows, and checking outputs before timing."""
 
 import copy
 import datetime

@@ -139,9 +139,7 @@ def _activate_and_multiply(h: Tensor, activation: str) -> Tensor:
 
 
 def two_gemms(eager, fused, x):
-    """The two GEMMs of the library alone, without bias and activation: a lower bound for everything that calls
-    them.
-    """
+    """The two GEMMs of the library, without bias and activation: a lower bound for everything that calls them."""
     gate, up, down, *_ = fused.operands().flat()
     weight = _packed(gate, up)
     h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)

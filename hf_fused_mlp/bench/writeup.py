@@ -93,9 +93,7 @@ def launches_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[Row]) -> str:
-    """One line per implementation, eager first: its launches, the milliseconds of each, their sum, and a whole
-    call.
-    """
+    """One line per implementation, eager first: launches, the milliseconds of each, their sum, and a whole call."""
     columns = ("", "launches", "each launch, ms", "pointwise, ms", "kernels, ms", "whole call, ms", "over eager")
     lines = [f"| {' | '.join(columns)} |", "|---|---:|---|---:|---:|---:|---:|"]
     rows = sorted(rows, key=lambda row: (row["impl"] == "fused", row["impl"] != "eager"))

@@ -12,8 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(name: str | None, dtype: str, device_map: str | None, **kwargs: Any) -> "PreTrainedModel":
-    """Loads a model from a directory or hub id, or the demo's, onto the first GPU or the CPU if there is no
-    `device_map`.
+    """Loads a model from a directory or hub id, or the demo's; by default onto the first GPU, or the CPU.
 
     Transformers shows its own progress bars meanwhile. `kwargs` go to `from_pretrained`.
     """

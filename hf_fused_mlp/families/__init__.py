@@ -13,8 +13,7 @@ __all__ = ["FAMILIES", "Family", "problem_of"]
 
 
 def problem_of(module: Fused, m: int) -> ProblemKey | None:
-    """The problem of a fused module with `m` tokens, whose plan is measured in turn with the original; None if there
-    is none.
+    """The problem of a fused module with `m` tokens; None if it has no plan. Its plan is timed against the original.
 
     Plans of routed experts are measured in turn with the rule's plan.
     """

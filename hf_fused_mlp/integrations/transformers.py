@@ -71,9 +71,7 @@ def uninstall() -> None:
 
 
 def _register_experts(module: ModuleType) -> None:
-    """Registers `experts_implementation="hf_fused_mlp"`. Imports nothing, because other threads may be importing
-    too.
-    """
+    """Registers `experts_implementation="hf_fused_mlp"`. Imports nothing: other threads may be importing too."""
     with _LOCK:
         if _waiting.pop(module.__name__, None) is not None:
             getattr(module, _EXPERTS[module.__name__]).register("hf_fused_mlp", _experts_forward)
@@ -86,9 +84,7 @@ def _experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _wrap(module: ModuleType) -> None:
-    """Wraps the loaders of a module that has been imported. Raises nothing, because that would make the import
-    fail.
-    """
+    """Wraps the loaders of an imported module. Raises nothing, because that would make the import fail."""
     wrapped = False
     with _LOCK:
         if _waiting.pop(module.__name__, None) is None:
@@ -143,9 +139,7 @@ def _with_flag(load: Callable) -> Callable:
 
 
 def _past_config(load: Callable) -> Callable:
-    """Keeps the flag away from a config that is loaded for a model, because configs accept arguments that match their
-    fields.
-    """
+    """Keeps the flag away from a config that is loaded for a model, because configs take arguments for their fields."""
 
     @functools.wraps(load)
     def wrapper(cls, *args, **kwargs):

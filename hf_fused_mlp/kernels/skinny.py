@@ -34,9 +34,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """Configurations for the tuner: all tokens in one or two tiles, and tiles that fill the GPU with few rows or
-    many.
-    """
+    """Configurations for the tuner: all tokens in one or two tiles, and tiles for few rows or many."""
     block_m = max(16, key.m)
     tiles = [(64, 128, 4), (64, 128, 3), (64, 64, 6), (32, 128, 4)]
     if block_m <= 32:

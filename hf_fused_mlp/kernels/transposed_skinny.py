@@ -83,7 +83,7 @@ def _transposed_skinny_kernel(
 
 
 def transposed_skinny(call: LinearCall, config: TileConfig) -> Linear:
-    """The launch of the equation above, and where K is split that of the sum."""
+    """The launch of the equation above, and if K is split, the launch of the sum."""
     M, N, split_k = call.m, call.n, config.split_k
     activation = call.activation if split_k == 1 else "identity"
     tile = config.block_m, config.block_n, config.block_k

@@ -49,9 +49,7 @@ def judge_calls(name: str, module: Fused, twin: nn.Module, layers: dict[str, Lay
 
 
 def _judge(name: str, module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> LayerNumerics:
-    """Judges `output`, which `module` returned for `inputs`, each `[..., N]`, and its outputs for a few of the
-    tokens.
-    """
+    """Judges `output`, which `module` returned for `inputs`, each `[..., N]`, and outputs for a few of the tokens."""
     path, remark = _path(module, inputs[0])
     answer = module.by_operator if path == "operator" else module.forward
     tokens = inputs[0].shape[:-1].numel()
@@ -86,9 +84,7 @@ def _in_parts(answer: Callable[..., Tensor], m: int, inputs: tuple[Tensor, ...])
 
 
 def _changed_weights(twin: nn.Module, module: Fused) -> str | None:
-    """Names the first parameter of `module` that differs from `twin`'s, or None. Parameters that only one has are not
-    compared.
-    """
+    """Names the first parameter of `module` that differs from `twin`'s, or None; compares only parameters of both."""
     theirs = {} if twin is module else dict(twin.named_parameters())
     for name, parameter in module.named_parameters():
         other = theirs.get(name)

@@ -39,9 +39,7 @@ class Forward:
         return self.ids is not None and self.arguments.keys() <= {"input_ids", "attention_mask"}
 
     def mask(self, shape: torch.Size) -> Tensor:
-        """Which positions are tokens and not padding, on the CPU; `shape` is that of the logits without the
-        vocabulary.
-        """
+        """Which positions are tokens and not padding, on the CPU. `shape` is that of the logits, without vocabulary."""
         mask = self.arguments.get("attention_mask")
         return torch.ones(shape, dtype=torch.bool) if mask is None or mask.shape != shape else mask.bool().cpu()
 
@@ -94,9 +92,7 @@ def compare_logits(output, source: nn.Module, forward: Forward, next_tokens: boo
 
 
 def compare_greedy(model: nn.Module, source: nn.Module, text: Tensor, new_tokens: int) -> tuple[Divergence, ...]:
-    """Compares the greedy answers of both to up to four evenly spaced pieces of `text`, each of `new_tokens`
-    tokens.
-    """
+    """Compares the greedy answers of both, `new_tokens` long, to up to four evenly spaced pieces of `text`."""
     answers = []
     for start in range(0, len(text), -(-len(text) // PROMPTS)) if new_tokens else ():
         prompt = text[None, start : start + PROMPT_TOKENS]

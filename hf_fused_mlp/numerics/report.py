@@ -19,9 +19,9 @@ class LayerNumerics:
     """One fused MLP on the model's own activations; the worst of the judged calls.
 
     `path` says what was judged: `"fused"` kernels; `"partly fused"`, if projections are called; `"operator"`, if the
-        device has no kernels, so that the model ran the original forward, and the operator was judged separately;
-        `"original forward"`, if the kernels did not run for another reason, so that nothing fused was judged. `remark`
-        says why it is not the first.
+    device has no kernels, so that the model ran the original forward, and the operator was judged separately;
+    `"original forward"`, if the kernels did not run for another reason, so that nothing fused was judged. `remark`
+    says why it is not the first.
 
     Errors are relative to the RMS of each token's output. `tokens` is the number of tokens of the judged call.
     `oracle` is `"float64"`, or `"float32"` with the reason. `failure` says what the rule found; None if the layer

@@ -108,9 +108,7 @@ def mlp_cuda(x: Tensor, operands: MLPOperands) -> Tensor:
 
 
 def _kind(kind):
-    """The cache key of the operator. Under autocast it differs from `kind`, which modules look up, because modules
-    then cast and operators do not.
-    """
+    """The cache key of the operator. Differs from `kind` under autocast, where modules cast and operators do not."""
     return ("under autocast", kind) if torch._C._is_any_autocast_enabled() else kind
 
 
@@ -204,8 +202,7 @@ def _is_usual(tensor: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
-    """``weight * normed`` in the form `form`, a key of `hf_fused_mlp.reading.norm.FORMS`; None if no kernel can
-    compute it.
+    """``weight * normed``, rounded according to `form`, a key of `reading.norm.FORMS`; None if no kernel can.
 
     Args:
         x: `[..., H]`, fp16, bf16 or fp32.

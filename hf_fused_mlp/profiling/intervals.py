@@ -16,8 +16,8 @@ def speedup(before: Sequence[float], after: Sequence[float]) -> Speedup:
     """The speedup from `before` to `after`, which are times of the same rounds.
 
     The interval comes from order statistics: each round is equally likely to be above or below the true median, for
-        any distribution, so counting rounds gives the probability that the median lies between two of them. We take
-        the narrowest symmetric pair that has `CONFIDENCE`, or the shortest and longest round if none has.
+    any distribution, so counting rounds gives the probability that the median lies between two of them. We take
+    the narrowest symmetric pair that has `CONFIDENCE`, or the shortest and longest round if none has.
     """
     ratios = sorted(b / a for b, a in zip(before, after, strict=True))
     # at `i`: the probability that at most `i` of the rounds are below the true median

@@ -26,9 +26,7 @@ class Timed:
 
 
 def measure_speed(model: nn.Module, request: Request, tell: Callable[[str], None]) -> list[Timed]:
-    """Prefill and decode of `request`; the model is restored afterwards. `tell` is called with the name of each
-    step.
-    """
+    """Times prefill and decode of `request` and restores the model. `tell` is called with the name of each step."""
     with as_it_came(model), torch.no_grad():
         walls = time_forms(request, forms_of(model), FORMS, tell)
     prompt = request.ids.shape[1]

@@ -1,6 +1,4 @@
-"""Finds the equation of routed experts. The forward of their class has to be a known loop, with Transformers' mark or
-without.
-"""
+"""Finds the equation of routed experts, whose forward has to be a known loop, with Transformers' mark or without."""
 
 import ast
 import sys

@@ -112,8 +112,7 @@ LOOKS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What a forward returns (None: unreadable), and what that depends on: its code and the meaning of its global
-    names.
+    """What a forward returns (None: unreadable), its code, and the meaning of its global names.
 
     `unread` is the text that could not be read, if there is one, cut to `LONGEST_TEXT` characters.
     """

@@ -1,6 +1,4 @@
-"""Finds the function that runs a module of routed experts in Transformers: its config names it, and a registry holds
-it.
-"""
+"""Finds the function of Transformers that runs a module of routed experts, which its config names."""
 
 import sys
 from types import FunctionType

@@ -1,5 +1,4 @@
-"""Finds which MLP a module computes: from its forward, or from the spec that `register_mlp` stores for exactly its
-class.
+"""Finds which MLP a module computes, from its forward or from the registered spec of exactly its class.
 
 Dropout and identity modules of an instance are removed, because kernels run in evaluation mode only. The rest must be
 one of the equations of `MLPKind`, with projections and a known activation in their places.

@@ -40,8 +40,7 @@ def user_file(gpu: GPU) -> Path:
 
 
 def user_directory() -> Path:
-    """The directory of the user's plans: `$HF_FUSED_MLP_CACHE`, `$HF_HOME/hf-fused-mlp`, or the system's cache
-    directory.
+    """The user's directory: `$HF_FUSED_MLP_CACHE`, `$HF_HOME/hf-fused-mlp`, or one in the system's cache directory.
 
     Raises:
         RuntimeError: there is no home directory to find that place by.

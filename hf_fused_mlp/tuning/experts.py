@@ -107,8 +107,9 @@ class Problem:
 
 
 def correct(problem: Problem, plans: Iterable[ExpertsPlan]) -> list[ExpertsPlan]:
-    """The `plans` that run, are as accurate as PyTorch for some tokens, compared with float64, and agree with PyTorch
-    for all tokens. Warns about the others.
+    """The `plans` that run and are accurate. Warns about the others.
+
+    For some tokens, the error against float64 has to be like PyTorch's. All tokens have to agree with PyTorch.
     """
     form, (x, ids, weights) = problem.call.form, problem.copies[0]
     eager = experts_ref(x, ids, weights, *problem.stacks, form)

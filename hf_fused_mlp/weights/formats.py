@@ -34,8 +34,8 @@ class Format:
     Args:
         classes: the layers that may be read, as `package.module.Class`.
         read: the matrix of such a layer, whose call multiplies with it, adds its bias and does nothing else; None if
-            the call may do more, as hooks do. Traced by compiled code. why_not: why `read` returns None, with the
-            remedy; None if the format is not the cause.
+            the call may do more, as hooks do. Traced by compiled code.
+        why_not: why `read` returns None, with the remedy; None if the format is not the cause.
         glance: fast form of `read` for eager calls without gradients, as `glance` is for `nn.Linear`.
     """
 

@@ -1,8 +1,8 @@
 """The fused forms of an MLP.
 
 A call takes the first of these paths that applies: repeat a remembered launch; run the whole MLP on kernels; run what
-    kernels can compute and call the other layers; run the original forward. With few tokens, the original forward also
-    runs if kernels could only compute the product.
+kernels can compute and call the other layers; run the original forward. With few tokens, the original forward also
+runs if kernels could only compute the product.
 """
 
 from collections.abc import Callable
@@ -229,9 +229,7 @@ class InvariantPlainMLP(FusedPlainMLP):
 
 
 def _is_small(x: Tensor) -> bool:
-    """True for few tokens. Does not read the size of tensors that are not real, because that would be recorded or
-    fail.
-    """
+    """True for few tokens. Does not read the sizes of fake tensors, because that would be recorded or fail."""
     return type(x) is Tensor and x.numel() <= SMALL_INPUT and torch._C._get_tracing_state() is None
 
 
@@ -335,9 +333,7 @@ def _operands(module: FusedMLP, cls: type[FusedMLP], found: Projections) -> MLPO
 
 @torch.compiler.assume_constant_result  # torch 2.11's compiler misreads functions of classes
 def hf_fused_mlp_keeps_forward(original: type[nn.Module]) -> bool:
-    """True if a fused class still has the forward that it had when it was fused, and its global names have not
-    changed.
-    """
+    """True if neither the forward of a fused class nor the meaning of its global names has changed since fusing."""
     return all(map(_keeps_forward, generated_classes(original)))
 
 

@@ -3,7 +3,7 @@
 A step along K is one block of scales, whose product is multiplied by the scale before it is added. Gate and up of an
 expert have an accumulator each, so that scales are numbers. The plan chooses the format of the tokens, for up and for
 down: see `ACTIVATIONS`. A launch before quantizes the tokens, and for many tokens also gathers the rows. The up launch
-    quantizes its output where it is computed.
+quantizes its output where it is computed.
 Launches: 4 or 5, and one more if tokens are quantized or gathered. Bytes: the weights of the experts that are hit,
 once for each tile.
 """
