@@ -139,7 +139,7 @@ def _with_flag(load: Callable) -> Callable:
 
 
 def _past_config(load: Callable) -> Callable:
-    """Keeps the flag away from a config that is loaded for a model, because configs take arguments for their fields."""
+    """Keeps the flag away from a model's config when it is loaded, because configs take arguments for their fields."""
 
     @functools.wraps(load)
     def wrapper(cls, *args, **kwargs):

@@ -39,7 +39,7 @@ class Forward:
         return self.ids is not None and self.arguments.keys() <= {"input_ids", "attention_mask"}
 
     def mask(self, shape: torch.Size) -> Tensor:
-        """Which positions are tokens and not padding, on the CPU. `shape` is that of the logits, without vocabulary."""
+        """Which positions are tokens and not padding, on the CPU; `shape` is that of the logits without vocabulary."""
         mask = self.arguments.get("attention_mask")
         return torch.ones(shape, dtype=torch.bool) if mask is None or mask.shape != shape else mask.bool().cpu()
 

@@ -95,7 +95,7 @@ def has_own_gate(module: nn.Module) -> bool:
 
 
 def form_of(module: nn.Module, spec: ExpertsSpec) -> ExpertsForm | None:
-    """`spec.form` with what the numbers on the instance say; None if no kernel computes that."""
+    """`spec.form` with the limit and the factor of the instance; None if no kernel computes that."""
     form = spec.form
     if spec.limit is None:
         return form

@@ -91,7 +91,7 @@ def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey | E
 def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
     """Adds plans to `path`, replacing those for the same problems and dropping those that no longer apply.
 
-    The file is replaced as a whole (`replace_file`), and by one process at a time; its lock stays beside it.
+    The file is replaced as a whole (`replace_file`), and by one process at a time; the lock file next to it stays.
 
     Raises:
         OSError: the directory cannot be made or written to, or the file is one of something else; it is as it was.
