@@ -5,7 +5,7 @@ import hf_fused_mlp
 model = AutoModelForCausalLM.from_pretrained(path, use_fused_mlp=True)  # at load
 hf_fused_mlp.fuse_model(model)  # or on a live model
 hf_fused_mlp.unfuse_model(model)  # and back, bit for bit
-hf_fused_mlp.audit(model)  # where its time goes, and what fusing does about it
+hf_fused_mlp.audit(model)  # where its time goes, and what fusing gains
 
 Importing the package imports neither PyTorch nor Transformers: a public name is imported when it is first used, and
 `use_fused_mlp` is installed as soon as Transformers is imported.
@@ -46,7 +46,7 @@ __all__ = [
     "validate",
 ]
 
-# no name here may be that of a submodule of the package, which importing it would put in its place
+# no name here may equal the name of a submodule: importing the submodule would replace it
 _MODULES = {
     "AuditReport": "hf_fused_mlp.profiling.report",
     "FusionError": "hf_fused_mlp.options",

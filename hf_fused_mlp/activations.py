@@ -1,6 +1,6 @@
 """The activations that the kernels compute, one row each. `reading.activations` finds them in a model.
 
-Tanh GELU is written four ways in Transformers; up to rounding they are one function.
+Transformers has four spellings of tanh GELU, which differ only by rounding.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    """`name` is also its name in the kernels; `classes` are the modules that compute it, as `package.module.Class`."""
+    """One activation, named as in the kernels; `classes` are the modules that compute it, `package.module.Class`."""
 
     name: str
     classes: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""Does calling a module run exactly the forward of its class? Hooks, patches and accelerate may say otherwise.
+"""Checks whether calling a module runs exactly the forward of its class, despite hooks, patches and accelerate.
 
-The class alone does not tell: adapters, hooks and parallelism wrap a layer and keep its class.
+The class alone does not tell, because adapters, hooks and parallelism wrap a layer and keep its class.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_fused_mlp.originals import own_forwards, runs_own_forward
 
-# why a module with a forward of its own is skipped
+# why a module whose forward was replaced on the instance is skipped
 OWN_FORWARD = (
     "its forward was replaced on the instance, as some patches do; fuse before the patch, or pass exclude=[...]"
 )
@@ -21,7 +21,7 @@ OWN_FORWARD = (
 
 @torch.compiler.assume_constant_result
 def _hf_fused_mlp_class_path(cls: type) -> str:
-    """Module path and qualified name, such as `torch.nn.modules.linear.Linear`."""
+    """The module path and qualified name of a class, such as `torch.nn.modules.linear.Linear`."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -31,16 +31,16 @@ class_path = _hf_fused_mlp_class_path
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """True if calling the module does anything but run the forward that its class was defined with."""
+    """True if calling the module does anything other than run the forward that its class was defined with."""
     if is_wrapped(module):  # the cheap checks first
         return True
     if torch.compiler.is_compiling():
-        _ = module.forward  # guards against a forward that is put on the instance later
+        _ = module.forward  # the guard for a forward that is put on the instance later
     return not runs_own_forward(type(module))
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """True if the instance has hooks, or a forward of its own, so that a call does more than its class says."""
+    """True if the instance has hooks or its own forward, so that a call does more than the forward of its class."""
     own = module.__dict__
     replaced = ("forward" in own or "_hf_hook" in own) and (
         has_own_forward(module) or ("_hf_hook" in own and not only_aligns(module))
@@ -52,14 +52,15 @@ def has_hooks(module: nn.Module) -> bool:
     """True if a call runs hooks of PyTorch; backward hooks count only while gradients are enabled."""
     if module._forward_hooks or module._forward_pre_hooks:
         return True
-    # read only if needed: compiled code guards whatever is read
+    # read only if needed, because compiled code guards everything that is read
     return torch.is_grad_enabled() and bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """True if the instance shadows the forward of its class with a different one.
+    """True if the instance hides the forward of its class behind a different one.
 
-    accelerate's hooks wrap the class's own forward, keep it in `_old_forward`, and leave it behind when removed.
+    accelerate's hooks wrap the forward of the class and keep it in `_old_forward`. Removing a hook leaves it on the
+    instance.
     """
     attributes = module.__dict__
     own = attributes.get("forward")
@@ -71,7 +72,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def _is_accelerates(forward: Any, module: nn.Module) -> bool:
-    """True if a forward on an instance is the one that accelerate's hooks put there."""
+    """True if accelerate's hooks put this forward on an instance."""
     function = forward.func if type(forward) is partial and forward.args == (module,) else None
     return getattr(function, "__globals__", None) is vars(sys.modules.get("accelerate.hooks", sys))
 
@@ -90,7 +91,7 @@ def only_aligns(linear: nn.Module) -> bool:
 
 
 def is_bare(module: nn.Module | None) -> bool:
-    """True if there is a module and it is not `is_hooked`."""
+    """True if `module` exists and is not hooked."""
     return module is not None and not is_hooked(module)
 
 
@@ -106,9 +107,9 @@ def runs_class_forward(module: nn.Module | None) -> bool:
 
 
 def why_adapted(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Why the module of that name meets other weights in a call than those that it holds between calls, or None.
+    """Why the module of that name has other weights during a call than between calls, or None.
 
-    PEFT's `target_parameters` parametrizes a module for each call, and keeps nothing in it meanwhile.
+    PEFT's `target_parameters` parametrizes a module for each call only.
 
     Args:
         modules: all modules of the model, by name.
@@ -129,7 +130,7 @@ def why_adapted(name: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device on which the next call of `module` will run, as far as its hooks and parameters tell."""
+    """The device on which the next call of `module` will run, judging by its hooks and parameters."""
     hook = module.__dict__.get("_hf_hook")  # accelerate's; offloaded weights are elsewhere until the call
     device = getattr(hook, "execution_device", None)
     if device is None:

@@ -1,4 +1,4 @@
-"""Writing a file in one step."""
+"""Writes a file in one step."""
 
 import os
 import secrets
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes `text` to `path`, so that no reader finds half of it and an error leaves what was there.
+    """Writes `text` to `path` so that readers never see half of it, and an error keeps the previous content.
 
-    A link stays one, a file that exists keeps its mode, and a new one gets the mode that the umask gives.
+    A symbolic link stays a link. An existing file keeps its mode; a new one gets the mode that the umask gives.
 
     Raises:
-        OSError: the directory cannot be written to, or there is no room.
+        OSError: the directory cannot be written to, or the disk is full.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -1,4 +1,4 @@
-"""Fusing a model in place, undoing it, and reporting what is fused. Knows no family: each is asked once a module."""
+"""Fuses a model in place, undoes it, and reports what is fused. Asks each family once about each module."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -40,16 +40,15 @@ def fuse_model(
         model: any module; MLPs are searched inside it. A module that several layers share is fused once.
         strict: raise if an MLP that is not excluded would stay unfused, or if there is none to fuse.
         exclude: names of MLPs to skip, as in `fusion_report(model).mlps`; `*` matches anything, dots included.
-        norms: fuse RMSNorms too, each into one launch in eager mode without gradients; compiled code runs the
-            original, so leave them out there. `strict` and `exclude` then apply to the report's `norms` as well.
-        fp8_linears: of an FP8 checkpoint, fuse the projections outside of MLPs too, so that it runs without kernels
-            from the Hub. `strict` and `exclude` then apply to the report's `fp8_linears` as well.
-        tune: measure the fastest kernels for the model's own MLPs on its GPU, which takes seconds, where no plan of
-            `hf-fused-mlp tune` or of this package is known; kept in the user's cache, so that the next load measures
-            nothing.
-        batch_invariant: run kernels whose sums do not depend on how many tokens a call has: a token's output is the
-            same to the bit, alone or among others. For float16 and bfloat16 in inference; slower, see
-            docs/numerics.md. MLPs that have no such kernels, and routed experts, stay as they are.
+        norms: fuse RMSNorms too, each into one launch in eager mode without gradients. Compiled code runs the
+            original, so leave norms out there. `strict` and `exclude` then apply to the report's `norms` as well.
+        fp8_linears: also fuse the projections of an FP8 checkpoint outside of its MLPs, so that it runs without
+            kernels from the Hub. `strict` and `exclude` then apply to the report's `fp8_linears` as well.
+        tune: find the fastest kernels for the model's MLPs on its GPU, unless `hf-fused-mlp tune` or this package has
+            a plan for them. This takes seconds. The user's cache keeps the result, so the next load measures nothing.
+        batch_invariant: run kernels whose sums do not depend on the number of tokens, so that a token's output has the
+            same bits alone or among others. For float16 and bfloat16 in inference; slower, see docs/numerics.md.
+            MLPs without such kernels, and routed experts, are not fused then.
 
     Returns:
         `model`.
@@ -63,7 +62,7 @@ def fuse_model(
 
 
 def fuse_with(model: M, options: FusionOptions) -> M:
-    """`fuse_model` with its arguments as one value."""
+    """`fuse_model` with its options as one value."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_model: {type(model).__name__} is not an nn.Module; pass the model itself")
     wanted = [family for family in FAMILIES if family.option is None or getattr(options, family.option)]
@@ -76,7 +75,7 @@ def fuse_with(model: M, options: FusionOptions) -> M:
         _fuse_all([entry for entry in found if entry.name in names], options)
         names = {status.name for group in report.families for status in group.select("skipped")}
         for entry in found:
-            if entry.name in names and isinstance(entry.module, Fused):  # it was asked for less before
+            if entry.name in names and isinstance(entry.module, Fused):  # an earlier call asked for less
                 unfuse_module(entry.module)
         for module in model.modules():
             if isinstance(module, Fused):
@@ -96,7 +95,7 @@ def unfuse_model(model: M) -> M:
     """Undoes `fuse_model` in place, bit for bit; moves only weights that fusing moved. Returns `model`.
 
     Raises:
-        FusionError: a fused module was given another class since; the model is unchanged.
+        FusionError: the class of a fused module was changed after fusing; the model is unchanged.
     """
     with LOCK:
         fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
@@ -112,13 +111,13 @@ def unfuse_model(model: M) -> M:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Every MLP and RMSNorm of `model`, fused or not, with reasons, as it stands now; nothing is stored."""
+    """Reports every MLP and RMSNorm of `model`, fused or not, with reasons, from its present state."""
     return _report(examine(model))
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A module of a model, the family that it belongs to, and what that says about it."""
+    """A module of a model, its family, and what the family found."""
 
     name: str
     module: nn.Module
@@ -127,7 +126,7 @@ class Examined:
 
 
 def examine(model: nn.Module) -> list[Examined]:
-    """What the families find in `model`, in its order: their own modules, and unknown ones that resemble them."""
+    """The modules of `model` that a family recognises, and unknown ones that resemble these, in the model's order."""
     with LOCK:
         return _examine(dict(model.named_modules()))
 
@@ -142,7 +141,7 @@ def _examine(modules: dict[str, nn.Module]) -> list[Examined]:
     for family in FAMILIES:
         known = {id(entry.module) for entry in found.values() if entry.family is family or entry.family.option is None}
         for name, module in modules.items():
-            # a part of a listed module is none itself
+            # a part of a listed module is not listed
             if name in found or any(entry.family is family for entry in _around(name, found)):
                 continue
             holds_known = any(id(inner) in known for inner in module.modules())
@@ -161,7 +160,7 @@ def _finding(family: Family, name: str, modules: dict[str, nn.Module]) -> Findin
 
 
 def _remark(module: Fused) -> str | None:
-    """Why the next call of a fused module will not run the fastest kernels alone."""
+    """Why the next call of a fused module will not run the fastest kernels only, or None."""
     original, called = module.runs()
     if original:
         return original
@@ -199,7 +198,7 @@ def _matches(module: ModuleStatus, pattern: str) -> bool:
 
 
 def _selected(report: FusionReport, wanted: list[Family], options: FusionOptions) -> FusionReport:
-    """The part of a report that the options are about: families that are wanted, without excluded modules.
+    """The part of a report that the options select: the requested families, without excluded modules.
 
     Raises:
         FusionError: an excluded name matches nothing.
@@ -247,7 +246,10 @@ def _require_fusable(found: list[Examined], report: FusionReport, wanted: list[F
 
 
 def _as_asked(found: list[Examined], options: FusionOptions) -> list[Examined]:
-    """`found`; with `batch_invariant`, what cannot be so is skipped, and what is fused in another form is fusable."""
+    """`found`, adapted to `batch_invariant`.
+
+    Modules without such kernels are skipped, and modules that are fused in another form count as fusable.
+    """
     if not options.batch_invariant:
         return found
 
@@ -283,8 +285,9 @@ def _fuse_all(entries: list[Examined], options: FusionOptions) -> None:
 
 
 def _log(report: FusionReport, options: FusionOptions) -> None:
-    """Logs the report as a warning if something is unfused, unless everything was excluded or there is none to fuse on
-    request; otherwise a line."""
+    """Logs one line, or the whole report as a warning if something was not fused.
+
+    Nothing is logged if everything was excluded, or if the model has no module of an optional family."""
     groups = [group for group in report.shown if group.modules or not options.exclude]
     complete = all((group.modules or group.optional) and not group.select("skipped") for group in groups)
     if not complete:
@@ -296,5 +299,5 @@ def _log(report: FusionReport, options: FusionOptions) -> None:
 
 @cache
 def _warn_of_no_kernels(reason: str) -> None:
-    """Logs a warning once: `strict` is about what can be fused, wherever the model is."""
+    """Logs a warning once: `strict` checks what can be fused, not whether this device has kernels."""
     logger.warning("strict: fused, but no kernel runs: %s", reason)

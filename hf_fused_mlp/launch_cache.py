@@ -1,7 +1,7 @@
 """Caches prepared launches so that a repeated kind of call skips planning. In eager mode the GPU waits for Python.
 
-Between two calls of a module the rest of a model evicts the processor's caches, so a call costs what it touches. That
-is why PyTorch compares the tensors, by one function in C++, and why modules share their entries.
+Between two calls of a module the rest of the model fills the processor's caches, so the cost of a call depends on how
+much memory it touches. That is why one C++ function of PyTorch compares the tensors, and why modules share entries.
 """
 
 from collections.abc import Callable, Hashable
@@ -13,19 +13,20 @@ from torch import Tensor
 # private to PyTorch; without it, nothing is remembered
 TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
-# by kind of call and shape of its first tensor: pairs of a check of the tensors and the function that answers
+# for each kind of call and shape of its first tensor: pairs of a check of the tensors and the function to run
 remembered: dict[Hashable, list[tuple[Callable[..., bool], Callable]]] = {}
 
 
 def answer(kind: Hashable, tensors: tuple[Tensor | None, ...], arguments: tuple) -> Any:
-    """The output of a call like a remembered one; None for any other.
+    """Runs a call like a remembered one and returns its output; None for any other call.
 
-    Two calls are alike if they have one `kind`, which says which tensors are None, and tensors of the same classes,
-    shapes, strides, dtypes, devices and dispatch keys: traces, autocast and most of `torch.func` change the last.
+    Two calls are alike if they have the same `kind`, which includes which tensors are None, and tensors of the same
+    classes, shapes, strides, dtypes, devices and dispatch keys. Traces, autocast and most of `torch.func` change the
+    dispatch keys.
 
     Args:
         tensors: all tensors of the call in a fixed order, the input first.
-        arguments: what the remembered function is given.
+        arguments: the arguments of the remembered function.
     """
     x: Any = tensors[0]
     runs = remembered.get((kind, x.shape))
@@ -46,7 +47,7 @@ def answer(kind: Hashable, tensors: tuple[Tensor | None, ...], arguments: tuple)
 def remember(kind: Hashable, tensors: tuple[Tensor | None, ...], run: Callable) -> None:
     """Keeps `run`, which has answered a call with these tensors, for calls like it. The cache is bounded.
 
-    A call that is given one tensor twice is not kept: PyTorch's check would never accept it.
+    A call with the same tensor in two places is not kept, because PyTorch's check would never accept it.
     """
     given: Any = [tensor for tensor in tensors if tensor is not None]
     if TensorGuards is None or not _aligned(given):
@@ -77,13 +78,13 @@ def mlp_kind(gate: tuple, up: tuple, down: tuple, activation: str, batch_invaria
     kind = activation, batch_invariant, packed, last is None, first_bias is None, bias is None, last_bias is None
     if scale is None:
         return kind
-    # scales are packed or not by themselves
+    # scales may be packed when weights are not, and the reverse
     scales_packed = first_scale is not None and scale.data_ptr() - first_scale.data_ptr() == first_scale.nbytes
     return kind, scales_packed, first_scale is None, last_scale is None
 
 
 def experts_kind(operands: tuple) -> Hashable:
-    """The kind of a call of routed experts: which biases there are, and what is computed."""
+    """The kind of a call of routed experts: which biases exist, and the equation."""
     _, _, up_bias, down_bias, form, up_scale, _ = operands
     kind = form, up_bias is None, down_bias is None
     return kind if up_scale is None else (kind, "fp8")

@@ -1,6 +1,6 @@
-"""The package's logger: a prefix, standard error, and the verbosity of Transformers.
+"""The package's logger: it prints to standard error with a prefix, at the verbosity of Transformers.
 
-`transformers.logging.set_verbosity_error()` or `TRANSFORMERS_VERBOSITY=error` keep info and warnings back. Where the
+`transformers.logging.set_verbosity_error()` and `TRANSFORMERS_VERBOSITY=error` hide info and warnings. If the
 application has configured logging, its handlers print.
 """
 
@@ -11,7 +11,7 @@ logger = logging.getLogger("hf_fused_mlp")
 
 
 def _is_verbose_enough(record: logging.LogRecord) -> bool:
-    """True if Transformers shows warnings: its default hides info, and this package has a line of that for a model."""
+    """True if Transformers shows warnings. This package then shows info too, one line per model."""
     get_verbosity = getattr(sys.modules.get("transformers.utils.logging"), "get_verbosity", None)
     return get_verbosity is None or max(record.levelno, logging.WARNING) >= get_verbosity()
 
@@ -21,7 +21,7 @@ def _is_last_resort(record: logging.LogRecord) -> bool:
 
 
 def configure() -> None:
-    """Gives the logger a level and a handler; `import hf_fused_mlp` calls this. What an application set stays."""
+    """Sets the logger's level and handler, unless the application has set them. `import hf_fused_mlp` calls this."""
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     if not logger.handlers:

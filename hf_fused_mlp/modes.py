@@ -1,6 +1,6 @@
-"""What watches or changes a call: autograd, torch.compile, autocast, function modes, transforms, exports.
+"""Detects what watches or changes a call: autograd, torch.compile, autocast, function modes, transforms, exports.
 
-And where kernels run at all.
+Also says where kernels run at all.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def no_kernels(device: torch.device, dtype: torch.dtype | None = None, least: tu
         return f"on {device}, where the original forward runs; move the model to a GPU"
     if not HAS_TRITON:
         return "Triton is not installed; install triton for your platform"
-    # not asked while compiling, where it would break the graph; the operator then runs PyTorch's GEMMs
+    # not checked while compiling, because it would break the graph; the operator then runs PyTorch's GEMMs
     if torch.compiler.is_compiling():
         return None
     # fake tensors may claim a device that does not exist
@@ -66,7 +66,7 @@ def why_variant(storage: str | None, dtype: torch.dtype, gpu: GPU) -> str | None
 
 
 def needs_only_output(x: Tensor) -> bool:
-    """True if the caller needs the output only: no autograd, mode or transform.
+    """True if the caller needs only the output: no autograd, mode or transform.
 
     Traces and autocast are not checked here: they change the dispatch keys of tensors, which `launch_cache` compares.
     """
@@ -84,7 +84,7 @@ def needs_only_output(x: Tensor) -> bool:
 def runs_now(x: Tensor) -> bool:
     """True if a call may skip PyTorch's dispatcher: on a GPU, with no graph, trace, gradient or cast.
 
-    The dispatcher costs the host as much time as a launch.
+    The dispatcher takes as much host time as a launch.
     """
     return (
         not torch.compiler.is_compiling()
@@ -113,7 +113,7 @@ def is_ordinary(x: Tensor) -> bool:
 def is_watched() -> bool:
     """True if a `TorchFunctionMode` other than `with torch.device(...)` intercepts function calls."""
     modes = _len_torch_function_stack()
-    # the device mode is always the lowest, and stays for good after `torch.set_default_device`
+    # the device mode is always the lowest, and stays forever after `torch.set_default_device`
     return modes > 1 or (modes == 1 and type(torch._C._get_function_stack_at(0)) is not DeviceContext)
 
 
@@ -123,18 +123,18 @@ def is_transformed() -> bool:
 
 
 def autocasts() -> bool:
-    """True if autocast is enabled on GPUs: projections then cast, which the operator does not."""
+    """True if autocast is enabled on GPUs: projections then cast, and the operator does not."""
     return torch.is_autocast_enabled("cuda")
 
 
 def _is_real(x: Tensor) -> bool:
-    """True if operations on `x` run at once, under no mode and no transform."""
+    """True if operations on `x` run immediately, under no mode or transform."""
     return type(x) in (Tensor, nn.Parameter) and _len_torch_dispatch_stack() == 0 and not is_transformed()
 
 
 def _is_exporting() -> bool:
-    """True if a program is being made for elsewhere, where our operators may not be known."""
-    # the flag, since dynamo of torch 2.11 takes `torch.compiler.is_exporting()` for always true
+    """True if a program is being exported to a place that may not know our operators."""
+    # we read the flag, because dynamo of torch 2.11 treats `torch.compiler.is_exporting()` as always true
     return torch.compiler._is_exporting_flag or (
         not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
     )
@@ -142,7 +142,7 @@ def _is_exporting() -> bool:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Puts `models` in evaluation mode; afterwards every module has its own mode again."""
+    """A context in which `models` are in evaluation mode; afterwards every module has its former mode."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:
         for model in models:

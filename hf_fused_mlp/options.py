@@ -6,15 +6,15 @@ from typing import Any
 
 
 class FusionError(ValueError):
-    """A model does not allow what the options of `fuse_model` or `use_fused_mlp` ask for; the message says why."""
+    """The options of `fuse_model` or `use_fused_mlp` cannot be fulfilled for this model; the message says why."""
 
 
 @dataclass(frozen=True)
 class FusionOptions:
-    """What to fuse; the arguments of `fuse_model`, which documents them.
+    """What to fuse: the options of `fuse_model`, which documents them.
 
     Raises:
-        TypeError: `exclude` is not a list of names, or another option neither True nor False.
+        TypeError: `exclude` is not a list of names, or another option is neither True nor False.
     """
 
     strict: bool = False
@@ -39,11 +39,11 @@ class FusionOptions:
 
     @staticmethod
     def of_flag(name: str, flag: Any) -> "FusionOptions | None":
-        """The options that a flag such as `use_fused_mlp=...` stands for; None: fuse nothing.
+        """Parses a flag such as `use_fused_mlp=...` into options; None means that nothing is fused.
 
         Raises:
-            FusionError: the flag is none of True, False, None, `"strict"` and a dict, or the dict has an unknown key.
-            TypeError: an option has a value of a wrong type.
+            FusionError: the flag is not True, False, None, `"strict"` or a dict, or the dict has an unknown key.
+            TypeError: the value of an option has a wrong type.
         """
         # identity, not equality: 1 and 0 are not valid values
         if flag is False or flag is None:

@@ -1,9 +1,9 @@
-"""Are the functions and forwards that the kernels replace still those that their packages define?
+"""Checks that the functions and forwards that the kernels replace are those that their packages define.
 
 Profilers, debuggers and emulators of number formats replace `torch.nn.functional.linear` or the forward of a class,
-perhaps before this package is imported, so nothing is trusted because it was seen first. A function counts as its
-package's own if its code belongs to the namespace of the module that should define it: `functools.wraps` copies names
-but not the namespace.
+perhaps before this package is imported, so we cannot trust what we see first. A function counts as its package's own
+if its code belongs to the namespace of the module that should define it, because `functools.wraps` copies names but
+not the namespace.
 """
 
 import sys
@@ -26,7 +26,7 @@ def is_own(function: Any, module: str, qualname: str) -> bool:
     return getattr(code, "co_qualname", qualname) == qualname and code.co_name == qualname.rpartition(".")[2]
 
 
-# the functions that the kernels replace, by the variable below that holds PyTorch's own
+# the functions that the kernels replace, by the variable below that holds PyTorch's original
 _FUNCTIONS: dict[str, tuple[Any, str]] = {
     "_linear": (F, "linear"),
     "_silu": (F, "silu"),
@@ -49,7 +49,7 @@ _torch_relu = _sigmoid = _tanh = _square = _pow = _erf = _rsqrt = _addmm = objec
 
 
 def functions_are_own() -> bool:
-    """True if every function that the kernels replace is PyTorch's own. Traced by compiled code."""
+    """True if every function that the kernels replace is PyTorch's own. Compiled code traces this."""
     return (
         F.linear is _linear
         and F.silu is _silu
@@ -67,7 +67,7 @@ def functions_are_own() -> bool:
     )
 
 
-# by activation, whether the functions that its modules call are PyTorch's own; for others all functions are compared
+# for each activation, a check of the functions that its modules call; for other activations all functions are compared
 _ACTIVATION_IS_OWN: dict[str, Callable[[], bool]] = {
     "gelu": lambda: F.gelu is _gelu and torch.erf is _erf,
     "gelu_tanh": lambda: F.gelu is _gelu and torch.tanh is _tanh and torch.pow is _pow,
@@ -93,17 +93,17 @@ def are_own_at_a_glance(activation: str) -> bool:
 
 
 def rsqrt_is_own() -> bool:
-    """The same for `torch.rsqrt`, the one function that RMSNorms call."""
+    """The same check for `torch.rsqrt`, the only function that RMSNorms call."""
     return torch.rsqrt is _rsqrt
 
 
 def addmm_is_own() -> bool:
-    """The same for `torch.addmm`, which `Conv1D` calls in place of `F.linear`. Traced by compiled code."""
+    """The same check for `torch.addmm`, which `Conv1D` calls in place of `F.linear`. Compiled code traces this."""
     return torch.addmm is _addmm
 
 
 def why_functions_are_not_own() -> str | None:
-    """Which function was replaced, or None. Also updates the variables that `functions_are_own` compares with."""
+    """Says which function was replaced, or None. Also updates the variables that `functions_are_own` compares with."""
     reason = None
     for variable, (owner, name) in _FUNCTIONS.items():
         function = getattr(owner, name)
@@ -119,7 +119,7 @@ def why_functions_are_not_own() -> str | None:
 
 
 def path_of(function: Any) -> str:
-    """Module and name of the code of `function`; not its own names, which `functools.wraps` copies."""
+    """The module and name of the code of `function`; not the names of `function`, which `functools.wraps` copies."""
     code = getattr(function, "__code__", None)
     if code is None:
         return repr(function)
@@ -128,7 +128,7 @@ def path_of(function: Any) -> str:
 
 
 def is_patched(cls: type[nn.Module]) -> bool:
-    """True if the forward of `cls` is code of another package than the one that its module defines."""
+    """True if the forward of `cls` is not the one that its module defines, but code of another package."""
     forward: Any = cls.forward
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     if is_own(forward, owner.__module__, f"{owner.__qualname__}.forward"):
@@ -138,15 +138,15 @@ def is_patched(cls: type[nn.Module]) -> bool:
     return package != owner.__module__.partition(".")[0]
 
 
-# the code of forwards that `runs_own_forward` accepted; their modules keep these classes alive anyway
+# the code of forwards that `runs_own_forward` accepted; the modules of these classes keep them alive anyway
 own_forwards: dict[type[nn.Module], CodeType] = {}
 
 
-# Compiled code keeps the answer of the moment it is traced among the globals of the compiled module, under the
-# function's name, so the name must be unique.
+# Compiled code keeps the result at tracing time among the globals of the compiled module, under the function's name,
+# so the name must be unique.
 @torch.compiler.assume_constant_result
 def hf_fused_mlp_runs_own_forward(cls: type[nn.Module]) -> bool:
-    """True if `cls` is what its module holds under its name, and has the forward that was written for it there."""
+    """True if `cls` is the class that its module defines under its name, with the forward that is written there."""
     forward: Any = cls.forward
     if cls.__call__ is not nn.Module.__call__:
         return False
@@ -165,13 +165,13 @@ runs_own_forward = hf_fused_mlp_runs_own_forward
 
 
 def _own_class(module: str, name: str) -> type[nn.Module] | None:
-    """PyTorch's class of that name, or None if another class is in its place."""
+    """PyTorch's class of that name, or None if another class took its place."""
     cls = getattr(sys.modules[module], name)
     return cls if cls.__module__ == module and runs_own_forward(cls) else None
 
 
 why_functions_are_not_own()
-# not through `torch.nn`, where emulators of number formats put their own classes
+# not looked up in `torch.nn`, where emulators of number formats put their own classes
 LINEAR = _own_class("torch.nn.modules.linear", "Linear")
 # dictionary lookups are faster than attribute lookups in classes
 _OF_MODULE, _OF_LINEAR = vars(nn.Module), vars(LINEAR or nn.Linear)

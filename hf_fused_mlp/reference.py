@@ -1,4 +1,4 @@
-"""The MLP equation in plain PyTorch: the oracle of every test, the CPU implementation, and the unfused plan.
+"""The MLP equations in plain PyTorch: the oracle of every test, the CPU implementation, and the unfused plan.
 
 It rounds where eager Transformers rounds (after each projection, after the activation, after the product).
 """
@@ -59,7 +59,7 @@ def mlp_ref(
     up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
 ) -> Tensor:
-    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where `gate` is None; without `down`, what it is given.
+    """``down(act(gate(x)) * up(x))``; ``down(act(up(x)))`` if `gate` is None; without `down`, the input of down.
 
     Args:
         x: `[..., H]`, any float dtype.
@@ -82,7 +82,7 @@ def mlp_ref(
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that FP8 `weight` `[N, K]` and its `scale` stand for (see `Matrix`), rounded to `dtype`."""
+    """Multiplies FP8 `weight` `[N, K]` by its `scale` (see `Matrix`), rounded to `dtype`."""
     rows, columns = weight.shape
     wide = torch.promote_types(dtype, torch.float32)
     factors = scale.to(wide).repeat_interleave(SCALE_BLOCK, 0)[:rows].repeat_interleave(SCALE_BLOCK, 1)[:, :columns]
@@ -90,7 +90,7 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` `[..., K]` in FP8, as Transformers quantizes what `FP8Linear` is given.
+    """`x` `[..., K]` in FP8, as Transformers quantizes the input of `FP8Linear`.
 
     Returns:
         e4m3 `[..., K]`, and fp32 `[..., ceil(K / 128)]`: a scale for each `SCALE_BLOCK` elements of a row, the last
@@ -114,7 +114,7 @@ def quantize_weight_ref(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_linear_ref(x: Tensor, weight: Matrix, gate: Matrix = ABSENT, activation: str = "identity") -> Tensor:
-    """`linear_ref` of FP8 matrices as Transformers' `FP8Linear` computes it: both sides in FP8, and products in fp32.
+    """`linear_ref` of FP8 matrices, computed like Transformers' `FP8Linear`: both sides in FP8, and products in fp32.
 
     Args:
         x: `[..., K]`, any float dtype.
@@ -176,7 +176,7 @@ def experts_ref(
 
 
 def fp8_experts_ref(x: Tensor, ids: Tensor, weights: Tensor, up: Matrix, down: Matrix, form: ExpertsForm) -> Tensor:
-    """`experts_ref` of FP8 stacks as Transformers' `FP8Experts` computes it; see `fp8_linear_ref`."""
+    """`experts_ref` of FP8 stacks, computed like Transformers' `FP8Experts`; see `fp8_linear_ref`."""
 
     def product(rows: Tensor, e: int, stack: Matrix) -> Tensor:
         return fp8_linear_ref(rows, Matrix(stack.data[e], stack.scale[e], None))  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""What is known of a model's modules: values only, made by `fuse` from what the families find."""
+"""Reports about a model's modules. `fuse` makes these values from what the families find."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -10,11 +10,12 @@ State = Literal["fused", "fusable", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a family says about one module as it stands now.
+    """What a family found about one module in its present state.
 
     Args:
-        reason: skipped: why, and the remedy. Fused: what will run in place of our kernels, if anything will.
-        spec: what the module computes; None if it is listed only because of its name.
+        reason: of a skipped module, why, and the remedy; of a fused one, what will run in place of our kernels, or
+            None.
+        spec: what the module computes; None if only its name resembles an MLP's.
     """
 
     state: State
@@ -23,7 +24,7 @@ class Finding:
 
     @staticmethod
     def of(reason: str | None, spec: Hashable) -> "Finding":
-        """Of a module that can be fused as `spec` says unless there is a `reason`."""
+        """The finding for a module that computes `spec`; with a `reason`, it cannot be fused."""
         return Finding("skipped" if reason else "fusable", reason, spec)
 
 
@@ -42,7 +43,7 @@ class ModuleStatus:
 
 
 def grouped(modules: Iterable[ModuleStatus]) -> dict[tuple[str, State, str | None], int]:
-    """How many modules share a class name, state and reason, in the order of the model."""
+    """The number of modules with each class name, state and reason, in the order of the model."""
     return dict(Counter((module.class_name, module.state, module.reason) for module in modules))
 
 
@@ -50,8 +51,8 @@ def grouped(modules: Iterable[ModuleStatus]) -> dict[tuple[str, State, str | Non
 class FamilyReport:
     """The modules of one family, in the order of the model.
 
-    `family` is the name of a row of `FAMILIES`, such as `"mlps"`, `noun` what messages call a module, `optional` says
-    that fusing is on request.
+    `family` is the name of a row of `FAMILIES`, such as `"mlps"`; `noun` is the word for a module in messages;
+    `optional` is true for families that are fused on request.
     """
 
     family: str
@@ -60,7 +61,7 @@ class FamilyReport:
     optional: bool = False
 
     def select(self, state: State) -> tuple[ModuleStatus, ...]:
-        """The modules in one state."""
+        """The modules that are in this state."""
         return tuple(module for module in self.modules if module.state == state)
 
     def __str__(self) -> str:
@@ -72,7 +73,7 @@ class FamilyReport:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """Every module of a model that a family knows, as it stands now. `print` it for a line a class and reason."""
+    """Every module of a model that a family knows, as it is now. `print` shows one line per class and reason."""
 
     families: tuple[FamilyReport, ...]
 
@@ -80,7 +81,7 @@ class FusionReport:
         """The report of one family.
 
         Raises:
-            KeyError: no family has that name; the message lists those that there are.
+            KeyError: no family has that name; the message lists the known ones.
         """
         for report in self.families:
             if report.family == family:
@@ -111,22 +112,22 @@ class FusionReport:
 
     @property
     def shown(self) -> tuple[FamilyReport, ...]:
-        """The families worth a line: without a default one that has no modules where another has, or comes first."""
+        """The families to show. An empty default family is left out, unless it is the first and all are empty."""
         empty = [report for report in self.families if not report.optional and not report.modules]
         needless = empty if self.default else empty[1:]
         return tuple(report for report in self.families if report not in needless)
 
     @property
     def default(self) -> tuple[ModuleStatus, ...]:
-        """The modules of all families that are fused without being asked for."""
+        """The modules of all families that are fused by default."""
         return tuple(module for report in self.families if not report.optional for module in report.modules)
 
     def select(self, state: State) -> tuple[ModuleStatus, ...]:
-        """The modules of `default` in one state."""
+        """The modules of `default` that are in this state."""
         return tuple(module for module in self.default if module.state == state)
 
     def grouped(self) -> dict[tuple[str, State, str | None], int]:
-        """How many modules of `default` share a class name, state and reason."""
+        """The number of modules of `default` with each class name, state and reason."""
         return grouped(self.default)
 
     def to_dict(self) -> dict:

@@ -1,8 +1,8 @@
-"""Gives a module a generated class, and its own class back.
+"""Replaces the class of a module by a generated one, and restores it.
 
 A fused `LlamaMLP` has the class `LlamaMLP(FusedGatedMLP, LlamaMLP)`. It keeps the original's name, so that lookups by
-class name still find it. The module stays the same object, with the same children, hooks and attributes and none of
-ours. Unfusing gives the original class back.
+class name still find it. The module stays the same object, with the same children, hooks and attributes; fusing adds
+none. Unfusing restores the class.
 """
 
 import copyreg
@@ -22,20 +22,20 @@ from hf_fused_mlp.threads import LOCK, free_when_unread
 
 
 class Runs(NamedTuple):
-    """What will run in place of our kernels, with the reason. Both None: the kernels run alone."""
+    """What will run in place of our kernels, with the reason. If both are None, only the kernels run."""
 
     original: str | None = None  # why the whole original forward would run
     called: str | None = None  # why some layers would be called, and the rest fused
 
 
 class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
-    """What all fused modules share. A subclass with a forward of its own is mixed in before the original class."""
+    """The base of all fused modules. A subclass that defines a forward is mixed in before the original class."""
 
     fused_spec: ClassVar[Any]
     original_class: ClassVar[type[nn.Module]]
     original_forward: ClassVar[Callable]
     original_code: ClassVar[CodeType | None]
-    # all that the spec was read from: the forward, its code, and what `_also_read` gives
+    # everything that the spec was read from: the forward, its code, and the values of `_also_read`
     was_read: ClassVar[tuple]
     # the name of the forward's first argument, if it may be passed by name
     input_name: ClassVar[str | None]
@@ -44,15 +44,15 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     _made_of: ClassVar[tuple]
 
     def __init_subclass__(cls, **kwargs):
-        # not passed on: the original's may register subclasses by name, or require arguments
+        # the original's is not called: it may register subclasses by name, or require arguments
         pass
 
     def runs(self, device: torch.device | None = None, elements: int | None = None) -> Runs:
-        """What a call would run in place of our kernels. A single call may still differ, under autocast for example.
+        """What a call would run in place of our kernels. A single call may still differ, for example under autocast.
 
         Args:
             device: of the tokens; default: that of the weights.
-            elements: of the tokens' tensor; default: many.
+            elements: number of elements of the tokens' tensor; default: many.
         """
         raise NotImplementedError
 
@@ -70,33 +70,33 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     @staticmethod
     def exact_output(exact: nn.Module, *inputs: Tensor) -> Tensor:
-        """The output of a copy in float64 of a module with the original class, which may be of other code."""
+        """The output of a float64 copy of a module of the original class; its code may be another."""
         return type(exact).forward(exact, *inputs)
 
     @staticmethod
     def read_again(module: nn.Module) -> Any:
-        """What a module of the original class computes now, in the words of `fused_spec`; anything else if unknown."""
+        """Reads the spec of a module of the original class again. Equals `fused_spec` unless the code has changed."""
         raise NotImplementedError
 
     @staticmethod
     def _also_read(original: Any) -> tuple:
-        """What a spec rests on besides the forward of the class, each function followed by its code."""
+        """What a spec depends on besides the forward of the class. Each function is followed by its code."""
         return ()
 
     @classmethod
     def fused_recipe(cls) -> tuple[type["Fused"], Any]:
-        """The mixin and the spec that `fuse` takes to make the module what it is."""
+        """The mixin and the spec with which `fuse` made this module."""
         return cls._made_of[0], cls._made_of[2]
 
     def repack(self) -> None:
-        """Restores the packing that copying or moving the parameters undid."""
+        """Packs again after the parameters were copied or moved."""
 
     def why_not_packed(self) -> str | None:
         """Why weights that the kernels read together are not packed, or None."""
         return None
 
     def _pack(self) -> list[Tensor]:
-        """Packs weights; returns tensors on their old memory, as `weights.pack` does."""
+        """Packs weights and returns tensors on their old memory, like `weights.pack`."""
         return []
 
     def _unpack(self) -> list[Tensor]:
@@ -107,7 +107,7 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         return f"Fused{type(self).__name__}"
 
     def __reduce_ex__(self, protocol):
-        # copy and pickle the module as one of the original class; `_restore` gives it a generated class again
+        # copy and pickle the module with the original class; `_restore` generates its class again
         cls = type(self)  # read once: another thread may unfuse the module meanwhile
         if not issubclass(cls, Fused):
             return cls.__reduce_ex__(self, protocol)
@@ -122,14 +122,14 @@ class Fused(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
 
 class _FusedType(type):
-    """The type of generated classes: each stands for its original in `isinstance`, assignments and pickles."""
+    """The type of generated classes. Each represents its original in `isinstance`, assignments and pickles."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         # code that looks a class up by name expects every module of that class, fused or not
         return isinstance(instance, vars(cls).get("original_class", ())) or super().__instancecheck__(instance)
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        # patching `type(module)` is meant to patch every module of that class
+        # a patch of `type(module)` is meant for every module of that class
         setattr(cls.original_class, name, value) if "_made_of" in vars(cls) else super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
@@ -153,7 +153,7 @@ for _metaclass in _METACLASSES.values():
 
 
 def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> type[Fused]:
-    """The generated class `Name(mixin, Name)` for a class `Name`; the same one while it is in use.
+    """Returns the generated class `Name(mixin, Name)` for a class `Name`, always the same one while it is in use.
 
     Raises:
         TypeError: the original does not allow such a subclass.
@@ -181,7 +181,7 @@ def fused_class(mixin: type[Fused], original: type[nn.Module], spec: Any) -> typ
             "__doc__": original.__doc__,
         }
         metaclass = _METACLASSES.get(type(original)) or type("_FusedType", (_FusedType, type(original)), {})
-        # not by calling the metaclass, which may register its classes by name
+        # we do not call the metaclass, because it may register its classes by name
         return type.__new__(metaclass, original.__name__, (mixin, original), attributes)
 
 
@@ -201,14 +201,14 @@ def _like(original: Callable, forward: Any) -> Callable:
 def _restore(
     mixin: type[Fused], original: type[nn.Module], spec: Any, make: Callable, arguments: tuple, complete: bool = False
 ) -> nn.Module:
-    """A copy of a fused module, or one from a pickle, which is fused again as soon as it has its state."""
+    """Makes a copied or unpickled fused module, which is fused again as soon as it has its state."""
     module = make(*arguments)
     if type(module) is not original:
         return module
     if complete:
         _fuse_if_the_same(module, mixin, spec)
     else:
-        # copying and unpickling look this up on the object that was made
+        # copying and unpickling look this up on the new object
         module.__dict__["__setstate__"] = functools.partial(_set_state, module, mixin, spec)
     return module
 
@@ -220,13 +220,13 @@ def _set_state(module: nn.Module, mixin: type[Fused], spec: Any, state: Any) -> 
 
 
 def _fuse_if_the_same(module: nn.Module, mixin: type[Fused], spec: Any) -> None:
-    """Fuses `module` if it still computes `spec`: its class may have been patched since."""
+    """Fuses `module` if it still computes `spec`; its class may have been patched meanwhile."""
     if mixin.read_again(module) == spec:
         fuse(module, mixin, spec)
 
 
 def why_not_swappable(module: nn.Module, mixin: type[Fused], spec: Any) -> str | None:
-    """Why `module` cannot be given a generated class, with the remedy, or None if it can."""
+    """Why `module` cannot have a generated class, with the remedy; None if it can."""
     cls = type(module)
     theirs = {*module.__dict__, *module._modules, *module._parameters, *module._buffers, *_names_of(cls)}
     taken = theirs & _own_names(mixin)
@@ -234,14 +234,14 @@ def why_not_swappable(module: nn.Module, mixin: type[Fused], spec: Any) -> str |
         return f"its attribute {min(taken)!r} has a name that a fused module uses itself; pass exclude=[...]"
     try:
         fused_class(mixin, cls, spec)
-    except Exception as error:  # raised by a metaclass, or because subclasses are not allowed
+    except Exception as error:  # from a metaclass, or because subclasses are not allowed
         return f"its class cannot have subclasses ({type(error).__name__}: {error}); pass exclude=[...]"
     return None
 
 
 @functools.cache
 def _own_names(mixin: type[Fused]) -> set[str]:
-    """The names that a mixin adds to a class, except methods that call those of the original."""
+    """The names that a mixin adds to a class, except methods that call the original's."""
     annotated = {name for base in mixin.__mro__ for name in inspect.get_annotations(base)}
     names = {name for name in _names_of(mixin) | annotated if not name.startswith("__")}
     return names - {"forward", "_apply", "_get_name"}
@@ -253,7 +253,7 @@ def _names_of(cls: type) -> set[str]:
 
 
 def fuse(module: nn.Module, mixin: type[Fused], spec: Any) -> None:
-    """Gives `module` its fused form, in place."""
+    """Fuses `module` in place."""
     _give_class(module, fused_class(mixin, type(module), spec))
     try:
         module.repack()
@@ -263,7 +263,7 @@ def fuse(module: nn.Module, mixin: type[Fused], spec: Any) -> None:
 
 
 def was_changed(module: Fused) -> bool:
-    """True if another class was put on top of the generated one, as FSDP and parametrizations do."""
+    """True if a class was derived from the generated one, as FSDP and parametrizations do."""
     return "_made_of" not in vars(type(module))
 
 
@@ -276,7 +276,7 @@ def unfuse_module(module: Fused) -> None:
 
 @contextmanager
 def original_form(modules: Iterable[Fused]) -> Iterator[None]:
-    """Gives `modules` their original classes for a while. Weights stay packed, so nothing is copied."""
+    """A context in which `modules` have their original classes. Weights stay packed, so nothing is copied."""
     with LOCK:
         classes = {module: type(module) for module in modules}
         try:
@@ -292,7 +292,7 @@ def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Changes the class of `module`, and the forward that accelerate keeps on the instance."""
     before = type(module).forward
     object.__setattr__(module, "__class__", cls)
-    # with torch 2.11, compiled code notices a change of a module only through its dictionaries
+    # code compiled by torch 2.11 notices a changed module only through its dictionaries
     module.__dict__["_class_given"] = None
     del module.__dict__["_class_given"]
     for name in ("forward", "_old_forward"):

@@ -1,4 +1,4 @@
-"""Keeps threads apart that fuse, unfuse, report on and call one model."""
+"""Synchronizes threads that fuse, unfuse, report on and call one model."""
 
 import os
 import sys
@@ -19,15 +19,15 @@ if hasattr(os, "register_at_fork"):  # a child process must not inherit it locke
 _CALL = nn.Module._wrapped_call_impl.__code__
 _BACKWARD = _engine_run_backward.__code__
 
-# calls that did not end in time, and the memory that each may still read
+# calls that did not end in time, with the memory that each may still read
 _waiting: list[tuple[list[FrameType], list[Tensor]]] = []
 
 
 def free_when_unread(replaced: list[Tensor], module: nn.Module, seconds: float = 2.0) -> None:
-    """Drops tensors that were the weights of `module` once no other thread can be reading them.
+    """Drops the former weights of `module` once no other thread can be reading them.
 
-    A thread that began a call before the weights were replaced may be in the middle of a GEMM: this waits for it once,
-    and for the GPU. Memory that a call of more than `seconds` may read is dropped later.
+    A thread that called the module before the weights were replaced may be in the middle of a GEMM. This waits for it
+    once, and for the GPU. If the call takes more than `seconds`, the memory is dropped later.
     """
     if not replaced:
         return
@@ -45,7 +45,7 @@ def free_when_unread(replaced: list[Tensor], module: nn.Module, seconds: float =
 
 
 def _still(calls: list[FrameType], module: nn.Module | None = None, but: Sequence[FrameType] = ()) -> list[FrameType]:
-    """Those of `calls` that are still running, without those in `but`."""
+    """The `calls` that are still running, without those in `but`."""
     if not calls:
         return []
     running = list(_calls_of(module))
@@ -53,7 +53,7 @@ def _still(calls: list[FrameType], module: nn.Module | None = None, but: Sequenc
 
 
 def _calls_of(module: nn.Module | None) -> Iterator[FrameType]:
-    """The calls in other threads that may run `module` (None: any): those of modules around it, and each backward."""
+    """The calls in other threads that may run `module` (None: any): of modules around it, and every backward."""
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = None if thread == threading.get_ident() else top
         while frame is not None:

@@ -1,4 +1,4 @@
-"""Plans for the MLPs of one model, measured once: what `fuse_model(model, tune=True)` does after fusing."""
+"""Measures plans for the MLPs of one model, once. `fuse_model(model, tune=True)` does this after fusing."""
 
 import os
 import time
@@ -18,16 +18,16 @@ from hf_fused_mlp.types import GPU, ProblemKey
 if TYPE_CHECKING:
     from hf_fused_mlp.tuning.plan_files import TunedPlan
 
-TRIED = 6  # configurations of ours for each launch; `hf-fused-mlp tune` tries all
-# each stands for all up to it; what is beyond runs by rule
+TRIED = 6  # how many of our configurations to try for each launch; `hf-fused-mlp tune` tries all
+# each covers the counts up to it; beyond the last, the rule chooses
 TOKENS = tuple(2**i for i in range(13))
 
 
 def unmeasured(model: nn.Module) -> dict[ProblemKey, torch.device]:
     """The problems of the fused MLPs of `model` that have no measured plan, and the GPU to measure each on.
 
-    Modules that call some of their layers, or run their original forward, have none, nor do batch-invariant ones. What
-    counts is evaluation mode, whatever mode the model is in.
+    Modules that call some of their layers, run their original forward or are batch-invariant have no such problems. They
+    are asked as in evaluation mode.
     """
     problems: dict[ProblemKey, torch.device] = {}
     with LOCK, modes.evaluating(model):
@@ -45,9 +45,9 @@ def unmeasured(model: nn.Module) -> dict[ProblemKey, torch.device]:
 
 
 def tune_model(model: nn.Module) -> None:
-    """Measures a plan for each problem of `unmeasured`, and adds it to the user's plans, for this and later processes.
+    """Measures a plan for each problem of `unmeasured` and adds it to the user's plans, for this and later processes.
 
-    Nothing is raised where plans cannot be measured or kept: a warning says why, and the rule chooses.
+    If plans cannot be measured or kept, a warning says why, no error is raised, and the rule chooses.
     """
     devices = {device_of(module) for module in model.modules() if isinstance(module, Fused)}
     if reasons := sorted({reason for device in devices if (reason := modes.no_kernels(device))}):
@@ -98,7 +98,7 @@ def _measured(key: ProblemKey, device: torch.device) -> "TunedPlan":
 
 
 def _with_progress(problems: dict[ProblemKey, torch.device]):
-    """The problems, with a bar on standard error where that is a terminal or a notebook."""
+    """The problems, with a progress bar on standard error if that is a terminal or a notebook."""
     from rich.console import Console
     from rich.progress import track
 

@@ -1,4 +1,4 @@
-"""Values that cross function boundaries: frozen, hashable, independent of `nn.Module` and Triton."""
+"""Values that cross function boundaries. They are frozen, hashable, and independent of `nn.Module` and Triton."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GPU:
-    """What a plan may depend on of the device.
+    """The properties of a device that a plan may depend on.
 
-    `capability` is CUDA's, `(0, 0)` where there is none; `shared_memory` is the bytes a thread block can have.
+    `capability` is CUDA's, or `(0, 0)`; `shared_memory` is the number of bytes that a thread block can use.
     """
 
     name: str
@@ -46,7 +46,7 @@ class GPU:
 
     @property
     def can_overlap(self) -> bool:
-        """Whether a launch may begin while the one before is finishing: CUDA's programmatic dependent launch."""
+        """Whether a launch may start while the one before is finishing: CUDA's programmatic dependent launch."""
         return self.capability >= (9, 0)
 
 
@@ -60,7 +60,7 @@ class Matrix(NamedTuple):
     """A matrix as kernels read it; `ABSENT` stands for a projection that a module does not have.
 
     Args:
-        data: `[N, K]`, memory that the layer keeps: nothing but a view is made at each call.
+        data: `[N, K]`, a view of memory that the layer keeps.
         scale: None for floats. For FP8 `data` (e4m3), a factor for each block of 128 x 128 elements (`SCALE_BLOCK`),
             `[ceil(N / 128), ceil(K / 128)]`, fp32 or a power of two (e8m0).
         bias: `[N]`, or None.
@@ -72,12 +72,12 @@ class Matrix(NamedTuple):
 
 
 def scale_blocks(n: int) -> int:
-    """How many blocks of scales `n` rows or columns have."""
+    """The number of blocks of scales in `n` rows or columns."""
     return -(-n // SCALE_BLOCK)
 
 
 def has_block_scales(weight: Tensor, scale: Tensor | None) -> bool:
-    """True if `weight`, a matrix or a stack of them, is FP8, and `scale` has a number for each of its blocks."""
+    """True if `weight`, a matrix or a stack of matrices, is FP8, and `scale` has a number for each block."""
     return (
         weight.dtype == FP8
         and scale is not None
@@ -94,10 +94,10 @@ ABSENT = Matrix(None, None, None)  # type: ignore[arg-type]
 
 
 def storage_of(*matrices: Matrix) -> str | None:
-    """How the matrices of an MLP are stored, in one of the ways that kernels read; None if in another, or in several.
+    """How the matrices of an MLP are stored; None if in a way that no kernel reads, or in several ways.
 
-    `"float"`: data is contiguous. `"transposed"`: floats, and data is a view of contiguous `[K, N]`. `"fp8"`:
-    contiguous, with scales.
+    `"float"`: contiguous floats. `"transposed"`: floats, a view of contiguous `[K, N]`. `"fp8"`: contiguous, with
+    scales.
     """
     weights, scales, biases = ([t for t in kind if t is not None] for kind in zip(*matrices, strict=True))
     if not all(tensor.is_contiguous() for tensor in (*scales, *biases)):
@@ -153,13 +153,12 @@ class MLPOperands(NamedTuple):
 
 
 class ExpertsForm(NamedTuple):
-    """How routed experts store gate and up, and what they make of them.
+    """How routed experts store gate and up, and how they combine them.
 
     `layout` is that of E stacked matrices: `"planes"`, gate `[E, I, H]` and up side by side in `[E, 2I, H]`, down
-    `[E, H, I]`; `"transposed"`, `[E, H, 2I]` and `[E, I, H]`; `"interleaved"`, the same with columns of gate and up in
-    turn. Without a gate there is up alone, in `[E, I, H]` or `[E, H, I]`.
-    The equation is ``act(gate) * (up + up_offset)``; before that, a `limit` other than 0 clamps gate from above, and
-    up on both sides.
+    `[E, H, I]`; `"transposed"`, `[E, H, 2I]` and `[E, I, H]`; `"interleaved"`, the same with alternating columns of
+    gate and up. Without a gate, up is `[E, I, H]` or `[E, H, I]`. The equation is ``act(gate) * (up + up_offset)``. A
+    `limit` other than 0 first clamps gate from above, and up on both sides.
     """
 
     layout: str
@@ -173,7 +172,7 @@ class ExpertsOperands(NamedTuple):
     """The weights of routed experts, stacked as `form` says; `up` holds gate and up, biases are `[E, I]`, `[E, 2I]` or
     `[E, H]`, or None.
 
-    Weights in FP8 are planes, without biases, and have stacks of the scales of a `Matrix`.
+    FP8 weights have the layout `"planes"`, no biases, and stacks of scales like those of a `Matrix`.
     """
 
     up: Tensor
@@ -186,13 +185,13 @@ class ExpertsOperands(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the form, in the order in which launches take them; scales only where there are some."""
+        """The tensors in the order in which launches take them; scales only if there are some."""
         return self[:4] if self[5] is None else self[:4] + self[5:]
 
 
 @dataclass(frozen=True)
 class ExpertsCall:
-    """One call of routed experts, all but the addresses of its tensors and where tokens go.
+    """One call of routed experts, without the addresses of its tensors and without the routing.
 
     `x` is `[tokens, hidden]`, whose rows are `stride_xm` elements apart; each token has `top_k` of `experts`.
     `storage`, `"float"` or `"fp8"`, is that of the weights; `dtype` is that of `x` and the output.
@@ -211,12 +210,12 @@ class ExpertsCall:
 
     @property
     def pairs(self) -> int:
-        """How many pairs of a token and one of its experts there are."""
+        """The number of pairs of a token and one of its experts."""
         return self.tokens * self.top_k
 
     @property
     def bias_strides(self) -> tuple[int, int, int]:
-        """Of the bias of gate and up: from expert to expert, from gate to up, and along each of them."""
+        """Strides of the bias of gate and up: from expert to expert, from gate to up, and along each."""
         planes = 2 if self.form.gated else 1
         width = planes * self.intermediate
         return (width, 1, planes) if self.form.layout == "interleaved" else (width, self.intermediate, 1)
@@ -244,13 +243,13 @@ class LinearKey:
 
 @dataclass(frozen=True)
 class LinearCall:
-    """One launch, all but the addresses of its tensors.
+    """One launch, without the addresses of its tensors.
 
     `x` is `[*lead, k]`, `m` tokens whose rows are `stride_xm` elements apart, each contiguous; `weight` and `gate` are
-    `[n, k]`, stored as the kernel reads them. `overlap` lets it begin while the launch before, which must be one of
-    ours, is finishing.
-    `reads_fp8` and `gives_fp8` say that `x` and the output are quantized: pairs of e4m3 data and a scale for each
-    `SCALE_BLOCK` elements of a row.
+    `[n, k]`, stored as the kernel reads them. With `overlap` it may start while the launch before, which must be one
+    of ours, is finishing.
+    `reads_fp8` and `gives_fp8` say that `x` or the output is quantized: e4m3 data, and a scale for each `SCALE_BLOCK`
+    elements of a row.
     """
 
     lead: tuple[int, ...]
@@ -269,12 +268,12 @@ class LinearCall:
 
 @dataclass(frozen=True)
 class ProblemKey:
-    """What a plan is chosen by.
+    """The key of a plan for an MLP.
 
-    `m` is the token count, of measured plans a power of two (`bucket`); up is `[intermediate, hidden]`, down
-    `[out, intermediate]`, and `out` is 0 where there is no down.
-    `bias` says that any projection has one; `one_block` holds for the weights of both launches. `dtype` is that of `x`
-    and the output, and unless `storage` says otherwise of the weights.
+    `m` is the token count, a power of two in measured plans (`bucket`); up is `[intermediate, hidden]`, down
+    `[out, intermediate]`; without down, `out` is 0.
+    `bias` is true if any projection has one; `one_block` is about the weights of both launches. `dtype` is that of
+    `x`, of the output and, unless `storage` says otherwise, of the weights.
     """
 
     m: int
@@ -296,7 +295,7 @@ class ProblemKey:
 
     @property
     def down(self) -> LinearKey:
-        """The launch from there to `[m, out]`."""
+        """The launch from `[m, intermediate]` to `[m, out]`."""
         return self._launch(self.out, self.intermediate, False, "identity")
 
     def _launch(self, n: int, k: int, gated: bool, activation: str) -> LinearKey:
@@ -305,10 +304,10 @@ class ProblemKey:
 
 @dataclass(frozen=True)
 class ExpertsKey:
-    """What a plan of routed experts is chosen by.
+    """The key of a plan of routed experts.
 
-    `m` is the token count rounded up to a power of two. `limit` and `up_offset` of an `ExpertsForm` are left out: they
-    cost nothing. All addresses are multiples of 16; calls with others have no plan to choose.
+    `m` is the token count rounded up to a power of two. `limit` and `up_offset` of an `ExpertsForm` are left out,
+    because they cost no time. All addresses are multiples of 16; other calls have no measured plan.
     """
 
     m: int
@@ -326,7 +325,7 @@ class ExpertsKey:
 
     @staticmethod
     def of(call: ExpertsCall, bias: bool) -> "ExpertsKey":
-        """Of calls like `call`; `bias` says that up or down has one."""
+        """The key of calls like `call`; `bias` says that up or down has one."""
         form = call.form
         return ExpertsKey(
             m=next_power_of_two(call.tokens),
@@ -352,7 +351,7 @@ class ExpertsKey:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Which kernel runs a launch, and how; a kernel reads only the fields that it needs."""
+    """The kernel of a launch and its settings. A kernel reads only the fields that it needs."""
 
     kernel: str
     block_m: int = 1
@@ -396,5 +395,5 @@ Key = TypeVar("Key", bound="ProblemKey | ExpertsKey")
 
 
 def bucket(key: Key) -> Key:
-    """The problem whose measured plan serves `key`: token counts up to a power of two share one."""
+    """The problem whose measured plan applies to `key`: token counts up to the same power of two share one."""
     return replace(key, m=next_power_of_two(key.m))

@@ -22,15 +22,15 @@ class Errors:
 
 
 def inaccuracy(fused: Tensor, eager: Tensor, oracle: Tensor, quantized: bool = False) -> str | None:
-    """Why `fused` is not as good an answer as `eager`, or None if it is.
+    """Why `fused` is less accurate than the rule allows, or None.
 
-    Its largest error may be twice eager's, and its RMS error relative to the oracle's RMS at most `RELATIVE_RMS`. An
-    oracle whose RMS is not over 0.1 decides nothing, since a tolerance could exceed the signal.
+    Its largest error may be twice eager's. Its RMS error relative to the oracle's RMS may be at most `RELATIVE_RMS`.
+    The RMS of the oracle must be above 0.1, because otherwise the tolerance could exceed the signal.
 
     Args:
         fused, eager: the two outputs, any one shape, both in the dtype under test.
-        oracle: the same computed in float64 on the same rounded inputs.
-        quantized: eager rounds its inputs to FP8; then the RMS error too may be twice eager's.
+        oracle: the output in float64 for the same rounded inputs.
+        quantized: eager rounds its inputs to FP8, so the RMS error too may be twice eager's.
     """
     if reason := mismatch(fused, eager, oracle):
         return reason
@@ -41,14 +41,14 @@ def inaccuracy(fused: Tensor, eager: Tensor, oracle: Tensor, quantized: bool = F
 
 
 def mismatch(fused: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
-    """In which shape or dtype `fused` differs from what it should be, or None."""
+    """How the shape or dtype of `fused` is wrong, or None."""
     if fused.shape == oracle.shape and fused.dtype == eager.dtype:
         return None
     return f"shape and dtype are {list(fused.shape)} {fused.dtype}, expected {list(oracle.shape)} {eager.dtype}"
 
 
 def excess(fused: Errors, eager: Errors, dtype: torch.dtype, quantized: bool = False) -> str | None:
-    """Which limit of the rule is exceeded, or None, for outputs in `dtype` that are of the order of one."""
+    """Which limit of the rule is exceeded, or None, for outputs in `dtype` of about unit size."""
     allowed, limit = 2 * eager.largest + 1e-6, RELATIVE_RMS[dtype]
     if quantized:
         limit = max(limit, 2 * eager.relative_rms)
@@ -60,5 +60,5 @@ def excess(fused: Errors, eager: Errors, dtype: torch.dtype, quantized: bool = F
 
 
 def rms(x: Tensor, dim: int | None = None) -> Tensor:
-    """The root of the mean square in float64, over all of `x` or, kept as 1, over `dim`."""
+    """The root mean square in float64, over all of `x` or over `dim`, which is kept as 1."""
     return x.double().square().mean(dim, keepdim=dim is not None).sqrt()

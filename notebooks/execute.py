@@ -1,6 +1,6 @@
 """Runs notebooks and stores their outputs, without Jupyter: ``python notebooks/execute.py [NOTEBOOK...]``.
 
-Each notebook runs in a process of its own. Output is what a cell prints, the value of its last line, and its figures,
+Each notebook runs in a separate process. Output is what a cell prints, the value of its last line, and its figures,
 as PNG. Cells that install packages (lines beginning with ``%``) do not run. Without ``--output`` the notebooks are
 rewritten in place; a notebook that raises an error is left as it was.
 """

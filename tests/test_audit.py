@@ -145,7 +145,7 @@ def test_a_model_without_fusable_mlps():
         ({"prompt_tokens": 0}, ValueError, "prompt_tokens 0: expected at least 1"),
         ({"new_tokens": -1}, ValueError, "new_tokens -1: expected at least 1"),
         ({"rounds": 0}, ValueError, "rounds 0: expected at least 1"),
-        ({"gpu_price": 0}, ValueError, "gpu_price 0: expected dollars an hour"),
+        ({"gpu_price": 0}, ValueError, "gpu_price 0: expected dollars per hour"),
         ({"prompt_tokens": 126}, ValueError, "at most 127 tokens together"),
         ({"model": "llama"}, TypeError, "str is not a model of Transformers"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "Linear is not a model of Transformers"),
@@ -237,7 +237,7 @@ def test_command_prints_tables(directory):
     [
         (["/no/such/directory"], "/no/such/directory: no such directory"),
         (["--dtype", "int4"], "dtype 'int4': expected one of auto, float32"),
-        (["--gpu-price", "-1"], "gpu-price -1.0: expected dollars an hour"),
+        (["--gpu-price", "-1"], "gpu-price -1.0: expected dollars per hour"),
     ],
 )
 def test_command_errors_are_one_line(args, words):

@@ -66,7 +66,7 @@ def test_the_card_comes_first_and_says_all():
 def test_a_cpu_has_no_fused_column(cpu):
     words = words_of(page(cpu))
     assert "No verdict on a CPU" in words
-    assert "Audit on the GPU that will serve" in words
+    assert "Audit on the GPU that will run the model" in words
     for word in ("speedup", "the GPU waits", "fused + norms"):
         assert word not in words, word
 

@@ -122,7 +122,7 @@ def test_the_verdict_names_the_lengths():
     )
     lines = block.block_table(rows, "a GPU").splitlines()
     assert lines[6] == "| 16 | 1.0000 | 0.9000 | -11.1 % |" and lines[7] == "| 32 | 1.0000 | - | - |"
-    assert "nothing is said about the claim" in block.verdict(rows_of({1: ms}), "a GPU")
+    assert "there is no verdict on the claim" in block.verdict(rows_of({1: ms}), "a GPU")
 
 
 @pytest.mark.parametrize(

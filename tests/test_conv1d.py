@@ -420,11 +420,11 @@ def more_beside(mlp, patch):
 
 
 CHANGES = {
-    hooked: "c_fc has hooks or a forward of its own",
-    hooked_before: "c_fc has hooks or a forward of its own",
-    own_forward: "c_fc has hooks or a forward of its own",
+    hooked: "c_fc has hooks or a replaced forward",
+    hooked_before: "c_fc has hooks or a replaced forward",
+    own_forward: "c_fc has hooks or a replaced forward",
     subclass: "c_fc is test_conv1d.Doubled, expected nn.Linear",
-    patched_class: "c_fc has hooks or a forward of its own",
+    patched_class: "c_fc has hooks or a replaced forward",
     patched_function: "torch.addmm was replaced by test_conv1d.doubled.<locals>.<lambda>; undo the patch",
     no_parameter: "c_fc has a sparse weight, or a bias that is not an nn.Parameter of one value for each row",
     more_beside: "c_fc carries scale besides weight and bias",

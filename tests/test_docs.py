@@ -2,10 +2,12 @@
 
 import ast
 import copy
+import importlib
 import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import experts, generate, headline, host, wrapped, writeup
+from hf_fused_mlp.bench import experts, generate, headline, host, results, wrapped, writeup
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
 from hf_fused_mlp.bench.tables import markdown_table, speedup_table
@@ -74,14 +76,14 @@ def test_code_runs(page, namespace, tmp_path, capsys):
             pytest.importorskip("peft")
         block = block.replace('"Qwen/Qwen3-8B", dtype="bfloat16", device_map="cuda"', "path")
         run(block, tmp_path / f"{page.stem}_{number}.py", namespace)
-        if page.name == "README.md" and "exclude=" in block:
-            assert [isinstance(layer.mlp, FusedMLP) for layer in namespace["model"].model.layers] == [False, True]
-    if page.name == "README.md":
-        assert "2 of 2 MLPs are fused" in capsys.readouterr().out
-        model = namespace["model"].model
-        assert all(
-            isinstance(module, Fused) for layer in model.layers for module in (layer.mlp, layer.input_layernorm)
-        )
+        if page.name != "README.md":
+            continue
+        layers = namespace["model"].model.layers
+        if "exclude=" in block:
+            assert [isinstance(layer.mlp, FusedMLP) for layer in layers] == [False, True]
+        else:
+            assert "2 of 2 MLPs are fused" in capsys.readouterr().out
+            assert all(isinstance(module, Fused) for layer in layers for module in (layer.mlp, layer.input_layernorm))
 
 
 def test_all_code_is_of_a_known_language():
@@ -111,13 +113,15 @@ def test_commands_parse(page, tmp_path, monkeypatch):
 
 
 def test_performance_tables_are_the_json():
-    ratios, times = [], []
+    short, whole, times = [], [], []
     for gpu in GPUS:
         _, rows = read(BENCHMARKS / f"{gpu}.json")
-        ratios += [speedup_table(rows, over) for over in ("eager", "peers")]
+        few = [row for row in rows if row["m"] in (1, 32, 256, 2048)]
+        short += [speedup_table(few, over) for over in ("eager", "peers")]
+        whole += [speedup_table(rows, over) for over in ("eager", "peers")]
         times.append(markdown_table([row for row in rows if row["m"] in (1, 16, 256, 1024, 4096)]))
     page = (ROOT / "docs/performance.md").read_text()
-    assert re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", page, re.DOTALL) == ratios + times
+    assert re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", page, re.DOTALL) == short + whole + times
     _, rows = read(BENCHMARKS / "h100-training.json")
     for over in ("eager", "peers"):
         assert speedup_table(rows, over) in page
@@ -148,7 +152,7 @@ def test_the_agreement_on_a_gpu_is_the_json():
     same = sum(answer["first_difference"] is None for answer in greedy)
     page = " ".join((ROOT / "docs/numerics.md").read_text().split())
     assert (
-        f"in {document['dtype']}: over {logits['tokens']} tokens of another text, KL {logits['kl_mean']:.4f} nats a "
+        f"in {document['dtype']}: over {logits['tokens']} tokens of another text, KL {logits['kl_mean']:.4f} nats per "
         f"token, {logits['kl_max']:.3f} at most; top-1 agreement {100 * logits['top1_agreement']:.1f} %; perplexity "
         f"{logits['perplexity']:.3f}, the original's {logits['reference_perplexity']:.3f}; and {same} of "
         f"{len(greedy)} greedy answers of {greedy[0]['tokens']} tokens"
@@ -188,6 +192,42 @@ def test_the_readme_is_the_json(tmp_path):
     if f"Matplotlib v{matplotlib.__version__}," not in committed:
         pytest.skip(f"drawn with another version than {matplotlib.__version__}")
     assert (tmp_path / "headline.svg").read_text() == committed
+
+
+def test_the_readme_says_how_much():
+    """The first screen's figures are those of the table."""
+    found = [(result.line, result.speedup) for result in headline.results()]
+    experts = [speedup for line, speedup in found if line.model == "qwen3-30b-a3b"]
+    eager, compiled = (
+        [speedup for line, speedup in found if (line.model, line.mode, line.fp8) == ("llama-3-8b", mode, False)]
+        for mode in ("eager", "static-compile")
+    )
+    gains = [round(100 * (speedup - 1)) for speedup in compiled]
+    page = " ".join((ROOT / "README.md").read_text().split())
+    assert f"a mixture of experts runs {min(experts):.1f} to {max(experts):.1f} times as fast" in page
+    assert f"Llama-3-8B in eager mode {min(eager):.1f} to {max(eager):.1f} times" in page
+    assert f"under `torch.compile` gains {min(gains)} to {max(gains)} %" in page
+
+
+def test_the_headline_shows_fp8_once_it_is_measured(tmp_path):
+    for name in (headline.EXPERTS, headline.WRITEUP):
+        shutil.copy(BENCHMARKS / name, tmp_path)
+    header, rows = read(BENCHMARKS / headline.DENSE)
+    line = next(line for line in headline.LINES if line.impl == "fused-fp8")
+    rows = [row for row in rows if not row["impl"].startswith("fused-fp8")]
+    (original,) = (row for row in rows if line.matches(row) and row["impl"] == "original")
+    results.write(tmp_path / headline.DENSE, header, rows)
+    assert "FP8" not in headline.table(tmp_path)
+    fp8 = original | {"impl": line.impl, "median_ms": original["median_ms"] / 2}
+    results.write(tmp_path / headline.DENSE, header, [*rows, fp8])
+    table = headline.table(tmp_path)
+    assert f"| {line.workload} | all in FP8 |" in table and "**2.00x**" in table and headline.FP8_NOTE in table
+    pytest.importorskip("matplotlib")
+    headline.draw(tmp_path / "chart.svg", tmp_path)
+    chart = (tmp_path / "chart.svg").read_text()
+    assert headline.FORMS["fused-fp8"][1].lower() in chart.lower()
+    plots = importlib.import_module("hf_fused_mlp.bench.plots")
+    assert plots.draw(tmp_path, header, [original, fp8])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

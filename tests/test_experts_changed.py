@@ -77,7 +77,7 @@ def test_a_registered_implementation_runs(on_cpu, monkeypatch):  # noqa: F811
     model, tokens = tiny(), torch.arange(6)[None]
     model.set_experts_implementation("mine")
     expected = model(tokens).logits
-    reason = "experts_implementation='mine' is not one of Transformers' own, and runs as it is"
+    reason = "experts_implementation='mine' is not one of Transformers' own, so it runs unchanged"
     assert status(fuse_model(model)).state == "skipped" and status(model).reason == reason
     with pytest.raises(ValueError, match="'mine' is not one of Transformers' own"):
         fuse_model(model, strict=True)
@@ -123,7 +123,7 @@ def test_a_loop_in_fp32_keeps_its_accuracy(dtype, on_cpu, caplog, monkeypatch): 
     experts = make(IN_FP32, dtype)
     x = inputs(experts, dtype=dtype)
     expected = experts(*x)
-    assert "computes in fp32, whatever the dtype of its weights" in status(experts).reason
+    assert "computes in fp32, regardless of the dtype of its weights" in status(experts).reason
     experts.config._experts_implementation = "hf_fused_mlp"
     for _ in range(2):
         # Transformers' default for this model is its own loop, the grouped one for others
@@ -450,7 +450,7 @@ def test_classes_that_borrow_or_extend_a_forward():
     experts = make(MIXTRAL)
     experts.__class__ = Extended
     (listed,) = fusion_report(nn.ModuleDict({"experts": experts})).mlps
-    assert "in an unknown class; they run as they are" in listed.reason
+    assert "in an unknown class; they run unchanged" in listed.reason
 
 
 @pytest.fixture

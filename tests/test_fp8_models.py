@@ -160,7 +160,7 @@ def per_tensor(mlp):
 CALLED = {
     wrong_block: "up_proj has a scale for each block of [64, 128] weights, expected [128, 128]; load a checkpoint of",
     static_scale: "up_proj quantizes its input by a scale that the checkpoint gives, expected dynamic ones; load a",
-    hooked: "up_proj has hooks or a forward of its own",
+    hooked: "up_proj has hooks or a replaced forward",
     few_scales: "up_proj has scales [1, 2] of torch.float32 for a weight [384, 256], expected one for each block of",
     half_scales: "up_proj has scales [3, 2] of torch.float16 for a weight [384, 256], expected one for each block of",
     per_tensor: "up_proj has a scale for each block of None weights",

@@ -305,7 +305,7 @@ def test_unfused_and_unreached_mlps_are_listed():
     report = validate(model, IDS, new_tokens=0)
     assert report.passed
     assert report.unfused == (ModuleStatus(LAYER, "LlamaMLP", "fusable"),)
-    assert report.unreached == ("spare",) and "spare is fused, and the inputs did not reach it" in report.warnings
+    assert report.unreached == ("spare",) and "spare is fused, but the inputs did not reach it" in report.warnings
 
 
 class Rounded(nn.Linear):

@@ -108,7 +108,7 @@ WRAPPERS = {
     wrap_weight: "holds a",
     attach_parameter: "carries scale",
     attach_hook: "has hooks",
-    patch_forward: "has hooks or a forward of its own",
+    patch_forward: "has hooks or a replaced forward",
 }
 
 

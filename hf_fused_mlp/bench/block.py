@@ -13,7 +13,7 @@ from hf_fused_mlp.bench.measuring import judged, name_of
 from hf_fused_mlp.bench.results import Row, by_problem
 from hf_fused_mlp.bench.shapes import Shape, build, fused_twin
 
-CLAIM = (12.0, 18.0)  # percent of eager's time that fusing is said to save
+CLAIM = (12.0, 18.0)  # percent of eager's time, according to the claim
 ROUNDS = 10
 
 
@@ -31,7 +31,7 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, passes: int, names: list[s
         names: keys of `IMPLEMENTATIONS`.
 
     Returns:
-        One row for each implementation that is available here, in milliseconds a pass.
+        One row for each implementation that is available here, in milliseconds per pass.
 
     Raises:
         AssertionError: the fused MLP is outside its tolerance.
@@ -46,13 +46,13 @@ def measure(shape: Shape, m: int, dtype: torch.dtype, passes: int, names: list[s
 
 
 def wall_clock(calls: dict[str, Callable[[], object]], passes: int) -> dict[str, dict[str, float]]:
-    """Times `passes` calls of each entry, in milliseconds a pass.
+    """Times `passes` calls of each entry, in milliseconds per pass.
 
-    The passes are split into up to `ROUNDS` rounds in which the calls take turns in random order, since a GPU slows
-    down as it warms up. A first round is not counted.
+    The passes are split into up to `ROUNDS` rounds in which the calls take turns in random order, because a GPU slows
+    down as it warms up. The first round is not counted.
 
     Returns:
-        By name the mean over all passes, and the means of the fastest and the slowest round.
+        For each name the mean over all passes, and the means of the fastest and the slowest round.
     """
     count = min(ROUNDS, passes)
     rounds = [passes // count + (i < passes % count) for i in range(count)]
@@ -78,7 +78,7 @@ def _milliseconds(call: Callable[[], object], passes: int) -> float:
 
 
 def block_table(rows: list[Row], device: str) -> str:
-    """One line a token count with the time that fusing saves in percent, and the verdict."""
+    """One line per token count with the percentage of time that fusing saves, and the verdict."""
     names = list(dict.fromkeys(row["impl"] for row in rows))
     others = [name for name in names if name != "fused"]
     columns = ["M", *(f"{name}, ms" for name in names), *(f"fused over {name}" for name in others)]
@@ -107,7 +107,7 @@ def verdict(rows: list[Row], device: str) -> str:
             group = "less" if percent < low else "more" if percent > high else claimed
             lengths[group].append(str(m))
     if not any(lengths.values()):
-        return f"fused and eager were not both measured, so nothing is said about the claim of {claimed}"
+        return f"fused and eager were not both measured, so there is no verdict on the claim of {claimed}"
     parts = [f"{group} at M = {', '.join(ms)}" if ms else f"{group} nowhere" for group, ms in lengths.items()]
     sizes = ", ".join(dict.fromkeys(f"{row['hidden']} x {row['intermediate']} {row['dtype']}" for row in rows))
     return f"On {device}, of eager's time for an MLP of {sizes}, fusing saves {'; '.join(parts)}."

@@ -32,7 +32,7 @@ def measure(shape: Shape, m: int, dtype: torch.dtype) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """One line a launch: the time of PyTorch's GEMM and the three fastest configurations of our kernels."""
+    """One line per launch: the time of PyTorch's GEMM and the three fastest configurations of our kernels."""
     launches: dict[tuple, list[Row]] = {}
     for row in rows:
         launches.setdefault((row["shape"], row["m"], row["launch"]), []).append(row)

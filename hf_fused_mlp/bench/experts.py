@@ -1,7 +1,7 @@
 """`hf-fused-mlp bench experts`: routed experts of published models, fused and as Transformers runs them.
 
-GPU time of a captured call. Weights are random; each call of a round has tokens and a routing of its own, as decoding
-has, so that experts come from memory and not from a cache.
+GPU time of a captured call. Weights are random. As in decoding, each call of a round has other tokens and another
+routing, so that experts are read from memory and not from a cache.
 """
 
 import logging
@@ -36,9 +36,9 @@ class Experts:
     gpt_oss: bool = False
 
     def floor_us(self, m: int, experts_hit: float, fp8: bool = False) -> float:
-        """Microseconds that an H100 needs to read the weights of the experts that are hit, or to multiply."""
+        """Microseconds that an H100 needs to read the weights of the selected experts, or to multiply."""
         size = 3 * self.hidden * self.intermediate
-        times = 2 if fp8 else 1  # as many numbers in a byte, and as fast tensor cores
+        times = 2 if fp8 else 1  # twice as many numbers in a byte, and tensor cores twice as fast
         return max(experts_hit * size * 2 / BYTES_PER_US, 2 * m * self.top_k * size / FLOPS_PER_US) / times
 
     @property
@@ -47,7 +47,7 @@ class Experts:
         return not (self.gpt_oss or self.hidden % SCALE_BLOCK or self.intermediate % SCALE_BLOCK)
 
 
-# of an H100, as far as GEMMs and reads of this size have come
+# of an H100: the best that GEMMs and reads of this size have reached
 BYTES_PER_US, FLOPS_PER_US = 3.0e6, 750e6
 SHAPES = {
     "qwen3-30b-a3b": Experts(128, 8, 2048, 768),
@@ -88,7 +88,7 @@ def build(shape: Experts, dtype: torch.dtype = torch.bfloat16, device: str = "cu
 
 
 def build_fp8(shape: Experts, device: str = "cuda") -> nn.Module:
-    """The same as an FP8 checkpoint has them."""
+    """The same in FP8, as in an FP8 checkpoint."""
     from transformers import MixtralConfig
     from transformers.integrations import finegrained_fp8
     from transformers.integrations.moe import use_experts_implementation
@@ -132,12 +132,12 @@ def measure(name: str, m: int, kind: str, names: list[str], rounds: int, fp8: bo
         fp8: time experts of an FP8 checkpoint; a shape that `has_fp8`.
 
     Returns:
-        One row for each implementation and one for the floor, in microseconds; `peak_mb` is how much memory a call
-        takes at most, its output included. Of `OPTIONAL`, and in FP8 of all but ours, those that do not load or run
-        here are logged and left out.
+        One row for each implementation and one for the floor, in microseconds. `peak_mb` is the peak memory of a call,
+        its output included. Implementations of `OPTIONAL`, and in FP8 all but ours, are logged and left out if they do
+        not load or run here.
 
     Raises:
-        AssertionError: the fused experts give other numbers than Transformers'.
+        AssertionError: the output of the fused experts differs from Transformers'.
     """
     shape = SHAPES[name]
     module = fuse_model(build_fp8(shape) if fp8 else build(shape), strict=True)
@@ -213,7 +213,7 @@ def implementation(impl: str, module: nn.Module) -> Callable[..., Tensor]:
 
 
 def repeated(call: Callable[..., Tensor], inputs: list[tuple[Tensor, ...]], graph: bool) -> Callable[[], None]:
-    """A function that calls `call` with all `inputs` in turn, as a CUDA graph if it may."""
+    """A function that calls `call` with all `inputs` in turn, as a CUDA graph if that is possible."""
     for some in inputs:
         call(*some)
     if not graph:
@@ -231,7 +231,7 @@ def repeated(call: Callable[..., Tensor], inputs: list[tuple[Tensor, ...]], grap
 
 
 def in_turn(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each run in each round; two more rounds are not counted."""
+    """Microseconds of each run in each round, after two rounds that are not counted."""
     order = random.Random(0)
     times: dict[str, list[float]] = {impl: [] for impl in runs}
     for round_ in range(2 + rounds):
@@ -247,9 +247,9 @@ def in_turn(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each shape and M: microseconds, how far from the floor, and how many times faster than the best.
+    """One line for each shape and M: microseconds, the ratio to the floor, and the speedup over the best other.
 
-    Where it was measured, the peak memory of a fused call, and of `batched_mm`'s.
+    With the peak memory of a fused call and of `batched_mm`, if it was measured.
     """
     problems: dict[tuple, dict[str, float]] = {}
     peaks: dict[tuple, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""`hf-fused-mlp bench generate MODEL`: time of a token in `generate` of a whole model, original and fused in turn."""
+"""`hf-fused-mlp bench generate MODEL`: times tokens in `generate` of a whole model, original and fused in turn."""
 
 import copy
 import logging
@@ -36,7 +36,7 @@ from hf_fused_mlp.swap import Fused, original_form
 
 logger = logging.getLogger(__name__)
 
-NEW_TOKENS = 8  # decoded after the first token, which belongs to the prefill
+NEW_TOKENS = 8  # tokens decoded after the first one, which belongs to the prefill
 MODES = {"eager": {}, "static-compile": {"cache_implementation": "static"}}
 PROFILED = 8  # tokens under the profiler
 
@@ -136,11 +136,11 @@ def measure(
     Args:
         name: see `load`.
         rounds: rounds in which all forms take turns; at least 2.
-        fp8: time also two fused copies with FP8 weights, in MLPs only and everywhere but in `lm_head`; in compiled
-            code only, where a form has a model of its own.
+        fp8: also time two fused copies with FP8 weights, one in MLPs only, one everywhere but in `lm_head`; in
+            compiled code only, where each form has a separate model.
 
     Yields:
-        For each workload the rows of every form: one for the prefill, one for a token of the decoding. A workload that
+        For each workload the rows of every form: one for the prefill, one for a decoded token. A workload that
         does not fit into GPU memory is logged and left out.
     """
     original = load(name, dtype)
@@ -187,7 +187,7 @@ def forms_of(models: dict[str, PreTrainedModel], workload: Workload) -> dict[str
 
 
 def measure_workload(name: str, forms: dict[str, Form], workload: Workload, rounds: int) -> list[Row]:
-    """The rows of one workload: medians in milliseconds, and how long the GPU works."""
+    """The rows of one workload: medians in milliseconds, and the time in which the GPU works."""
     model = forms["fused"].model
     prompt = torch.randint(model.config.vocab_size, (workload.batch, workload.prompt), device=model.device)
     mlps = [name for name, module in model.named_modules() if isinstance(module, (FusedMLP, FusedExperts))]
@@ -277,10 +277,10 @@ class Stopwatch(StoppingCriteria):
 def gpu_work(
     model: PreTrainedModel, names: list[str], prompt: torch.Tensor, workload: Workload
 ) -> list[tuple[float, float]]:
-    """Milliseconds in which the GPU is busy, and busy with MLPs: of the prefill, and of one decoded token.
+    """Milliseconds in which the GPU is busy, and busy with MLPs, for the prefill and for one decoded token.
 
-    `names` are the names of the MLPs. In compiled code their share is unknown and 0. There the decoding is measured as
-    a whole request less its prefill, because a request of another length would be compiled again.
+    `names` are the names of the MLPs. In compiled code their share is unknown and 0. There we measure a whole request
+    and subtract its prefill, because a request of another length would be compiled again.
     """
     mlps = {name: model.get_submodule(name) for name in names if workload.mode == "eager"}
     first = record(partial(generate, model, prompt, 1, workload), 1, mlps, on_gpu=True)
@@ -310,7 +310,7 @@ def generate(
 
 
 def table(rows: list[Row]) -> str:
-    """One line a workload, phase and fused form: times, GPU times and speedups over the original.
+    """One line per workload, phase and fused form: times, GPU times and speedups over the original.
 
     `GPU busy` and `of it MLPs` are the original's. `paired` is the median of the ratios within a round, in eager mode
     only; the speed of the host cancels out in it.

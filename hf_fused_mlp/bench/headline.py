@@ -1,8 +1,10 @@
-"""The table and the chart of the README, from the committed JSON files: ``python -m hf_fused_mlp.bench.headline``.
+"""Writes the README's table and chart from the committed JSON files: ``python -m hf_fused_mlp.bench.headline``.
 
-Each line is the time of one forward of a whole model, fused over original, as `bench generate` measured it.
+Each line compares one forward of a whole model, fused and original, as `bench generate` measured it. Lines in FP8 are
+left out while the JSON has no such rows.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,19 @@ from typing import Any, NamedTuple
 from hf_fused_mlp.bench.generate import PROBLEM
 from hf_fused_mlp.bench.results import Header, Row, read
 
-BENCHMARKS = Path(__file__).parents[2] / "docs/benchmarks"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "docs/benchmarks"
 EXPERTS = "h100-experts-end-to-end.json"
 DENSE = "h100-end-to-end.json"
+# name and colour of each fused form; the colours read on white and on black
+FORMS = {
+    "fused": ("MLPs", "#3B82C4"),
+    "fused-norms": ("MLPs + norms", "#8DB9DF"),
+    "fused-fp8-mlps": ("MLPs in FP8", "#C9803B"),
+    "fused-fp8": ("all in FP8", "#C9803B"),
+}
+FP8_NOTE = "FP8 rows compare a model with FP8 weights to the original in bf16."
+WRITEUP = "h100-writeup.json"
 
 
 @dataclass(frozen=True)
@@ -28,8 +40,8 @@ class Line:
     prompt: int
     impl: str = "fused"
 
-    def matches(self, row: Row, impl: str) -> bool:
-        return row["impl"] == impl and all(row[name] == getattr(self, name) for name in PROBLEM)
+    def matches(self, row: Row) -> bool:
+        return all(row[name] == getattr(self, name) for name in PROBLEM)
 
     @property
     def workload(self) -> str:
@@ -40,11 +52,15 @@ class Line:
 
     @property
     def form(self) -> str:
-        return "MLPs + norms" if self.impl == "fused-norms" else "MLPs"
+        return FORMS[self.impl][0]
+
+    @property
+    def fp8(self) -> bool:
+        return self.impl.startswith("fused-fp8")
 
 
 class Result(NamedTuple):
-    """A line with its medians in milliseconds, and the speedup: of pairs of neighbours where there are any."""
+    """A line with its median times, and the speedup: from neighbouring forwards where they took turns."""
 
     line: Line
     original_ms: float
@@ -52,13 +68,15 @@ class Result(NamedTuple):
     speedup: float
 
 
-# gains and their absence, in the order of the README
+# gains, and rows without one, in the order of the README
 LINES = (
     Line(EXPERTS, "qwen3-30b-a3b", "static-compile", "decode", 16, 128),
     Line(EXPERTS, "qwen3-30b-a3b", "eager", "decode", 1, 128, "fused-norms"),
     Line(EXPERTS, "qwen3-30b-a3b", "eager", "prefill", 16, 128),
     Line(DENSE, "llama-3-8b", "eager", "decode", 1, 128, "fused-norms"),
     Line(DENSE, "llama-3-8b", "eager", "prefill", 1, 2048, "fused-norms"),
+    Line(DENSE, "llama-3-8b", "static-compile", "decode", 1, 128, "fused-fp8"),
+    Line(DENSE, "llama-3-8b", "static-compile", "decode", 1, 128, "fused-fp8-mlps"),
     Line(DENSE, "llama-3-8b", "static-compile", "decode", 1, 128),
     Line(DENSE, "llama-3-8b", "static-compile", "decode", 8, 128),
     Line(DENSE, "pythia-6.9b", "eager", "decode", 1, 128),
@@ -66,28 +84,45 @@ LINES = (
 
 
 def results(folder: Path = BENCHMARKS) -> Iterator[Result]:
-    """Every line of `LINES` with its times."""
+    """Yields the times of every line of `LINES`.
+
+    Raises:
+        KeyError: a file has no row for a line that is not in FP8.
+    """
     files = {name: read(folder / name)[1] for name in (EXPERTS, DENSE)}
     for line in LINES:
-        original, fused = (
-            next(row for row in files[line.file] if line.matches(row, impl)) for impl in ("original", line.impl)
-        )
+        rows = {row["impl"]: row for row in files[line.file] if line.matches(row)}
+        if line.fp8 and line.impl not in rows:
+            continue
+        original, fused = rows["original"], rows[line.impl]
         times = original["median_ms"], fused["median_ms"]
         yield Result(line, *times, fused["paired_speedup"] or times[0] / times[1])
 
 
 def table(folder: Path = BENCHMARKS) -> str:
-    """The README's table."""
-    lines = ["| model | workload | fused | original, ms | fused, ms | speedup |", "|---|---|---|---:|---:|---:|"]
-    for result in results(folder):
+    """The README's table, with a note under it if there are rows in FP8, and one MLP compared with other packages."""
+    lines = ["| model | workload | fused part | original, ms | fused, ms | speedup |", "|---|---|---|---:|---:|---:|"]
+    found = list(results(folder))
+    for result in found:
         line = result.line
         times = f"{result.original_ms:.1f} | {result.fused_ms:.1f} | **{result.speedup:.2f}x**"
         lines.append(f"| {line.model} | {line.workload} | {line.form} | {times} |")
-    return "\n".join(lines)
+    if any(result.line.fp8 for result in found):
+        lines += ["", FP8_NOTE]
+    return "\n".join((*lines, "", one_mlp(folder)))
+
+
+def one_mlp(folder: Path = BENCHMARKS) -> str:
+    """A sentence with the times of one MLP, by implementation."""
+    rows = {row["impl"]: row for row in read(folder / WRITEUP)[1]}
+    us = {name: f"{row['median_us']:.0f}" for name, row in rows.items()}
+    size = "{hidden} x {intermediate} takes {us} us for {m} tokens".format(us=us["fused"], **rows["fused"])
+    eager, compiled, liger = (us[name] for name in ("eager", "compile", "liger"))
+    return f"One GeGLU MLP of {size}; eager {eager} us, `torch.compile` {compiled} us, Liger {liger} us."
 
 
 def device(folder: Path = BENCHMARKS) -> str:
-    """What both files were measured on."""
+    """The GPU and the versions of both files."""
 
     def system(header: Header) -> str:
         names = ("torch", "triton", "transformers")
@@ -98,35 +133,50 @@ def device(folder: Path = BENCHMARKS) -> str:
 
 
 def draw(file: Path, folder: Path = BENCHMARKS) -> None:
-    """Bars of the same speedups, on no background, in greys and blues that read on white and on black."""
+    """Draws the speedups as bars with their labels above them, so that labels are readable on a narrow screen."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    grey, blue, light = "#808080", "#3B82C4", "#8DB9DF"
+    grey = "#808080"
     settings: dict[Any, Any] = {
         "svg.hashsalt": "hf-fused-mlp",
         "font.family": "DejaVu Sans",
-        "font.size": 9,
+        "font.size": 10,
         "text.color": grey,
     }
     found = list(results(folder))[::-1]  # bars are drawn upwards
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        figure = Figure(figsize=(5, 0.9 + 0.46 * len(found)), layout="constrained")
         axis = figure.subplots()
-        names = [f"{result.line.model}: {result.line.workload}" for result in found]
-        colors = [light if result.line.impl == "fused-norms" else blue for result in found]
-        bars = axis.barh(names, [result.speedup for result in found], color=colors)
-        axis.bar_label(bars, [f"{result.speedup:.2f}x  {result.line.form}" for result in found], padding=3, color=grey)
-        axis.axvline(1, color=grey, linewidth=0.8, linestyle=":")
-        axis.set_xlim(0, 1.4 * max(result.speedup for result in found))
+        speedups = [result.speedup for result in found]
+        bars = axis.barh(range(len(found)), speedups, 0.4, color=[FORMS[result.line.impl][1] for result in found])
+        axis.bar_label(bars, [f"{speedup:.2f}x" for speedup in speedups], padding=4, color=grey, fontweight="bold")
+        for place, (line, *_) in enumerate(found):
+            axis.annotate(f"{line.model}, {line.workload}", (0, place + 0.26), (2, 2), textcoords="offset points")
+            axis.vlines(1, place - 0.28, place + 0.26, color=grey, linewidth=0.8, linestyle=":")
+        axis.set_xlim(0, 1.15 * max(speedups))
+        axis.set_ylim(-0.4, len(found) - 0.3)
+        axis.set_yticks([])
         axis.tick_params(colors=grey)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(grey)
-        figure.suptitle("Speedup over the original, whole models on an H100, bf16", color=grey, fontsize=10)
+        forms = dict.fromkeys(FORMS[impl] for impl in FORMS if any(result.line.impl == impl for result in found))
+        handles = [Patch(color=color, label=name) for name, color in forms]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle("Speedup over the original, whole models, H100", color=grey, fontsize=11)
         figure.savefig(file, metadata={"Date": None}, transparent=True)
+
+
+def update(readme: Path) -> None:
+    """Replaces the table between the two comments in `readme`."""
+    page = readme.read_text(encoding="utf-8")
+    marked = f"<!-- headline -->\n{table()}\n<!-- /headline -->"
+    page = re.sub(r"<!-- headline -->.*<!-- /headline -->", lambda _: marked, page, flags=re.DOTALL)
+    readme.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
     draw(BENCHMARKS / "headline.svg")
-    print(table())
+    update(ROOT / "README.md")
     print(device())

@@ -29,7 +29,7 @@ def measure(tokens: list[int], dtype: torch.dtype, rounds: int = 30) -> Iterator
         rounds: rounds in which original and fused take turns; a first one is not counted.
 
     Yields:
-        For each module kind and M the rows of both forms, medians in microseconds a call.
+        For each module kind and M the rows of both forms, medians in microseconds per call.
     """
     for kind, original in _small(dtype):
         is_norm = kind == "norm"
@@ -65,7 +65,7 @@ def host_us(module: torch.nn.Module, x: torch.Tensor) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """One line a module kind and token count."""
+    """One line per module kind and token count."""
     lines = ["| kind | M | original, us | fused, us | fused / original |", "|---|---:|---:|---:|---:|"]
     us = {(row["kind"], row["m"], row["impl"]): row["host_us"] for row in rows}
     for kind, m, impl in us:

@@ -1,4 +1,4 @@
-"""What the measurements share: the header of a run, collecting its rows, and checking an answer before timing it."""
+"""Common parts of the measurements: the header of a run, collecting its rows, and checking outputs before timing."""
 
 import copy
 import datetime
@@ -101,7 +101,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def copy_tbps() -> float:
-    """Measures a 1 GiB copy on the device, in terabytes a second, reads plus writes."""
+    """Measures a 1 GiB copy on the device, in terabytes per second, reads plus writes."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda").random_()
     target = torch.empty_like(source)
     timing = round_robin({"copy": lambda: target.copy_(source)})["copy"]

@@ -37,8 +37,8 @@ class Implementation:
     """One row.
 
     `ours` must be within tolerance, `eager` is the baseline, a `peer` is checked but timed anyway, a `floor` does not
-    compute an MLP, and what is `quantized` computes another one, which is not checked. One that is checked in FP8 is
-    compared with what `in_fp8` makes of the eager module, which it may change. An implementation that `trains` gives
+    compute an MLP, and a `quantized` one computes a less accurate MLP, which is not checked. One that is checked in FP8
+    is compared with what `in_fp8` makes of the eager module, which it may change. An implementation that `trains` gives
     gradients to the parameters of the eager module.
     """
 
@@ -141,7 +141,7 @@ def _activate_and_multiply(h: Tensor, activation: str) -> Tensor:
 
 
 def two_gemms(eager, fused, x):
-    """The two bare library GEMMs, a lower bound for anything built on them: no bias, no activation."""
+    """The two GEMMs of the library, without bias and activation: a lower bound for everything that calls them."""
     gate, up, down, *_ = fused.operands().flat()
     weight = _packed(gate, up)
     h = torch.randn(x.shape[0], down.shape[1], device=x.device, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""SVG plots of the `bench` results, one panel a shape or phase; the same JSON gives the same bytes."""
+"""SVG plots of the `bench` results, one panel per shape or phase. The same JSON gives the same bytes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,23 +15,30 @@ from hf_fused_mlp.bench.generate import PHASES, pairs
 from hf_fused_mlp.bench.results import Header, Row, by_problem
 
 COLUMNS = 3
+GREY = "#808080"  # reads on white and on black
+RATIOS = (0.5, 0.75, 1, 1.2, 1.5, 2, 3, 5, 10)  # ticks of a logarithmic axis
 # Okabe and Ito's colour-blind safe palette; markers differ too
 STYLES: dict[str, dict[str, Any]] = {
     "fused": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
-    "eager": {"color": "#000000", "marker": "x"},
+    "eager": {"color": GREY, "marker": "x"},
     "compile": {"color": "#E69F00", "marker": "s"},
     "compile-max-autotune": {"color": "#D55E00", "marker": "D"},
     "liger": {"color": "#009E73", "marker": "^"},
     "liger-mlp": {"color": "#56B4E9", "marker": "v"},
     "quack": {"color": "#CC79A7", "marker": "P"},
     "packed-gemm": {"color": "#7A5C00", "marker": "d"},
-    "two-gemms": {"color": "#777777", "linestyle": "--"},
+    "two-gemms": {"color": GREY, "linestyle": "--"},
     "batch-invariant": {"color": "#0072B2", "marker": "*", "linestyle": "-."},
     "fp8": {"color": "#0072B2", "marker": "o", "linestyle": ":"},
     "torchao-fp8": {"color": "#56B4E9", "marker": "<", "linestyle": ":"},
 }
-FORMS = {"fused": "#0072B2", "fused-norms": "#56B4E9"}  # of whole models
-REFERENCE: dict[str, Any] = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
+FORMS = {  # of whole models
+    "fused": "#0072B2",
+    "fused-norms": "#56B4E9",
+    "fused-fp8-mlps": "#E69F00",
+    "fused-fp8": "#D55E00",
+}
+REFERENCE: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "linestyle": ":"}
 # (shape, dtype) -> implementation -> points
 Panels = dict[tuple[str, str | None], dict[str, list[tuple[int, float]]]]
 
@@ -50,7 +57,7 @@ class Plot:
     lowest: int = 1
     highest: int = 1 << 62
     reference: tuple[str, Callable[[Header], float]] | None = None
-    from_zero: bool = True
+    from_zero: bool = True  # else a logarithmic axis, for ratios
 
 
 def speedup(row: Row, eager: Row | None) -> float | None:
@@ -94,7 +101,9 @@ def draw(folder: Path, header: Header, rows: list[Row]) -> list[Path]:
     Raises:
         OSError: the folder cannot be written to.
     """
+    colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     settings: dict[Any, Any] = {"svg.hashsalt": "hf-fused-mlp", "font.family": "DejaVu Sans", "font.size": 9}
+    settings |= dict.fromkeys(colors, GREY)
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(settings):
         if header.get("timed") == "end-to-end":
@@ -103,7 +112,7 @@ def draw(folder: Path, header: Header, rows: list[Row]) -> list[Path]:
             panels = {plot: _panels(plot, rows) for plot in PLOTS}
             figures = {plot.name: _figure(plot, header, found) for plot, found in panels.items() if found}
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, transparent=True)
     return [folder / f"{name}.svg" for name in figures]
 
 
@@ -120,7 +129,7 @@ def _panels(plot: Plot, rows: list[Row]) -> Panels:
 def _figure(plot: Plot, header: Header, panels: Panels) -> Figure:
     lines = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(3.3 * COLUMNS, 1.1 + 2.2 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, COLUMNS, sharex=True, sharey=plot.from_zero, squeeze=False).flat)
+    axes = list(figure.subplots(lines, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
     artists: dict[str, Artist] = {}
     for index, ((shape, dtype), series) in enumerate(panels.items()):
         axis = axes[index]
@@ -135,7 +144,7 @@ def _figure(plot: Plot, header: Header, panels: Panels) -> Figure:
         axis.set_xlabel("tokens, M" if index + COLUMNS >= len(panels) else "")
     _scale(axes[0], plot, sorted({m for series in panels.values() for points in series.values() for m, _ in points}))
     for index, axis in enumerate(axes):
-        axis.grid(color="#DDDDDD", linewidth=0.5)
+        axis.grid(color=GREY, alpha=0.3, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelbottom=index + COLUMNS >= len(panels))
         axis.set_visible(index < len(panels))
@@ -146,7 +155,7 @@ def _figure(plot: Plot, header: Header, panels: Panels) -> Figure:
 
 
 def _models(header: Header, rows: list[Row]) -> Figure:
-    """One panel a phase, one bar a workload: the speedup of fused, and how busy the GPU was."""
+    """One panel per phase, one bar per workload: the speedup of fused, and how busy the GPU was."""
     forms = list(pairs(rows))[::-1]  # bars are drawn upwards
     figure = Figure(figsize=(3.3 * COLUMNS, 1.2 + 0.15 * len(forms)), layout="constrained")
     for axis, phase in zip(figure.subplots(1, len(PHASES), sharex=True, sharey=True), PHASES, strict=True):
@@ -174,3 +183,8 @@ def _scale(axis: Axes, plot: Plot, tokens: list[int]) -> None:
     axis.minorticks_off()
     if plot.from_zero:
         axis.set_ylim(bottom=0)
+    else:
+        axis.set_yscale("log")
+        ticks = [tick for tick in RATIOS if axis.get_ylim()[0] <= tick <= axis.get_ylim()[1]]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()

@@ -82,7 +82,9 @@ def resume(file: Path, header: Header) -> tuple[Header, list[Row]]:
     pairs = {name: (earlier.get(name), header[name]) for name in SAME}
     pairs |= {name: (earlier_packages[name], packages[name]) for name in packages.keys() & earlier_packages.keys()}
     if differing := [f"{name} {there}, here {here}" for name, (there, here) in pairs.items() if there != here]:
-        raise ValueError(f"{file} was measured otherwise: {'; '.join(differing)}. Remove it or name another file")
+        raise ValueError(
+            f"{file} was measured on another system: {'; '.join(differing)}. Remove it or name another file"
+        )
     return header | {"peers": earlier_packages | packages}, rows
 
 

@@ -9,7 +9,7 @@ FEW_COLUMNS = 1, 16, 128, 1024
 
 
 def speedup_table(rows: list[Row], over: str) -> str:
-    """One line a shape, one column a token count: the time of `over` divided by the time of the fused MLP.
+    """One line per shape, one column per token count: the time of `over` divided by the time of the fused MLP.
 
     Args:
         over: a key of `IMPLEMENTATIONS`, or `peers` for the fastest peer; bare GEMMs are not a peer.
@@ -29,7 +29,7 @@ def speedup_table(rows: list[Row], over: str) -> str:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """One line a problem: median microseconds of each implementation, and the speedups of the fused MLP."""
+    """One line per problem: median microseconds of each implementation, and the speedups of the fused MLP."""
     present = {row["impl"] for row in rows}
     names = [name for name in IMPLEMENTATIONS if name in present]
     columns = ["shape", "dtype", "M", *(f"{name}, us" for name in names), "fused over eager", "fused over best peer"]

@@ -16,7 +16,7 @@ from hf_fused_mlp.tuning.timing import round_robin
 def measure(shape: Shape, m: int, dtype: torch.dtype, names: list[str]) -> list[Row]:
     """Times forward and backward of one shape on `[M, H]` tokens, with gradients of tokens and weights.
 
-    Forward answers are checked, gradients are not: the tests compare those of the fused MLP.
+    Forward outputs are checked here. The tests compare the gradients of the fused MLP.
 
     Args:
         names: keys of `IMPLEMENTATIONS`; those that cannot train are left out.

@@ -1,7 +1,7 @@
-"""`hf-fused-mlp bench wrapped`: decoder layers whose projections are wrapped, and often must be called, in eager mode.
+"""`hf-fused-mlp bench wrapped`: decoder layers with wrapped projections, which often must be called, in eager mode.
 
-Whole layers of a Llama-3-8B shape with random weights, so that a figure says what a user gains, the rest of the layer
-included. Original and fused are the same model, whose modules change their class in turn.
+Times whole layers of a Llama-3-8B shape with random weights, so that the speedup includes the rest of the layer.
+Original and fused are the same model, whose modules change their class in turn.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def plain(config: LlamaConfig, dtype: torch.dtype) -> nn.Module:
-    """Nothing around the projections."""
+    """No wrapping around the projections."""
     with torch.device(DEVICE):
         model: Any = LlamaModel(config)
     return model.to(dtype).eval()
@@ -65,7 +65,7 @@ def lora(config: LlamaConfig, dtype: torch.dtype, adapters: int = 1, merged: boo
 
 
 def hooked(config: LlamaConfig, dtype: torch.dtype) -> nn.Module:
-    """accelerate's hooks on every module with weights, as its offloading has them, with the weights on the GPU."""
+    """accelerate's hooks on every module with weights, as in offloading, with the weights on the GPU."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     model = plain(config, dtype)
@@ -107,7 +107,7 @@ def quantized(config: LlamaConfig, dtype: torch.dtype, **bits: bool) -> nn.Modul
 
 @dataclass(frozen=True)
 class Wrapping:
-    """One way to wrap a model: what makes it, what it needs, and how it runs."""
+    """One way to wrap a model: a function that makes it, what it needs, and how it runs."""
 
     make: Callable[[LlamaConfig, torch.dtype], nn.Module]
     package: str | None = None
@@ -137,8 +137,8 @@ def measure(
 ) -> Iterator[list[Row]]:
     """Times forward passes (with a backward where adapters are trained) of `layers` decoder layers.
 
-    A wrapping whose package or GPUs are missing, or that fails, is logged and left out; so are fused layers that
-    give other numbers than the original ones, which are not timed.
+    A wrapping is logged and left out if its package or GPUs are missing, if it fails, or if the output of its fused
+    layers differs from the original's.
 
     Args:
         names: keys of `WRAPPINGS`.
@@ -146,8 +146,8 @@ def measure(
         rounds: rounds in which original and fused take turns, in random order; three more are not counted.
 
     Yields:
-        For each wrapping and M the rows of both forms: milliseconds of a pass on the wall clock, and in
-        `paired_speedup` the median over rounds of original over fused.
+        For each wrapping and M the rows of both forms: wall-clock milliseconds of a pass, and as `paired_speedup` the
+            median over rounds of original over fused.
     """
     config = LlamaConfig(**SIZES, num_hidden_layers=layers)  # type: ignore[arg-type]
     for name in names:
@@ -158,7 +158,7 @@ def measure(
         run = _rows if wrapping.processes == 1 else _rows_of_processes
         try:
             yield from run(name, config, tokens, rounds, dtype)
-        except Exception as error:  # what one package raises must not lose the rows of the others
+        except Exception as error:  # an error in one package must not lose the rows of the others
             logger.warning("%s: %s: %s", name, type(error).__name__, error)
 
 
@@ -240,7 +240,7 @@ def _train(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def check(step: Callable[[], Tensor], modules: list[Any]) -> None:
-    """Raises an error where the fused form of `modules` gives other numbers than the original."""
+    """Raises an error if the output of the fused form of `modules` differs from the original's."""
     got = step().float()
     with original_form(modules):
         expected = step().float()
@@ -268,7 +268,7 @@ def time_forms(step: Callable[[], object], modules: list[Any], rounds: int, call
 
 
 def table(rows: list[Row]) -> str:
-    """One line a wrapping: how many times faster fused is, by token count."""
+    """One line per wrapping: the speedup of fused, by token count."""
     tokens = sorted({row["m"] for row in rows})
     lines = [f"| wrapping | {' | '.join(f'M = {m}' for m in tokens)} |", "|---|" + "---:|" * len(tokens)]
     speedups: dict[str, dict[int, float]] = {}

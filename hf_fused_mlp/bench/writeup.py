@@ -1,7 +1,7 @@
 """`hf-fused-mlp bench writeup`: every kernel launch of the MLP that the published write-up measures.
 
 The write-up times a GeGLU MLP (tanh) of 768 x 3072 on 64 x 128 tokens in bf16 with `torch.profiler` and the schedule
-wait=1, warmup=1, active=3. This is the same table, with the time of a whole call beside it.
+wait=1, warmup=1, active=3. This makes the same table, with the time of a whole call.
 """
 
 import json
@@ -56,7 +56,7 @@ def measure(names: list[str], dtype: torch.dtype = torch.bfloat16) -> list[Row]:
 
 
 def profiled(call: Callable[[], object]) -> list[dict[str, Any]]:
-    """The kernel launches of one call, as `launches_of` gives them."""
+    """The kernel launches of one call, as returned by `launches_of`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         with profile(
@@ -93,7 +93,7 @@ def launches_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[Row]) -> str:
-    """One line an implementation, eager first: its launches, the milliseconds of each, their sum, and a whole call."""
+    """One line per implementation, eager first: launches, the milliseconds of each, their sum, and a whole call."""
     columns = ("", "launches", "each launch, ms", "pointwise, ms", "kernels, ms", "whole call, ms", "over eager")
     lines = [f"| {' | '.join(columns)} |", "|---|---:|---|---:|---:|---:|---:|"]
     rows = sorted(rows, key=lambda row: (row["impl"] == "fused", row["impl"] != "eager"))

@@ -13,8 +13,8 @@ COMMANDS = (
     Row("audit", "hf_fused_mlp.cli.audit:audit", "Profile prefill and decode, and say whether to fuse."),
     Row("validate", "hf_fused_mlp.cli.validate:validate", "Compare fused MLPs with float64, and models as a whole."),
     Row("list", "hf_fused_mlp.cli.list:list_mlps", "List the MLPs of a model type, fused or not, and why not."),
-    Row("tune", "hf_fused_mlp.cli.tune:tune", "Measure which kernels are fastest on this GPU, and keep the answer."),
-    Row("env", "hf_fused_mlp.cli.env:env", "Print versions, GPU and plans, as a block to paste into a bug report."),
+    Row("tune", "hf_fused_mlp.cli.tune:tune", "Find the fastest kernels for this GPU, and keep them."),
+    Row("env", "hf_fused_mlp.cli.env:env", "Print versions, GPU and plans, to paste into a bug report."),
 )
 BENCH = (
     Row("mlp", "hf_fused_mlp.cli.bench:mlp", "MLPs of published models: fused, eager and other packages."),

@@ -29,18 +29,20 @@ def audit(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="How often each form is timed; 9 on a GPU, 3 on a CPU.", show_default=False),
+        typer.Option(min=1, help="How often to time each form; 9 on a GPU, 3 on a CPU.", show_default=False),
     ] = None,
-    gpu_price: Annotated[float | None, typer.Option(help="Dollars an hour, for the cost of a million tokens.")] = None,
+    gpu_price: Annotated[
+        float | None, typer.Option(help="Dollars per hour, for the cost of a million tokens.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained; the first GPU, or the CPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    html: Annotated[Path | None, typer.Option(dir_okay=False, help="A file for the report as a page.")] = None,
+    html: Annotated[Path | None, typer.Option(dir_okay=False, help="A file for the report as an HTML page.")] = None,
     trace: Annotated[Path | None, typer.Option(file_okay=False, help="A directory for the Chrome traces.")] = None,
 ) -> None:
     """Profile prefill and decode, and say whether to fuse."""
     if gpu_price is not None and not 0 < gpu_price < math.inf:
-        fail(f"gpu-price {gpu_price}: expected dollars an hour, more than 0")
+        fail(f"gpu-price {gpu_price}: expected dollars per hour, more than 0")
 
     from hf_fused_mlp.profiling.audit import audit as measure
     from hf_fused_mlp.profiling.page import page
@@ -72,7 +74,7 @@ def audit(
 
 
 def progress() -> Progress:
-    """A bar with the name of the step, on a terminal alone."""
+    """A progress bar with the name of the step, in a terminal only."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
@@ -96,7 +98,7 @@ def print_report(report: AuditReport) -> None:
 
 
 def form_table(report: AuditReport, phase: Phase, values: dict) -> Table:
-    """A line a figure and a column a form; `values` are those of `phase` in the document."""
+    """One line per figure and one column per form; `values` is `phase` of the document."""
     table = Table(phase.name, *(LABELS[form] for form in phase.forms), title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -113,7 +115,7 @@ def form_table(report: AuditReport, phase: Phase, values: dict) -> Table:
 
 
 def phase_table(report: AuditReport, phase: dict) -> Table:
-    """A line a figure, and what the prediction rests on."""
+    """One line per figure, and the basis of the prediction."""
     table = Table(show_header=False)
     table.add_row("bound", phase["bound"], "")
     for figure in phase_figures(report):

@@ -1,4 +1,4 @@
-"""The `hf-fused-mlp bench` commands: options, printing and exiting. What they measure is in `hf_fused_mlp.bench`."""
+"""The `hf-fused-mlp bench` commands: options, printing and exiting. The measuring is in `hf_fused_mlp.bench`."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -70,7 +70,7 @@ def mlp(
 ) -> None:
     """MLPs of published models: fused, eager and other packages.
 
-    Answers are checked before anything is timed. Microseconds on the GPU, without the host's time.
+    Outputs are checked before anything is timed. Times are microseconds on the GPU, without the host's time.
     """
     from hf_fused_mlp.bench import mlp as bench
 
@@ -107,7 +107,7 @@ def compare(
     table: Path | None,
     plot: Path | None,
 ) -> None:
-    """What `mlp` and `training` share: implementations in turn, as tables of speedups and of times, and plots."""
+    """The common part of `mlp` and `training`: times implementations in turn, and prints tables and plots."""
     from hf_fused_mlp.bench.measuring import chosen
     from hf_fused_mlp.bench.peers import packages_of
     from hf_fused_mlp.bench.shapes import SHAPES
@@ -283,14 +283,14 @@ def experts(
         str, typer.Option(help=f"Comma-separated, or 'all': {', '.join(EXPERTS_IMPLEMENTATIONS)}.")
     ] = "fused,grouped_mm,batched_mm",
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which implementations take turns.")] = 25,
-    dtype: Annotated[str, typer.Option(help="bfloat16, or fp8 as FP8 checkpoints have it.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, or fp8 as in FP8 checkpoints.")] = "bfloat16",
     json_file: Json = None,
     table: Table = None,
 ) -> None:
     """Routed experts of published models.
 
-    GPU time of a call, fused and as Transformers runs them, with another routing in each call. In FP8, Transformers'
-    own take part where their kernels load.
+    GPU time of a call, fused and as Transformers runs them, with a different routing in each call. In FP8,
+    Transformers' own implementations are included if their kernels load.
     """
     from hf_fused_mlp.bench import experts as bench
     from hf_fused_mlp.bench.measuring import chosen
@@ -371,7 +371,7 @@ def measured(
     by: tuple[str, ...] | None = None,
     wanted: "Callable[[Row], bool]" = lambda row: True,
 ) -> "tuple[Header, list[Row], list[Row]]":
-    """The header, all rows of the file and the rows to print: of a run, or of `table` those that are `wanted`."""
+    """The header, all rows of the file, and the rows to print: those of this run, or the `wanted` ones of `table`."""
     import torch
 
     from hf_fused_mlp.bench import results

@@ -1,5 +1,4 @@
-"""Where the commands print, tables and answers on standard output, progress and errors on standard error; and how
-they end."""
+"""How the commands print and end: results on standard output, progress and errors on standard error."""
 
 import logging
 import os
@@ -18,21 +17,21 @@ from typer.core import TyperGroup
 
 from hf_fused_mlp.logs import logger
 
-# names of models and modules are full of colons, which are no emoji
+# names of models and modules contain colons, which must not become emoji
 output = Console(emoji=False, highlight=False)
 console = Console(emoji=False, highlight=False, stderr=True)
 
 DEBUG = "HF_FUSED_MLP_DEBUG"
-# what Transformers, PyTorch and this package raise in words that were written for users
+# errors of Transformers, PyTorch and this package whose text was written for users
 SENTENCES = (OSError, ValueError, TypeError, ImportError, RuntimeError)
 
 T = TypeVar("T")
 
 
 class Commands(TyperGroup):
-    """The commands. Whatever one raises ends it in one line, unless `DEBUG` is set in the environment.
+    """The commands. Any error ends a command with one line, unless `DEBUG` is set in the environment.
 
-    What is wrong with a model, a file or an option comes out of many libraries, as exceptions of any class.
+    Problems with a model, a file or an option come from many libraries, as exceptions of any class.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,8 +41,8 @@ class Commands(TyperGroup):
             try:
                 return super().main(*args, **kwargs)
             finally:
-                _flush()  # Python does so too, when it is too late for an exit code of ours
-        except BrokenPipeError:  # who read the output has seen enough
+                _flush()  # Python flushes too, but too late for our exit code
+        except BrokenPipeError:  # the reader has seen enough
             _forget_output()
             sys.exit(1)
         except Exception as error:
@@ -55,17 +54,17 @@ class Commands(TyperGroup):
 
 
 class _Notes(logging.Handler):
-    """Prints what the package logs on standard error, each message once."""
+    """Prints the package's log messages on standard error, each once."""
 
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
 
 
 def quieten() -> None:
-    """Keeps what other libraries say about themselves off standard error, unless `DEBUG` is set.
+    """Keeps messages of other libraries about themselves off standard error, unless `DEBUG` is set.
 
-    That is the profiler's log, complaints of optional packages that Transformers imports and, where there is no
-    terminal, progress bars. The libraries read these settings when they are imported.
+    These are the profiler's log, warnings of optional packages that Transformers imports and, without a terminal,
+    progress bars. The libraries read these settings when they are imported.
     """
     if os.environ.get(DEBUG):
         return
@@ -83,7 +82,7 @@ def _flush() -> None:
 
 
 def _forget_output() -> None:
-    """What could not be written is not tried again when Python ends, which would say so once more."""
+    """Discards output that could not be written, because Python would try again at exit and report it once more."""
     try:
         _flush()
     except OSError:
@@ -109,13 +108,13 @@ def fail(message: str) -> NoReturn:
 
 
 def require_directory(model: str) -> None:
-    """Ends the command where `model` is written like a path and is no directory: no hub id looks like that."""
+    """Ends the command if `model` looks like a path, which no hub id does, and is not a directory."""
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         fail(f"{model}: no such directory; give the directory of a saved model, or a hub id")
 
 
 def token_counts(m: str) -> list[int]:
-    """The numbers of a comma-separated option; anything but positive ones ends the command."""
+    """Parses a comma-separated option into positive numbers; anything else ends the command."""
     counts = m.replace(" ", "").split(",")
     if not all(count.isdecimal() and len(count) < 10 and int(count) for count in counts):
         fail(f"m {m!r}: expected token counts, comma-separated, such as 1,16")
@@ -124,7 +123,7 @@ def token_counts(m: str) -> list[int]:
 
 @cache
 def note(message: str) -> None:
-    """A line on standard error, the first time that it is said."""
+    """Prints a line on standard error, only the first time."""
     console.print(Text.assemble(("note:", "yellow"), f" {message}"), soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""The page docs/coverage.md: how many model types fuse, which, and how that compares with Liger's list."""
+"""Writes docs/coverage.md: how many model types fuse, which ones, and a comparison with Liger's list."""
 
 import re
 from collections import Counter
@@ -35,15 +35,15 @@ PAGE = """\
 |---|---:|
 {counts}
 
-For each model type the model of its default config is built, with all layers and without weights, and asked what
-`fuse_model` asks of a loaded one. Parts that a default config leaves out, and other activations that a checkpoint may
-choose, are not seen here; `fusion_report` says how it is with yours. What counts as an MLP is one module: of BERT's
-family up and activation, the half that is a module; of BART's none, where up and down belong to the layer itself.
-`hf-fused-mlp list --model-type llama` says the same of one type, and what can be done about an MLP that is skipped.
+For each model type we build the model of its default config, with all layers and without weights, and examine it as
+`fuse_model` does. This does not show parts that the default config leaves out, or other activations that a checkpoint
+may choose; `fusion_report` shows these for your model. An MLP is a single module. In BERT's family this is only the
+first half, up and activation. BART's family has none, because up and down belong to the layer itself.
+`hf-fused-mlp list --model-type llama` shows one type, and what you can do about a skipped MLP.
 
 ## Model types with MLPs
 
-In round brackets, how many there are; in square brackets, why a class is skipped:
+Numbers in round brackets count modules. Numbers in square brackets say why a class is skipped:
 
 {reasons}
 
@@ -53,9 +53,9 @@ In round brackets, how many there are; in square brackets, why a class is skippe
 
 ## Liger's model types
 
-Liger {liger_version} lists {liger_count} model types of which it patches something (`MODEL_TYPE_TO_APPLY_LIGER_FN` in
-`liger_kernel/transformers/monkey_patch.py`): norms, rotary embeddings and losses, and in most of them MLPs, those of
-routed experts too. What fuses of them here:
+Liger {liger_version} lists {liger_count} model types that it patches (`MODEL_TYPE_TO_APPLY_LIGER_FN` in
+`liger_kernel/transformers/monkey_patch.py`): norms, rotary embeddings and losses, and in most of them MLPs, including
+routed experts. This package fuses of them:
 
 | here | Liger's model types |
 |---|---|
@@ -83,7 +83,7 @@ def summary(entries: list[Entry]) -> str:
 
 
 def coverage_page(entries: list[Entry]) -> str:
-    """The page, for the entries of all model types. What it says of the environment is its third line."""
+    """The page, for the entries of all model types. Its third line describes the environment."""
     with_mlps = [entry for entry in entries if entry.mlps]
     reasons = list(dict.fromkeys(_reason(mlp) for entry in with_mlps for mlp in entry.select("skipped")))
     liger = [entry for entry in entries if entry.model_type in LIGER_MODEL_TYPES]
@@ -120,7 +120,7 @@ def coverage_page(entries: list[Entry]) -> str:
 
 
 def outcome_of(entry: Entry) -> str:
-    """Which of `OUTCOMES` a model type has."""
+    """The one of `OUTCOMES` that applies to a model type."""
     every, some, none, no_mlp, not_built = OUTCOMES
     if entry.error:
         return not_built
@@ -134,25 +134,25 @@ def _of(entries: list[Entry], outcome: str) -> list[Entry]:
 
 
 def _environment(entries: list[Entry]) -> str:
-    """What the answers depend on: the version of Transformers, and which packages model types need in vain."""
+    """What the results depend on: the version of Transformers, and the missing packages that model types need."""
     missing = {match[1] for entry in entries if (match := re.match(r"it needs (\S+),", entry.error or ""))}
     without = f", without {', '.join(sorted(missing))}" if missing else ""
     return f"Written by this command, with Transformers {transformers.__version__}{without}:"
 
 
 def _reason(mlp: Found) -> str:
-    """Why an MLP is skipped, in words that are the same for other classes and sizes, and without the remedy."""
+    """Why an MLP is skipped, in the same words for all classes and sizes, and without the remedy."""
     reason = re.sub(r" \([^)]*\)", "", (mlp.reason or "").partition(";")[0])
     return reason.removeprefix(mlp.class_name).lstrip(", ")
 
 
 def _problem(entry: Entry) -> str:
-    """Why there is no model, in words that are the same for other model types."""
+    """Why there is no model, in the same words for all model types."""
     return (entry.error or "").partition(":")[0]
 
 
 def _classes(found: Iterable[tuple[str, str, int]]) -> str:
-    """Class names, each with a mark and how many modules there are of both."""
+    """Class names, each with its mark and the number of modules."""
     counts: Counter[tuple[str, str]] = Counter()
     for class_name, mark, count in found:
         counts[class_name, mark] += count

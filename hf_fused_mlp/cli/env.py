@@ -1,4 +1,4 @@
-"""`hf-fused-mlp env`: what a bug report should say about the machine."""
+"""`hf-fused-mlp env`: what a bug report should contain about the machine."""
 
 import platform
 import shutil
@@ -20,13 +20,13 @@ PACKAGES = (
 
 
 def env() -> None:
-    """Print versions, GPU and plans, as a block to paste into a bug report."""
+    """Print versions, GPU and plans, to paste into a bug report."""
     for name, value in facts():
         print(f"{name}: {value}", flush=True)
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """Name and value of each line. First what needs no import of PyTorch, which may be what fails."""
+    """Name and value of each line. Lines that do not need PyTorch come first, because importing it may fail."""
     yield "hf-fused-mlp", __version__
     for name in PACKAGES:
         try:
@@ -55,7 +55,7 @@ def facts() -> Iterator[tuple[str, str]]:
 
 
 def plans(gpus: "list[GPU]") -> Iterator[tuple[str, str]]:
-    """The plans that apply to each GPU, and the user's directory."""
+    """The number of plans for each GPU, and the user's directory."""
     from hf_fused_mlp.tuning import cache, plan_files
 
     for gpu in gpus:

@@ -18,7 +18,7 @@ class Row:
 
 
 class LazyCommand(TyperCommand):
-    """Stands for the command of a row until it is run, or until its own help is asked for."""
+    """A placeholder that imports the command of a row when it is run, or when its help is printed."""
 
     def __init__(self, row: Row):
         super().__init__(name=row.name, help=row.help)
@@ -40,7 +40,7 @@ class LazyCommand(TyperCommand):
 
 
 class LazyGroup(TyperGroup):
-    """A group with a lazy command for each of `rows`, listed before those that it is given."""
+    """A group with a lazy command for each of `rows`, listed before its other commands."""
 
     rows: ClassVar[tuple[Row, ...]] = ()
 

@@ -1,4 +1,4 @@
-"""`hf-fused-mlp list`: which MLPs of a model type would be fused, and why not the others. No weights are needed."""
+"""`hf-fused-mlp list`: which MLPs of a model type would be fused, and why others would not. Needs no weights."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def list_mlps(
         str | None, typer.Option(help="As in a config.json, such as llama.", show_default=False)
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="All of the installed Transformers, in a minute or two.")
+        bool, typer.Option("--all", help="All model types of the installed Transformers; takes a minute or two.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     as_markdown: Annotated[
@@ -65,7 +65,7 @@ def list_mlps(
 
 
 def table(entries: "list[Entry]") -> Table:
-    """A line for each class, state and reason."""
+    """One line for each class, state and reason."""
     out = Table("model type", "class", "MLPs", "state", "remark")
     out.columns[2].justify = "right"
     for column in out.columns:

@@ -1,4 +1,4 @@
-"""Loading what a command's MODEL argument names."""
+"""Loads the model that a command's MODEL argument names."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(name: str | None, dtype: str, device_map: str | None, **kwargs: Any) -> "PreTrainedModel":
-    """The model of a directory or hub id, or the demo's; on the first GPU or the CPU unless `device_map` says.
+    """Loads a model from a directory or hub id, or the demo's; by default onto the first GPU, or the CPU.
 
     Transformers shows its own progress bars meanwhile. `kwargs` go to `from_pretrained`.
     """
@@ -33,7 +33,7 @@ def load_model(name: str | None, dtype: str, device_map: str | None, **kwargs: A
 
 
 def load_tokenizer(name: str | None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the same."""
+    """Loads the tokenizer of the same model."""
     from transformers import AutoTokenizer
 
     return demo.load_demo_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)

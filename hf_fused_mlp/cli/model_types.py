@@ -1,4 +1,4 @@
-"""The MLPs of a model type: those of the model that its default config builds, all layers, without weights."""
+"""The MLPs of a model type: those in the model of its default config, with all layers and without weights."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ from hf_fused_mlp.fuse import fusion_report
 
 MODEL_TYPES = sorted(CONFIG_MAPPING.keys(), key=str.lower)
 
-# without which the default config builds no model; no MLP depends on it
+# the default config builds no model without it; no MLP depends on it
 LACKING: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -31,7 +31,7 @@ LACKING: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """How many MLPs of a class a model has, and whether they are `"fusable"`, or `"skipped"` and why."""
+    """The number of MLPs of a class in a model, whether they are `"fusable"` or `"skipped"`, and why."""
 
     class_name: str
     count: int
@@ -53,7 +53,7 @@ class Entry:
 
 
 def examine(model_type: str) -> tuple[Entry, nn.Module | None]:
-    """What would be fused in a model of this type once it is loaded; and the model, its weights of no memory.
+    """What would be fused in a loaded model of this type; and the model, whose weights take no memory.
 
     Raises:
         KeyError: a model type that Transformers does not know.
@@ -67,9 +67,9 @@ def examine(model_type: str) -> tuple[Entry, nn.Module | None]:
                 return Entry(model_type, error="no Auto class of Transformers builds it"), None
             with torch.device("meta"):
                 model = auto_class.from_config(config).eval()
-        except Exception as error:  # models check their configs in many ways, or not at all
+        except Exception as error:  # models check their configs in different ways, or not at all
             return Entry(model_type, error=_why(error)), None
-    # what is on meta counts as not loaded, so each tensor becomes one number that stands for all of its elements
+    # tensors on meta count as not loaded, so each becomes one number, expanded to the tensor's shape
     model._apply(lambda tensor: torch.empty((), dtype=tensor.dtype).expand(tensor.shape))
     grouped = fusion_report(model).grouped().items()
     mlps = tuple(Found(class_name, count, state, reason) for (class_name, state, reason), count in grouped)
@@ -77,7 +77,7 @@ def examine(model_type: str) -> tuple[Entry, nn.Module | None]:
 
 
 def auto_class_of(config: PretrainedConfig) -> Any | None:
-    """`AutoModel` if it builds models of this config, or else the first Auto class that does."""
+    """`AutoModel` if it builds models of this config, otherwise the first Auto class that does."""
     for auto_class in (AutoModel, *vars(modeling_auto).values()):
         mapping = getattr(auto_class, "_model_mapping", None) if isinstance(auto_class, type) else None
         if mapping is not None and type(config) in mapping:
@@ -86,7 +86,7 @@ def auto_class_of(config: PretrainedConfig) -> Any | None:
 
 
 def _why(error: Exception) -> str:
-    """One line; what is before a colon is the same for all model types with that problem."""
+    """One line. The part before a colon is the same for all model types with that problem."""
     if package := re.search(r"requires the (\S+) library", str(error)):
         return f"it needs {package[1]}, which is not installed"
     return f"its default config builds no model: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -94,7 +94,7 @@ def _why(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Transformers and PyTorch say about configs that nobody chose."""
+    """Silences Transformers and PyTorch about default configs, which no user chose."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

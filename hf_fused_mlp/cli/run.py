@@ -1,4 +1,4 @@
-"""`hf-fused-mlp run`: load a model fused, see what was fused, and compare its answer and speed with the original's."""
+"""`hf-fused-mlp run`: loads a model fused, shows what was fused, and compares answer and speed with the original's."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one form of the model gave."""
+    """The answer of one form of the model."""
 
     text: str
     tokens: list[int]
@@ -76,7 +76,7 @@ def run(
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str):
-    """The prompt as the model expects it: a chat turn where there is a template."""
+    """The prompt as the model expects it: a chat turn if the tokenizer has a template."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")
     turn = [{"role": "user", "content": prompt}]
@@ -84,7 +84,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str):
 
 
 def compare(network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int) -> tuple[Answer, Answer]:
-    """The greedy answers of the fused model, which `network` is, and of the original."""
+    """The greedy answers of `network`, which is fused, and of its original form."""
     from hf_fused_mlp.fuse import unfuse_model
 
     fused = generate(network, tokenizer, inputs, max_new_tokens, "fused")
@@ -108,7 +108,7 @@ def generate(network: "PreTrainedModel", tokenizer, inputs, max_new_tokens: int,
 
 
 def measure(network: "PreTrainedModel") -> list[dict[str, Any]]:
-    """Rows of `measure_speed`, of `audit`'s usual request; none for a model that `audit` refuses."""
+    """The rows of `measure_speed` for the default request of `audit`; none for a model that `audit` refuses."""
     from hf_fused_mlp.profiling.request import make_request
     from hf_fused_mlp.profiling.speed import FORMS, measure_speed
 
@@ -177,7 +177,7 @@ def print_answers(result: dict) -> None:
 
 
 def speed_table(device: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """A line a phase; `rows` are `Timed`, as dicts."""
+    """One line per phase; `rows` are `Timed`, as dicts."""
     table = Table(escape(device), "eager", "fused + norms", "speedup", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -29,21 +29,21 @@ def tune(
             help="A directory or hub id; a shape of `bench mlp` or `bench experts`, or 'all' or 'all-experts'."
         ),
     ],
-    m: Annotated[str, typer.Option(help="Token counts, comma-separated; each stands for its power of two.")] = (
+    m: Annotated[str, typer.Option(help="Token counts, comma-separated; each is rounded up to a power of two.")] = (
         POWERS_OF_TWO
     ),
     dtype: Annotated[str, typer.Option(help=f"auto (the model's own) or {', '.join(DTYPES)}.")] = "auto",
-    fp8: Annotated[bool, typer.Option("--fp8", help="For weights in FP8, with a scale for each block.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="For FP8 weights with a scale for each block.")] = False,
     file: Annotated[
         Path | None,
         typer.Option(
             "--output",
             dir_okay=False,
-            help="Where to keep the plans, if not in your cache; only plans in the cache are used.",
+            help="A file for the plans; default: your cache. Only plans in the cache are used.",
         ),
     ] = None,
 ) -> None:
-    """Measure which kernels run a model's MLPs and experts fastest on this GPU, and keep the answer.
+    """Find the fastest kernels for a model's MLPs and experts on this GPU, and keep them.
 
     Weights are not needed.
     """
@@ -58,7 +58,7 @@ def tune(
 
     keys = problems_of(model, None if dtype == "auto" else getattr(torch, dtype))
     if not torch.cuda.is_available():
-        fail("tune needs a CUDA GPU, and PyTorch finds none; the rules of thumb need no tuning")
+        fail("tune needs a CUDA GPU, and PyTorch finds none; kernels chosen by rule need no tuning")
     gpu = GPU.of(torch.device("cuda", torch.cuda.current_device()))
     for key in keys:
         least = FIRST if isinstance(key, ProblemKey) else COMPLETE
@@ -67,7 +67,7 @@ def tune(
 
     from hf_fused_mlp.tuning import experts, tuner  # imports Triton
 
-    path = keep([], gpu, file)  # if it cannot be written, that is better known before than after
+    path = keep([], gpu, file)  # find out before measuring whether it can be written
     tuned = []
     tokens = sorted({next_power_of_two(count) for count in counts})
     if fp8:
@@ -98,7 +98,7 @@ def keep(tuned: "list[TunedPlan]", gpu: "GPU", file: Path | None) -> Path:
 
 
 def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey | ExpertsKey]":
-    """The distinct problems of one token in a model of that name, in a shape, or in all shapes; their GPU is a CPU."""
+    """The distinct problems, for one token, of a model, a shape or all shapes; their GPU is a CPU."""
     import torch
 
     from hf_fused_mlp.bench import experts
@@ -135,7 +135,7 @@ def has_fp8(key: "ExpertsKey") -> bool:
 
 
 def skeleton(name: str, dtype: "torch.dtype | None") -> "nn.Module":
-    """The model of a directory or hub id without weights."""
+    """The model of a directory or hub id, without weights."""
     require_directory(name)
 
     import torch
@@ -147,7 +147,7 @@ def skeleton(name: str, dtype: "torch.dtype | None") -> "nn.Module":
 
 
 def report(tuned: "list[TunedPlan]") -> Iterator[Table]:
-    """A table an MLP: by token count the plan, its time, and how many times faster than unfused it is.
+    """One table per MLP: for each token count the plan, its time, and its speedup over the unfused path.
 
     Experts are compared with the rule's plan instead.
     """
@@ -179,7 +179,7 @@ def describe_problem(key: "ProblemKey | ExpertsKey") -> str:
 
 
 def describe_plan(plan: "Plan | ExpertsPlan") -> tuple[str, str]:
-    """Up and down. Of experts, the order with the rows of a tile comes first."""
+    """Describes up and down; for experts, the order and the rows of a tile come first."""
     order = getattr(plan, "order", None)
     up = describe_config(plan.up)
     if order is not None:
@@ -188,6 +188,6 @@ def describe_plan(plan: "Plan | ExpertsPlan") -> tuple[str, str]:
 
 
 def describe_config(config: "TileConfig") -> str:
-    """The kernel, and the sizes of its tile that it reads."""
+    """Describes the kernel and the tile sizes that it uses."""
     tile = "x".join(str(size) for size in (config.block_m, config.block_n, config.block_k) if size > 1)
     return f"{config.kernel} {tile}".rstrip()

@@ -1,4 +1,4 @@
-"""`hf-fused-mlp validate`: whether a model with fused MLPs computes what the original does, layer by layer."""
+"""`hf-fused-mlp validate`: compares a model with fused MLPs to the original, layer by layer."""
 
 import json
 import pydoc_data.topics
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
     from hf_fused_mlp.numerics.report import LayerNumerics, NumericsReport
 
-# prose and code that come with Python
+# prose and code that ship with Python
 TOPICS = ("lambda", "with", "typesseq")
 
 
 def validate(
     model: Annotated[str | None, typer.Argument(help="A directory or hub id; without it, SmolLM2-135M.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The model to compare with, loaded unfused; by default the same one.")
+        str | None, typer.Option(help="The model to compare with, loaded unfused; default: the same model.")
     ] = None,
     no_reference: Annotated[
         bool, typer.Option("--no-reference", help="Load one model, and compare it with its own original form.")
     ] = False,
     text: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file; by default, Python's own topics.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file; default: Python's help topics.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="How much of the text to use.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=0, help="The length of the greedy answers; 0 for none.")] = 32,
@@ -43,7 +43,7 @@ def validate(
 ) -> None:
     """Compare each fused MLP with float64, and the model with the original: exit code 0 passed, 1 failed, 2 bad usage.
 
-    Two models are loaded, one of them fused, so there has to be memory for both; --no-reference loads one.
+    Loads two models, one of them fused, and needs memory for both. With --no-reference it loads one.
     """
     if reference is not None and no_reference:
         fail("--reference and --no-reference exclude each other; leave one out")
@@ -51,7 +51,7 @@ def validate(
     from hf_fused_mlp import numerics
 
     network = load_model(model, dtype, device_map, use_fused_mlp=True)
-    # a reference of another dtype would round otherwise
+    # a reference in another dtype would round differently
     same = str(network.dtype).removeprefix("torch.")
     original = None if no_reference else load_model(reference or model, same, device_map)
     ids = encode(text, load_tokenizer(model), network, tokens)
@@ -68,7 +68,7 @@ def validate(
 def encode(
     text: Path | None, tokenizer: "PreTrainedTokenizerBase", network: "PreTrainedModel", tokens: int
 ) -> "Tensor":
-    """The first token ids of the text, at most as many as the model has positions for."""
+    """The first token ids of the text, limited to the positions of the model."""
     words = "".join(pydoc_data.topics.topics[topic] for topic in TOPICS) if text is None else read(text)
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     ids = tokenizer(words, return_tensors="pt")["input_ids"]
@@ -95,7 +95,7 @@ def print_report(report: "NumericsReport") -> None:
 
 
 def layer_table(report: "NumericsReport") -> Table:
-    """A line a layer, or where all pass one for each class and path, with the errors of the worst."""
+    """One line per layer; if all pass, one per class and path, with the errors of the worst layer."""
     from hf_fused_mlp.numerics.report import severity
 
     title = f"errors over the RMS of each token's output; {report.dtype}, {escape(report.device)}"

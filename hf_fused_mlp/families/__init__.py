@@ -13,9 +13,9 @@ __all__ = ["FAMILIES", "Family", "problem_of"]
 
 
 def problem_of(module: Fused, m: int) -> ProblemKey | None:
-    """What a plan for `m` tokens of a fused module is measured for, in turn with the original; None where none is.
+    """The problem of a fused module with `m` tokens; None if it has no plan. Its plan is timed against the original.
 
-    Plans of routed experts are measured in turn with the rule's.
+    Plans of routed experts are measured in turn with the rule's plan.
     """
     family = next(family for family in FAMILIES if isinstance(module, family.mixin))
     key = family.problem(module, module.fused_spec, m, GPU.of(device_of(module)))

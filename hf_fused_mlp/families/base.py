@@ -1,4 +1,4 @@
-"""What every family answers."""
+"""The interface of a family."""
 
 from collections.abc import Hashable
 from typing import Protocol
@@ -13,12 +13,12 @@ from hf_fused_mlp.types import GPU, ExpertsKey, ProblemKey
 class Family(Protocol):
     """A kind of module that can be fused.
 
-    `name` is the family's in a report, `noun` what messages call one of its modules, `option` the field of
-    `FusionOptions` and the parameter of `fuse_model` that turn it on (None: always on), `none_found` what `strict`
-    says if a model has none.
+    `name` is the family's name in a report. `noun` is the word for one of its modules in messages. `option` is the
+    field of `FusionOptions` and the parameter of `fuse_model` that turn it on (None: always on). `none_found` is the
+    message of `strict` for a model without such modules.
 
-    `mixin` is the base of the family's fused forms. It defines `forward` and `runs`; in a family that is always on
-    also `call_inputs` and `by_operator`, by which `validate` judges it; where weights are packed `_pack`, `_unpack`
+    `mixin` is the base of the family's fused forms. It defines `forward` and `runs`. In a family that is always on it
+    also defines `call_inputs` and `by_operator`, which `validate` uses, and if weights are packed `_pack`, `_unpack`
     and `why_not_packed`. A call that is unusual in any way runs `original_class.forward`.
     """
 
@@ -29,25 +29,25 @@ class Family(Protocol):
     mixin: type[Fused]
 
     def examine(self, module: nn.Module) -> Finding | None:
-        """What the family says about `module`; None if it is not one of its own.
+        """What the family finds about `module`; None if it does not belong to the family.
 
-        Asked once, of every module that is not fused: `fuse.py` answers for those.
+        Called once for every module that is not fused; `fuse.py` handles fused ones.
         """
 
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
-        """Why an unknown module belongs in a report, or None. Never decides what is fused.
+        """Why an unknown module is listed in a report, or None. Never decides what is fused.
 
-        `holds_known` says that a module inside is the family's, or that of a family that is always on.
+        `holds_known` is true if a module inside belongs to this family, or to one that is always on.
         """
 
     def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         """The class that makes the fused form of a module that computes `spec`.
 
-        With `batch_invariant` one whose sums do not depend on the token count, unless `why_variant` says why not.
+        With `batch_invariant`, a class whose sums do not depend on the token count, unless `why_variant` gives a reason.
         """
 
     def why_variant(self, module: nn.Module, spec: Hashable) -> str | None:
         """Why the sums of a fused `module` would depend on the token count in any form, or None."""
 
     def problem(self, module: nn.Module, spec: Hashable, m: int, gpu: GPU) -> ProblemKey | ExpertsKey | None:
-        """The problem that `m` tokens make, weights on meta included; None if it has no plan."""
+        """The problem for `m` tokens, also with weights on meta; None if it has no plan."""

@@ -1,7 +1,7 @@
 """Routed experts: the sparse half of a mixture of experts, stacked in 3-D tensors.
 
-Calls that need gradients, or whose weights are not as they were read, run the original forward, which is whatever
-`experts_implementation` the model's config names.
+Calls that need gradients, or whose weights have changed since they were read, run the original forward, which runs the
+`experts_implementation` that the model's config names.
 """
 
 from collections.abc import Hashable, Iterable
@@ -35,15 +35,15 @@ from hf_fused_mlp.swap import Fused, Runs, why_not_swappable
 from hf_fused_mlp.types import FP8, GPU, ExpertsKey, ExpertsOperands, next_power_of_two
 from hf_fused_mlp.weights.blocks import are_blocks, unusable_scales, why_not_blocks
 
-# what configs call the number of experts of a token; the modules themselves are not told
+# the names of the number of experts per token in configs; the modules do not store it
 TOP_K = "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"
 
 
 class FusedExperts(Fused):
-    """Routed experts whose forward is our operator if the caller needs only the output, and else the original."""
+    """Routed experts whose forward is our operator if the caller needs only the output, and the original otherwise."""
 
     fused_spec: ClassVar[ExpertsSpec]
-    # where the original forward looks up what its config names
+    # the registry in which the original forward looks up the implementation
     _interface: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs):
@@ -86,7 +86,7 @@ class FusedExperts(Fused):
 
     @staticmethod
     def exact_output(exact: nn.Module, *inputs: Tensor) -> Tensor:
-        # the class's loop, since other implementations take no float64
+        # the loop of the class, because other implementations do not take float64
         return (original_of(type(exact).forward) or type(exact).forward)(exact, *inputs)
 
     def by_operator(self, *inputs: Tensor) -> Tensor:
@@ -203,17 +203,17 @@ def _why_not_scaled(module: nn.Module, spec: ExpertsSpec) -> str | None:
         if spec.form.gated and name == spec.up and share_scales(weight):
             return (
                 f"{name} packs gate and up {list(weight.shape)}, whose halves share scales; "
-                "pass exclude=[...] to leave it as it is"
+                "pass exclude=[...] to skip it"
             )
     return None
 
 
 def why_not_kernels(module: nn.Module, spec: ExpertsSpec) -> str | None:
-    """Why no call of `module` can run kernels, as far as its weights and attributes tell; None if some can."""
+    """Why no call of `module` can run kernels, judging by its weights and attributes; None if some can."""
     parameters = {name: module._parameters.get(name) for name in spec.parameters}
     given: list[Any] = [parameter for parameter in parameters.values() if _is_plain(parameter)]
     if spec.in_fp32 and any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in given):
-        return f"{type(module).__name__} computes in fp32, whatever the dtype of its weights; load it in fp32"
+        return f"{type(module).__name__} computes in fp32, regardless of the dtype of its weights; load it in fp32"
     count = module.__dict__.get("num_experts")
     if other := [parameter for parameter in given if parameter.dim() and len(parameter) != count]:
         return f"num_experts is {count!r}, and its weights are those of {len(other[0])} experts"
@@ -236,7 +236,9 @@ def _other_implementation(module: nn.Module, interface: Any) -> str | None:
     """The reason if the original forward would run a function that is neither Transformers' nor ours."""
     if runs_transformers_own(module, interface):
         return None
-    return f"experts_implementation={implementation_of(module)!r} is not one of Transformers' own, and runs as it is"
+    return (
+        f"experts_implementation={implementation_of(module)!r} is not one of Transformers' own, so it runs unchanged"
+    )
 
 
 class ExpertsFamily(Family):
@@ -254,7 +256,7 @@ class ExpertsFamily(Family):
             stacks = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in module._parameters]
             reason = (
                 _why_not_plain(module, stacks, multiplies_by_scales(type(module)))
-                or f"{spec}; pass exclude=[...] to leave this module as it is"
+                or f"{spec}; pass exclude=[...] to skip this module"
             )
             return Finding("skipped", reason)
         return Finding.of(why_not_swappable(module, FusedExperts, spec) or _reject_reason(module, spec), spec)

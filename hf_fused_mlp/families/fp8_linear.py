@@ -1,7 +1,7 @@
-"""Projections of FP8 checkpoints, those of attention too, fused on request.
+"""Projections of FP8 checkpoints, including those of attention, fused on request.
 
-Transformers loads the kernels of `FP8Linear` from the Hub at run time; these need no download. A fused MLP reads its
-projections itself, whether they are fused or not.
+Transformers loads the kernels of `FP8Linear` from the Hub at run time. Our kernels need no download. A fused MLP reads
+its projections directly, whether they are fused or not.
 """
 
 from collections.abc import Hashable
@@ -26,7 +26,8 @@ class FusedFP8Linear(Fused):
     """``x @ weight.T + bias`` with FP8 weights: the first launch of an MLP without gate and activation."""
 
     def forward(self, *args, **kwargs):
-        # read once: another thread may unfuse the module meanwhile. Compiled code is spared guards of the class.
+        # read once, because another thread may unfuse the module meanwhile; this also saves compiled code guards of
+        # the class
         traced = torch.compiler.is_compiling()
         cls: Any = self if traced else type(self)
         # a wrapper of this forward may call it after the module was unfused
@@ -61,7 +62,7 @@ def _product(linear: FusedFP8Linear, cls: type[FusedFP8Linear], x: Tensor) -> Te
             return out
     if not modes.is_ordinary(x) or modes.no_kernels(x.device, least=modes.COMPLETE) is not None or matrix.data.is_meta:
         return None
-    # the original multiplies as it comes, whatever autocast says
+    # the original ignores autocast
     with torch.autocast(x.device.type, enabled=False):
         return ops.mlp_if_fits(x, MLPOperands(ABSENT, matrix, ABSENT, "identity"))
 
@@ -75,7 +76,7 @@ class FP8LinearFamily(Family):
 
     def examine(self, module: nn.Module) -> Finding | None:
         if not is_fp8_linear(module) or ((matrix := fp8_matrix(module)) is not None and matrix.scale is None):
-            return None  # or its weight was left in floats
+            return None  # or its weight stayed in floats
         return Finding.of(why_not_swappable(module, FusedFP8Linear, "linear") or _reject_reason(module), "linear")
 
     def resembles(self, name: str, module: nn.Module, holds_known: bool) -> str | None:
@@ -101,7 +102,7 @@ def _reject_reason(module: nn.Module) -> str | None:
 
 
 def _why_not_read(module: nn.Module) -> str | None:
-    """Why no call will find what kernels read; weights that a hook fetches for each call are found."""
+    """Why no call will have readable weights, or None. Weights that a hook fetches for each call are readable."""
     matrix = fp8_matrix(module)
     return None if matrix is not None and is_loaded(module) else why_not_fp8(module)
 

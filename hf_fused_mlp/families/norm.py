@@ -1,4 +1,4 @@
-"""RMSNorms: one launch in place of about eight, for eager decoding, where the GPU waits for Python.
+"""RMSNorms: one launch in place of about eight. This helps eager decoding, where the GPU waits for Python.
 
 Compiled code and calls that need gradients run the original forward.
 """
@@ -22,7 +22,7 @@ from hf_fused_mlp.types import GPU
 
 
 class FusedRMSNorm(Fused):
-    """An RMSNorm whose forward is one launch if the caller needs only the output, and else the original."""
+    """An RMSNorm whose forward is one launch if the caller needs only the output, and the original otherwise."""
 
     fused_spec: ClassVar[NormSpec]
     _helper_code: ClassVar[tuple[CodeType, ...]]
@@ -32,7 +32,8 @@ class FusedRMSNorm(Fused):
             type.__setattr__(cls, "_helper_code", tuple(function.__code__ for _, function in spec.helpers))
 
     def forward(self, *args, **kwargs):
-        # read once: another thread may unfuse the module meanwhile. Compiled code is spared guards of the class.
+        # read once, because another thread may unfuse the module meanwhile; this also saves compiled code guards of
+        # the class
         traced = torch.compiler.is_compiling()
         cls: Any = self if traced else type(self)
         # a wrapper of this forward may call it after the module was unfused
@@ -70,7 +71,7 @@ def _launched(norm: FusedRMSNorm, cls: type[FusedRMSNorm], x: Any) -> Tensor | N
 
 
 def _operands(norm: FusedRMSNorm, cls: type[FusedRMSNorm]) -> tuple[nn.Parameter, float] | None:
-    """Weight and epsilon; None if the module or its class is no longer what was read."""
+    """Weight and epsilon; None if the module or its class has changed since it was read."""
     spec, own, original = cls.fused_spec, norm.__dict__, cls.original_class
     weight, eps = own["_parameters"].get("weight"), own.get(spec.eps)
     forward: Any = original.forward
@@ -113,10 +114,10 @@ class NormFamily(Family):
 
 
 def _reject_reason(module: nn.Module, spec: NormSpec) -> str | None:
-    """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
+    """Why `module` cannot be fused according to `spec`, with the remedy, or None if it can."""
     if has_own_forward(module) or any(name in module.__dict__ for name, _ in spec.helpers):
         return OWN_FORWARD
     if module._modules or module._buffers or module._parameters.keys() != {"weight"}:
         held = ", ".join((*module._modules, *module._buffers, *module._parameters)) or "nothing"
-        return f"it holds {held}, expected a weight alone; pass exclude=[...] to leave this module as it is"
+        return f"it holds {held}, expected only a weight; pass exclude=[...] to skip this module"
     return None

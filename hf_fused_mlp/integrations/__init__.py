@@ -1,1 +1,1 @@
-"""What ties the package to other libraries; the only place that imports them."""
+"""Connects the package to other libraries. Only these modules import them."""

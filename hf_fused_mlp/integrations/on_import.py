@@ -10,7 +10,7 @@ from typing import Any
 
 
 class AfterImport(MetaPathFinder):
-    """Calls `function(module)` once after the module `name` was imported; at once if it already was.
+    """Calls `function(module)` once after the module `name` was imported; immediately if it already was.
 
     While it waits it is the first finder of `sys.meta_path` and wraps the loader of that one module. It removes itself
     before the call. If the import fails it waits for the next attempt.
@@ -23,12 +23,12 @@ class AfterImport(MetaPathFinder):
         self._here = threading.local()
 
     def start(self) -> None:
-        """Calls the function if the module is imported, else begins to wait; a second call is harmless."""
+        """Calls the function if the module is imported, otherwise starts to wait. A second call is harmless."""
         with self._lock:
             if not self._waiting:
                 self._waiting = True
                 sys.meta_path.insert(0, self)
-        self._look()  # after inserting, so that an import that begins meanwhile is not missed
+        self._look()  # after inserting, so that we do not miss an import that begins meanwhile
 
     def stop(self) -> bool:
         """Ends the waiting; returns whether this call ended it."""

@@ -4,8 +4,8 @@ Both end in a class method of `PreTrainedModel`, whether called through an Auto 
 remote code. `install` wraps the two methods: they take the argument out before Transformers sees it, and fuse the
 loaded model. It also wraps the method with which Auto classes read the config, so that the argument reaches the model.
 
-The flag travels in the call and nowhere else. Loads without it, in any thread, run as without this package, and no
-config contains it. Nothing here imports Transformers: methods are wrapped when their module has been imported.
+The flag exists only in the call. Loads without it, in any thread, run as without this package, and no config contains
+it. This module does not import Transformers: it wraps methods once their module has been imported.
 """
 
 import functools
@@ -21,10 +21,10 @@ from hf_fused_mlp.integrations.on_import import AfterImport
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.options import FusionOptions
 
-# the newest minor that `make test-newest` has passed with
+# the newest minor version with which `make test-newest` has passed
 NEWEST_TESTED = "5.24"
 FLAG = "use_fused_mlp"
-# the interfaces that know implementations of experts, by module
+# the registries of implementations of experts, by module
 _EXPERTS = {
     "transformers.integrations.moe": "ExpertsInterface",
     "transformers.integrations.finegrained_fp8": "FP8ExpertsInterface",
@@ -51,10 +51,10 @@ def install() -> None:
 def uninstall() -> None:
     """Restores the loaders of Transformers, or stops waiting for its import. Fused models stay fused.
 
-    `experts_implementation="hf_fused_mlp"` stays known, since configs of live models may name it.
+    `experts_implementation="hf_fused_mlp"` stays registered, because configs of live models may name it.
 
     Raises:
-        RuntimeError: another library has wrapped the loaders since; nothing is changed.
+        RuntimeError: another library has wrapped the loaders meanwhile; nothing is changed.
     """
     with _LOCK:
         for (owner, name), wrapper in _wrappers.items():
@@ -71,7 +71,7 @@ def uninstall() -> None:
 
 
 def _register_experts(module: ModuleType) -> None:
-    """Makes `experts_implementation="hf_fused_mlp"` known. Imports nothing: other threads may be importing too."""
+    """Registers `experts_implementation="hf_fused_mlp"`. Imports nothing: other threads may be importing too."""
     with _LOCK:
         if _waiting.pop(module.__name__, None) is not None:
             getattr(module, _EXPERTS[module.__name__]).register("hf_fused_mlp", _experts_forward)
@@ -84,7 +84,7 @@ def _experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _wrap(module: ModuleType) -> None:
-    """Wraps the loaders of a module that has been imported. Raises nothing: an import would fail of it."""
+    """Wraps the loaders of an imported module. Raises nothing, because that would make the import fail."""
     wrapped = False
     with _LOCK:
         if _waiting.pop(module.__name__, None) is None:
@@ -139,11 +139,11 @@ def _with_flag(load: Callable) -> Callable:
 
 
 def _past_config(load: Callable) -> Callable:
-    """Keeps the flag from a config that is loaded for a model: a config takes arguments that it has fields for."""
+    """Keeps the flag away from a model's config when it is loaded, because configs take arguments for their fields."""
 
     @functools.wraps(load)
     def wrapper(cls, *args, **kwargs):
-        # an Auto class passes what the config leaves to the model; a pipeline passes the same to both
+        # an Auto class passes the arguments that the config did not take to the model; a pipeline passes all to both
         for_a_model = kwargs.keys() & {"_from_auto", "_from_pipeline", "return_unused_kwargs"}
         if FLAG not in kwargs or not for_a_model:
             return load(cls, *args, **kwargs)
@@ -158,7 +158,7 @@ def _past_config(load: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class _Loader:
-    """A class method of Transformers that is wrapped, by the module that defines its class."""
+    """A class method of Transformers to wrap, and the module that defines its class."""
 
     module: str
     owner: str

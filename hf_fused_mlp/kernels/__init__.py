@@ -2,7 +2,7 @@
 
 A file has `supports(key)`, the reason why its kernel cannot run a problem; `candidates(key)`, the configurations that
 a tuner should try; and a function of its own name that makes the launch. Whatever does not depend on the addresses of
-tensors is computed there, once, so that little is left to do in a call.
+tensors is computed there, once, so that a call has little to do.
 """
 
 from collections.abc import Callable

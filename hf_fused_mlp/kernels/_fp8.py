@@ -52,7 +52,7 @@ def scaled_to(x, LARGEST: tl.constexpr):
 
 
 def weight_reader(device: torch.device):
-    """How kernels on `device` take FP8 weights: as they are, or as bytes where the GPU has no instruction for FP8."""
+    """How kernels on `device` read FP8 weights: unchanged, or as bytes if the GPU has no instruction for FP8."""
     has_fp8 = GPU.of(device).capability >= (8, 9)
     return (lambda weight: weight) if has_fp8 else as_bytes
 

@@ -1,4 +1,4 @@
-"""``out = act(x @ gate.T) * (x @ weight.T)`` for FP8 weights, which one kernel makes floats for PyTorch's GEMMs.
+"""``out = act(x @ gate.T) * (x @ weight.T)`` for FP8 weights, which one kernel dequantizes for PyTorch's GEMMs.
 
 Without a gate, ``out = act(x @ weight.T)``. Picked for many tokens where the library has no block-scaled GEMM for the
 GPU or the shape, and in fp32. Nothing is kept: memory is needed for one weight as floats at a time.

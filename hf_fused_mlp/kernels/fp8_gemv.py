@@ -28,7 +28,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: one to four rows at once, and as much of each as is loaded at once."""
+    """Configurations for the tuner: one to four rows at once, and the length of the pieces of a row."""
     row = max(SCALE_BLOCK, min(next_power_of_two(key.k), 8192))
     pieces = {min(row, block_k) for block_k in (1024, 2048, 4096, 8192)}
     return [

@@ -29,7 +29,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: all tokens in one tile, or two, and tiles to fill the GPU with few rows or many."""
+    """Configurations for the tuner: all tokens in one or two tiles, and tiles for few rows or many."""
     block_m = max(16, key.m)
     most = 8192 if multiplies_fp8(key.gpu) else 4096  # elements of a tile's sums; more would not fit into registers
     return [

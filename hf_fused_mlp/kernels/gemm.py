@@ -34,7 +34,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: 256 rows of weights a tile, or 128 where there are few tokens."""
+    """Configurations for the tuner: 256 rows of weights per tile, or 128 with few tokens."""
     if key.m < 64:
         return []
     rows = [(128, 256, 4, 4), (128, 256, 4, 8), (128, 256, 4, 16), (128, 256, 3, 8)]
@@ -111,7 +111,7 @@ def _gemm_kernel(
     SHORT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Of all tiles the first `whole` as they are, and the rest, where there are descriptors for it, as two halves."""
+    """The first `whole` tiles unchanged, and the rest as two halves each, if there are descriptors for these."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()

@@ -27,7 +27,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: a whole row at once, or pieces that are unrolled at most 32 times."""
+    """Configurations for the tuner: a whole row at once, or pieces that are unrolled at most 32 times."""
     row = min(next_power_of_two(key.k), 16384)
     pieces = {(1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (row, 8)}
     return [

@@ -15,7 +15,7 @@ from hf_fused_mlp.kernels._launch import allocator, launcher
 from hf_fused_mlp.modes import no_kernels
 from hf_fused_mlp.types import LinearCall, next_power_of_two
 
-LONGEST = 1 << 15  # elements a row, all of which one program holds
+LONGEST = 1 << 15  # elements of a row, which one program holds completely
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
@@ -57,7 +57,7 @@ def _rms_norm_kernel(
 
 
 def rms_norm(call: LinearCall, eps: float, form: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The launch for `x` as `call` has it, whatever it has of a weight: a function of `x` and the norm's weight."""
+    """The launch for the `x` of `call`: a function of `x` and the norm's weight."""
     block = next_power_of_two(call.k)
     rows = max(1, 1024 // block)
     grid, values = (-(-call.m // rows), 1, 1), (call.m, call.k, call.stride_xm, eps, form, rows, block)

@@ -36,7 +36,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: all tokens in one tile, or two, and tiles to fill the GPU with few rows or many."""
+    """Configurations for the tuner: all tokens in one or two tiles, and tiles for few rows or many."""
     block_m = max(16, key.m)
     tiles = [(64, 128, 4), (64, 128, 3), (64, 64, 6), (32, 128, 4)]
     if block_m <= 32:
@@ -163,7 +163,7 @@ def skinny(call: LinearCall, config: TileConfig) -> Linear:
 
 
 def output_of(call: LinearCall, split_k: int) -> tuple[Callable[[], Tensor], Callable[..., Tensor] | None]:
-    """What a kernel that may split K writes to, and what makes the output of it.
+    """The tensor that a kernel with optional split-K writes to, and the launch that makes the output from it.
 
     Returns:
         A function that allocates `[*lead, n]`, and None; or one that allocates fp32 `[split_k, m, n]`, and the launch

@@ -33,7 +33,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: narrow tiles for many programs, wide ones for long reads."""
+    """Configurations for the tuner: narrow tiles for many programs, wide ones for long reads."""
     return [
         TileConfig("transposed_gemv", block_n=row_bytes // key.dtype.itemsize, block_k=block_k, num_warps=num_warps)
         for row_bytes in ROW_BYTES

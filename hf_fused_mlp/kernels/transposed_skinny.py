@@ -34,7 +34,7 @@ def supports(key: LinearKey) -> str | None:
 
 
 def candidates(key: LinearKey) -> list[TileConfig]:
-    """What a tuner should try: the tiles of `skinny`."""
+    """Configurations for the tuner: the tiles of `skinny`."""
     return [replace(config, kernel="transposed_skinny") for config in candidates_of_skinny(key)]
 
 
@@ -85,7 +85,7 @@ def _transposed_skinny_kernel(
 
 
 def transposed_skinny(call: LinearCall, config: TileConfig) -> Linear:
-    """The launch of the equation above, and where K is split that of the sum."""
+    """The launch of the equation above, and if K is split, the launch of the sum."""
     M, N, split_k = call.m, call.n, config.split_k
     activation = call.activation if split_k == 1 else "identity"
     tile = config.block_m, config.block_n, config.block_k

@@ -1,7 +1,7 @@
 """``out = act(x @ gate.T) * (x @ weight.T)``: one GEMM of PyTorch's over gate and weight, one kernel for the rest.
 
 Without a gate, ``out = act(x @ weight.T)``. For tens to hundreds of tokens, and for rows that our GEMMs cannot read
-fast: the library's GEMM fills the GPU better with twice the columns, and the kernel does what eager takes two for.
+fast: the library's GEMM fills the GPU better with twice the columns, and one kernel replaces two of eager's.
 Launches: 1 after the GEMM, which has no bias: the kernel adds it in fp32. Bytes: the products read, out written.
 """
 

@@ -1,4 +1,4 @@
-"""`validate`: a fused model against its original, layer by layer and as a whole."""
+"""`validate`: compares a fused model to its original, layer by layer and as a whole."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,28 +25,29 @@ def validate(
     reference: nn.Module | None = None,
     new_tokens: int = 32,
 ) -> NumericsReport:
-    """Compares each fused MLP of `model`, on the activations that `inputs` give, with what it stands for.
+    """Compares each fused MLP of `model` to its original, on the activations that `inputs` produce.
 
-    A layer's answer is judged by the rule of `hf_fused_mlp.validation` against a float64 copy of that one layer: its
-    largest error may be twice the original's, and its relative RMS error has a limit for each dtype. Outputs are
-    divided by the RMS of each token's first, since a few tokens can be a thousand times larger than all others and
-    would hide them; and the original's largest error counts as at least half a unit in the last place of the largest
-    output, which no answer is free of. The model's own call is judged, and calls of 1 and 16 of its tokens.
+    The rule of `hf_fused_mlp.validation` judges the output of a layer against a float64 copy of that layer: its
+    largest error may be twice the original's, and its relative RMS error has a limit for each dtype. Each token's
+    output is first divided by its RMS, because a few tokens can be a thousand times larger than all others and would
+    hide them. The original's largest error counts as at least half a unit in the last place of the largest output,
+    because no output in that dtype can be expected to be closer. This judges the model's own call, and calls with 1
+    and 16 of its tokens.
 
-    The model passes if fused MLPs ran, all that did pass, and no logit is infinite or NaN that is finite in the
-    reference. Logits, perplexities and greedy answers are information: rounding moves them by amounts that no rule can
-    bound. An answer that leaves the reference's where the reference was sure is a warning, a near tie is none.
+    The model passes if fused MLPs ran, if all of these pass, and if every logit that is finite in the reference is
+    finite. Logits, perplexities and greedy answers are information, because no rule can bound how much rounding moves
+    them. A greedy answer that differs where the reference was sure is a warning. After a near tie it is not.
 
-    Without `reference` the original is the model's own, with the same weights and activations: wrong kernels and wrong
-    packing show, and a changed weight, which is the same in both, does not. Given the model it was made from, a layer
-    also fails if a weight is not what it is there.
+    Without `reference`, the original is the model itself in its original form. This finds wrong kernels and wrong
+    packing, but not a changed weight, which both forms share. With the model it was made from as `reference`, a layer
+    also fails if a weight differs.
 
     Args:
-        model: a model with fused MLPs; it is run in evaluation mode, and left as it was.
+        model: a model with fused MLPs; it runs in evaluation mode, and is restored afterwards.
         inputs: token ids `[tokens]` or `[batch, tokens]`, or the keyword arguments of a forward.
-        reference: another model with MLPs of the same names, shapes and dtypes: its weights are the oracle, and its
-            original forward is what the fused one is compared with. MLPs that are in FP8 and there in floats are
-            compared with their own original form, and logits and perplexities show what quantizing costs.
+        reference: another model with MLPs of the same names, shapes and dtypes: its weights make the oracle, and its
+            original forward is the baseline. MLPs in FP8 whose twins are floats are compared with their own original
+            form; logits and perplexities then show what quantizing costs.
         new_tokens: the length of the greedy answers to four short pieces of the text; 0 for none.
 
     Raises:
@@ -68,7 +69,7 @@ def validate(
     fused = {name: module for name, module in model.named_modules() if isinstance(module, judged)}
     twins = fused if reference is None else {name: _twin(reference, name, module) for name, module in fused.items()}
     layers: dict[str, LayerNumerics] = {}
-    # what was compiled would not see the hooks
+    # compiled code would not see the hooks
     with evaluating(model, source), torch.compiler.set_stance("force_eager"):
         with ExitStack() as hooks:
             for name, module in fused.items():
@@ -107,7 +108,7 @@ def _forward(inputs, device: torch.device) -> Forward:
 
 
 def _twin(reference: nn.Module, name: str, module: Fused) -> nn.Module:
-    """The module of `reference` that `module` is compared with; `module` itself if it is quantized and that is not."""
+    """The module of `reference` that `module` is compared to; `module` itself if only that is quantized."""
     try:
         twin = reference.get_submodule(name)
     except AttributeError:

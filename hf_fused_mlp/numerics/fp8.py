@@ -1,4 +1,4 @@
-"""What FP8 layers are compared with: Transformers' arithmetic and float64, both without its kernels from the Hub."""
+"""References for FP8 layers: Transformers' arithmetic and float64, without its kernels from the Hub."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def is_fp8_experts(module: nn.Module) -> bool:
 
 @contextmanager
 def fp8_by_reference(module: nn.Module) -> Iterator[None]:
-    """Gives FP8 layers and experts in `module`, meanwhile, a forward of PyTorch's operations that gives the same."""
+    """A context in which FP8 layers and experts in `module` compute the same with PyTorch's operations."""
     layers = [(layer, _forward) for layer in fp8_layers(module).values()]
     experts = [(part, fp8_experts_output) for part in module.modules() if is_fp8_experts(part)]
     with ExitStack() as stack:
@@ -41,7 +41,7 @@ def fp8_by_reference(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _on_the_instance(module: nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """`module` with a method of its own, meanwhile."""
+    """A context in which `module` has another method on the instance."""
     own = module.__dict__
     before = own.get(name)
     own[name] = function
@@ -60,7 +60,7 @@ def _forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def fp8_experts_output(experts: nn.Module, *inputs: Tensor, exact: bool = False) -> Tensor:
-    """What the loop of `FP8Experts` gives, with Transformers' arithmetic or, if `exact`, that of `inputs`' dtype."""
+    """The output of the loop of `FP8Experts`, in Transformers' arithmetic or, if `exact`, in the dtype of `inputs`."""
     cls: Any = getattr(type(experts), "original_class", type(experts))
     with _on_the_instance(experts, "linear", _exact_product if exact else _product):
         return original_of(cls.forward)(experts, *inputs)  # type: ignore[misc]
@@ -75,9 +75,9 @@ def _exact_product(x: Tensor, weight: Tensor, scale: Tensor, activation_scale: N
 
 
 def dequantized(module: nn.Module) -> nn.Module:
-    """A copy of `module` whose FP8 layers are `nn.Linear`s of the numbers that they stand for, in float64.
+    """A copy of `module` with dequantized `nn.Linear`s in float64 in place of its FP8 layers.
 
-    All else is shared, not copied.
+    Everything else is shared, not copied.
     """
     exact = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
     for name, layer in fp8_layers(exact).items():

@@ -1,4 +1,4 @@
-"""Each fused module against a float64 copy of its original, on the tokens that the model hands it."""
+"""Compares each fused module to a float64 copy of its original, on the tokens that the model passes to it."""
 
 import copy
 import math
@@ -23,14 +23,14 @@ from hf_fused_mlp.numerics.report import LayerNumerics, severity
 from hf_fused_mlp.swap import Fused, original_form
 from hf_fused_mlp.validation import Errors, excess, mismatch, rms
 
-SMALL_CALLS = (1, 16)  # tokens; other kernels serve them than a whole text
+SMALL_CALLS = (1, 16)  # token counts, for which other kernels run than for a whole text
 
 
 def judge_calls(name: str, module: Fused, twin: nn.Module, layers: dict[str, LayerNumerics]) -> Callable:
-    """A forward hook that judges each call of the module `name` into `layers`, where the worst call stays.
+    """A forward hook that judges each call of the module `name` and keeps the worst one in `layers`.
 
-    `twin` is the module whose original forward and whose weights count: the module itself, or another model's, whose
-    weights have to be the same to the bit, since one that rounding hides is no rounding.
+    `twin` provides the original forward and the weights. It is the module itself, or that of another model, whose
+    weights have to be bit-identical, because a small change of a weight would look like rounding.
     """
     changed = _changed_weights(twin, module)
 
@@ -49,7 +49,7 @@ def judge_calls(name: str, module: Fused, twin: nn.Module, layers: dict[str, Lay
 
 
 def _judge(name: str, module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> LayerNumerics:
-    """`output`, the answer of `module` to `inputs`, each `[..., N]`, and its answers to a few of the tokens."""
+    """Judges `output`, which `module` returned for `inputs`, each `[..., N]`, and outputs for a few of the tokens."""
     path, remark = _path(module, inputs[0])
     answer = module.by_operator if path == "operator" else module.forward
     tokens = inputs[0].shape[:-1].numel()
@@ -62,7 +62,7 @@ def _judge(name: str, module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]
     layer = LayerNumerics(name, module.original_class.__name__, path, remark, tokens, "float64", None, None, None)
     try:
         oracle, precision = _oracle(module, twin, inputs)
-    except Exception as error:  # of whatever a quantizer or adapter calls
+    except Exception as error:  # a quantizer or adapter may raise anything
         return replace(layer, oracle="none", failure=f"cannot be judged: {type(error).__name__}: {error}")
     layer = replace(layer, oracle=precision)
     judged, quantized = [], is_fp8_experts(twin) or bool(fp8_layers(twin))
@@ -78,13 +78,13 @@ def _first_tokens(tensor: Tensor) -> Tensor:
 
 
 def _in_parts(answer: Callable[..., Tensor], m: int, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The answers to `m` tokens of all `inputs` at a time."""
+    """The outputs for `inputs`, computed for `m` tokens at a time."""
     parts = zip(*(tensor.split(m, -2) for tensor in inputs), strict=True)
     return torch.cat([answer(*part) for part in parts], -2)
 
 
 def _changed_weights(twin: nn.Module, module: Fused) -> str | None:
-    """The first parameter of `module` that is not what it is in `twin`; what only one of them has is not compared."""
+    """Names the first parameter of `module` that differs from `twin`'s, or None; compares only parameters of both."""
     theirs = {} if twin is module else dict(twin.named_parameters())
     for name, parameter in module.named_parameters():
         other = theirs.get(name)
@@ -105,7 +105,7 @@ def _path(module: Fused, x: Tensor) -> tuple[str, str | None]:
 
 
 def _original(twin: nn.Module, *inputs: Tensor) -> Tensor:
-    """What the original forward of `twin`, fused or not, makes of `inputs`."""
+    """The output of the original forward of `twin`, fused or not, for `inputs`."""
     place = next((p.device for p in twin.parameters() if not p.is_meta), inputs[0].device)
     moved = (tensor.to(place) for tensor in inputs)
     if is_fp8_experts(twin):
@@ -115,7 +115,7 @@ def _original(twin: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 def _oracle(module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, str]:
-    """The original forward in float64, `[M, O]`; in fp32, projections as they are, where weights cannot be cast."""
+    """The original forward in float64, `[M, O]`; if weights cannot be cast, in fp32 with unchanged projections."""
     if is_fp8_experts(twin):
         return fp8_experts_output(twin, *_cast(inputs, torch.float64), exact=True).flatten(0, -2), "float64"
     if fp8_layers(twin):
@@ -133,7 +133,7 @@ def _oracle(module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]) -> tuple
 
 
 def _cast(inputs: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`inputs`, with floats in `dtype`; indices stay what they are."""
+    """`inputs`, with floats cast to `dtype` and integers unchanged."""
     return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs]
 
 

@@ -1,4 +1,4 @@
-"""The whole model: logits, perplexity and greedy answers, fused against the reference's original form."""
+"""Compares the whole model to the reference's original form: logits, perplexity and greedy answers."""
 
 import math
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from hf_fused_mlp.numerics.report import Divergence, LogitsNumerics
 from hf_fused_mlp.swap import Fused, original_form
 
 PROMPTS, PROMPT_TOKENS = 4, 16
-ROWS = 64  # logits at a time in float64
+ROWS = 64  # logits to convert to float64 at a time
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward is given: keyword arguments, or one tensor."""
+    """The arguments of a forward: keyword arguments, or one tensor."""
 
     arguments: dict = field(default_factory=dict)
     positional: Tensor | None = None
@@ -35,11 +35,11 @@ class Forward:
 
     @property
     def is_text(self) -> bool:
-        """Whether there are token ids and nothing that would have to be cut with them."""
+        """Whether there are token ids, and no other input that would have to be cut with them."""
         return self.ids is not None and self.arguments.keys() <= {"input_ids", "attention_mask"}
 
     def mask(self, shape: torch.Size) -> Tensor:
-        """Which of `shape`, that of the logits without the vocabulary, are tokens and no padding; on the CPU."""
+        """Which positions are tokens and not padding, on the CPU; `shape` is that of the logits without vocabulary."""
         mask = self.arguments.get("attention_mask")
         return torch.ones(shape, dtype=torch.bool) if mask is None or mask.shape != shape else mask.bool().cpu()
 
@@ -49,15 +49,15 @@ class Forward:
 
 
 def predicts_next(model: nn.Module) -> bool:
-    """Whether logits are about the token after each: not in encoders, nor where a decoder has tokens of its own."""
+    """Whether logits predict the next token: not in encoders, nor if a decoder has other tokens."""
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return getattr(model, "can_generate", bool)() and not is_pair
 
 
 def compare_logits(output, source: nn.Module, forward: Forward, next_tokens: bool) -> LogitsNumerics | None:
-    """`output` of the fused model against that of the original form of `source`; None where there are no logits.
+    """Compares `output` of the fused model to that of the original form of `source`; None if there are no logits.
 
-    With `next_tokens`, perplexities as well.
+    With `next_tokens`, includes perplexities.
     """
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -92,7 +92,7 @@ def compare_logits(output, source: nn.Module, forward: Forward, next_tokens: boo
 
 
 def compare_greedy(model: nn.Module, source: nn.Module, text: Tensor, new_tokens: int) -> tuple[Divergence, ...]:
-    """The answers of both to up to four pieces of `text`, evenly spaced, each continued by `new_tokens` tokens."""
+    """Compares the greedy answers of both, `new_tokens` long, to up to four evenly spaced pieces of `text`."""
     answers = []
     for start in range(0, len(text), -(-len(text) // PROMPTS)) if new_tokens else ():
         prompt = text[None, start : start + PROMPT_TOKENS]
@@ -117,7 +117,7 @@ def _originals_of(model: nn.Module) -> Iterator[None]:
 
 
 def _greedy(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
-    """The `[1, new_tokens]` most likely tokens after `prompt` `[1, tokens]`, none of which ends the answer."""
+    """The greedy `[1, new_tokens]` tokens after `prompt` `[1, tokens]`; end-of-text tokens do not stop it."""
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

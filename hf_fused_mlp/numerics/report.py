@@ -1,4 +1,4 @@
-"""What `validate` found: plain figures, and the verdict that follows from them."""
+"""The results of `validate`: figures, and the verdict that follows from them."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,22 +9,23 @@ from hf_fused_mlp.validation import Errors
 _PATHS = {
     "fused": "fused kernels",
     "partly fused": "partly fused: {}",
-    "operator": "original forward: {}; the operator on the same weights was judged beside it",
+    "operator": "original forward: {}; the operator was judged too, on the same weights",
     "original forward": "original forward: {}",
 }
 
 
 @dataclass(frozen=True)
 class LayerNumerics:
-    """One fused MLP on the model's own activations; of several calls that were judged, the worst.
+    """One fused MLP on the model's own activations; the worst of the judged calls.
 
-    `path` says what was judged: `"fused"` kernels; `"partly fused"`, where projections are called; `"operator"`, where
-    the device has no kernels, so that the model runs the original forward, and the arithmetic of the fused path was
-    judged beside it; `"original forward"`, where something else speaks against the kernels, so that nothing fused was.
-    `remark` says why it is not the first.
+    `path` says what was judged: `"fused"` kernels; `"partly fused"`, if projections are called; `"operator"`, if the
+    device has no kernels, so that the model ran the original forward, and the operator was judged separately;
+    `"original forward"`, if the kernels did not run for another reason, so that nothing fused was judged. `remark`
+    says why it is not the first.
 
-    Errors are relative to the RMS of each token's output. `tokens` is how many the judged call was given. `oracle` is
-    `"float64"`, or `"float32"` with the reason. `failure` is what the rule says, None where the layer passes.
+    Errors are relative to the RMS of each token's output. `tokens` is the number of tokens of the judged call.
+    `oracle` is `"float64"`, or `"float32"` with the reason. `failure` says what the rule found; None if the layer
+    passes.
     """
 
     name: str
@@ -40,10 +41,10 @@ class LayerNumerics:
 
 @dataclass(frozen=True)
 class LogitsNumerics:
-    """The logits of one forward, fused against the reference's; KL(reference || fused) in nats a token.
+    """The logits of one forward, fused against the reference's; KL(reference || fused) in nats per token.
 
-    `top1_agreement` is the share of tokens with the same most likely next one. `finite` says that every logit is that
-    is so in the reference. The perplexities are None unless the model predicts the next token.
+    `top1_agreement` is the share of tokens with the same most likely next token. `finite` is true if every logit that
+    is finite in the reference is finite. The perplexities are None unless the model predicts the next token.
     """
 
     tokens: int
@@ -60,8 +61,8 @@ class LogitsNumerics:
 class Divergence:
     """A greedy answer of `tokens` tokens to the prompt that begins at token `start` of the text.
 
-    `first_difference` is the first generated token that differs from the reference's, and `margin` by how much the
-    reference's logit of its own choice exceeds the next best there; both are None where the answers agree.
+    `first_difference` is the first generated token that differs from the reference's. `margin` says by how much the
+    reference's logit of its own choice exceeds the next best there. Both are None if the answers agree.
     """
 
     start: int
@@ -75,7 +76,7 @@ class NumericsReport:
     """The figures of `validate`; `print` it for the verdict and what led to it.
 
     `reference` says what the fused layers were compared with. `unfused` are the MLPs of the model that are not fused,
-    `unreached` the names of those that are, but that the inputs did not come by.
+    `unreached` are the names of fused MLPs that the inputs did not reach.
     """
 
     reference: str
@@ -106,8 +107,8 @@ class NumericsReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What does not fail a model, but should be looked at."""
-        lines = [f"{name} is fused, and the inputs did not reach it" for name in self.unreached]
+        """Findings that do not fail a model, but deserve a look."""
+        lines = [f"{name} is fused, but the inputs did not reach it" for name in self.unreached]
         for answer in self.greedy:
             if answer.margin is not None and answer.margin > 2 * self.logits.largest_difference:
                 lines.append(
@@ -133,13 +134,13 @@ class NumericsReport:
         return groups
 
     def verdict(self) -> str:
-        """The first line: passed or failed, and how many layers of how many."""
+        """The first line: passed or failed, and how many layers passed."""
         good = sum(layer.failure is None for layer in self.layers)
         verdict = "passed" if self.passed else "FAILED"
         return f"{verdict}: {good} of {len(self.layers)} fused MLPs are within tolerance of {self.reference}"
 
     def summary(self) -> list[str]:
-        """What ran, and the whole model's figures, a line each; information, and no part of the verdict."""
+        """What ran, and the whole model's figures, one line each. These are information, not part of the verdict."""
         lines = []
         for (class_name, path, remark), layers in self.grouped().items():
             worst = max(layers, key=severity)

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.hf_fused_mlp.*`, and how a call finds its kernels."""
+"""The operators `torch.ops.hf_fused_mlp.*`, and the way from a call to its kernels."""
 
 from hf_fused_mlp.ops.dense import mlp, mlp_if_fits
 from hf_fused_mlp.ops.experts import experts, experts_if_fits

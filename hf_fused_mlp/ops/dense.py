@@ -35,8 +35,8 @@ def mlp(
         activation: a key of `hf_fused_mlp.activations.ACTIVATIONS`.
         gate_scale, up_scale, down_scale: if the weights are FP8 (e4m3), a scale for each 128 x 128 block of them:
             `[ceil(I / 128), ceil(H / 128)]` and `[ceil(O / 128), ceil(I / 128)]`, fp32 or e8m0.
-        batch_invariant: a token's output shall be the same to the bit however many tokens there are. Holds for fp16
-            and bf16 on a GPU, for weights stored as `[I, H]`; a warning says where it does not.
+        batch_invariant: a token's output has the same bits for any number of tokens. Holds for fp16 and bf16 on a GPU;
+            otherwise a warning is logged.
 
     Returns:
         `[..., O]`, or `[..., I]` without `down`; dtype of `x`, contiguous. Differentiable in all tensors but FP8

@@ -41,7 +41,7 @@ MEASURED = user_plan, shipped_plan
 SOURCES: list[Callable[[ProblemKey], Plan | None]] = [*MEASURED, heuristic_plan]
 
 
-# by storage, the plans for problems whose own does not run; the last always runs
+# for each storage, fallback plans for problems whose plan does not run; the last one always runs
 _FALLBACKS = {"fp8": (Plan(TileConfig("fp8_dequantized"), TileConfig("fp8_dequantized")), UNFUSED)}
 
 
@@ -57,7 +57,7 @@ def by_rule() -> Iterator[None]:
 
 
 def find_plan(key: ProblemKey) -> Plan:
-    """The plan of the first source that knows `key`, or a fallback if that turned out not to run here."""
+    """The plan of the first source that knows `key`, or a fallback if that plan does not run here."""
     plan = next(filter(None, (source(key) for source in SOURCES)))
     return next(plan for plan in (plan, *_fallbacks(key.storage)) if plan not in unusable)
 
@@ -79,10 +79,10 @@ def _fallbacks(storage: str | None) -> tuple[Plan, ...]:
 
 
 def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None) -> ProblemKey:
-    """The problem of `m` tokens of `dtype`, which is that of weights that are floats, and an MLP's weights."""
+    """The problem of `m` tokens of `dtype` and an MLP's weights. Float weights have the same dtype."""
     gate, up, down, activation, _ = operands
     storage = operands.storage
-    assert storage is not None  # or no kernel reads them
+    assert storage is not None  # otherwise no kernel reads them
     first: Tensor = up.data if gate.data is None else gate.data
     aligned = first.data_ptr() % 16 == 0 and (down.data is None or down.data.data_ptr() % 16 == 0)
     packed = gate.data is None or is_packed(gate.data, up.data)
@@ -115,7 +115,7 @@ def mlp_cuda(x: Tensor, operands: MLPOperands) -> Tensor:
 
 
 def _kind(kind):
-    """Differs from `kind`, which modules look up, under autocast: modules cast then, and operators do not."""
+    """The cache key of the operator. Differs from `kind` under autocast, where modules cast and operators do not."""
     if not torch._C._is_any_autocast_enabled():
         return kind
     return "autocast", torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), kind
@@ -135,8 +135,8 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
 
     key = problem_key(x.numel() // x.shape[-1], operands, x.dtype)
     plans = _invariant_plan(key) if operands.batch_invariant else find_plan(key), *_fallbacks(operands.storage)
-    # a shipped plan may have been measured with a Triton that needed less or compiled more; and a file of plans may
-    # have been written by anyone
+    # a shipped plan may have been measured with a Triton that needed fewer resources, and anyone may have written the
+    # user's file
     message = (
         "batch_invariant: %s does not run here (%s); PyTorch's GEMMs do, whose sums depend on the token count"
         if operands.batch_invariant
@@ -148,9 +148,9 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
 
 
 def _first_that_runs(plans, prepared, arguments, message):
-    """The function that `prepared` makes of the first of `plans` that runs, and its answer.
+    """The function that `prepared` makes from the first of `plans` that runs, and its output.
 
-    Those that fail are logged once and not tried again; the error of the last one is raised.
+    Plans that fail are logged once and not tried again. The error of the last one is raised.
     """
     *others, last = dict.fromkeys(plans)
     for plan in others:
@@ -159,7 +159,7 @@ def _first_that_runs(plans, prepared, arguments, message):
         try:
             run = prepared(plan)
             return run, run(*arguments)
-        except torch.OutOfMemoryError:  # not the plan's fault
+        except torch.OutOfMemoryError:  # the plan is not the cause
             raise
         except Exception as error:
             logger.warning(message, plan, error)
@@ -185,14 +185,14 @@ def _first_experts(kind, tensors, form):
     if x.numel() == 0:
         return x.new_empty(x.shape)
     if not (has_rows(x) and _is_usual(ids) and _is_usual(weights)):
-        # where tokens go is little to copy, and so only x and the stacks decide the plan
+        # the routing is small enough to copy, so only x and the stacks decide the plan
         x = x if has_rows(x) else x.clone(memory_format=torch.contiguous_format)
         ids, weights = (t.clone(memory_format=torch.contiguous_format) for t in (ids, weights))
         tensors = x, ids, weights, *stacks
         if (out := answer(kind, tensors, tensors)) is not None:
             return out
     usual = all(tensor is None or tensor.is_contiguous() for tensor in stacks)
-    if not usual:  # copies of weights are made for this call only, which happens nowhere in Transformers
+    if not usual:  # weights are copied for this call only, which Transformers never causes
         tensors = x, ids, weights, *(None if tensor is None else tensor.contiguous() for tensor in stacks)
     call = describe_experts(x, ids, *tensors[3:5], form)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
@@ -206,7 +206,7 @@ def _first_experts(kind, tensors, form):
 
 
 def experts_plans(call: ExpertsCall, bias: bool) -> tuple[ExpertsPlan, ...]:
-    """The plan that was measured for calls like this one, if any, and the rule's; `bias` says that there is one."""
+    """The measured plan for calls like this one, if any, and the rule's plan; `bias` is true if there is one."""
     key = ExpertsKey.of(call, bias)
     measured = filter(None, (source(key) for source in MEASURED))
     return *islice(measured, 1), rule_of_thumb(call)
@@ -217,7 +217,7 @@ def _is_usual(tensor: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
-    """``weight * normed`` as a key `form` of `hf_fused_mlp.reading.norm.FORMS` says; None if no kernel can.
+    """``weight * normed``, rounded according to `form`, a key of `reading.norm.FORMS`; None if no kernel can.
 
     Args:
         x: `[..., H]`, fp16, bf16 or fp32.
@@ -234,7 +234,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
 
 
 def _first_norm(x, weight, eps, form):
-    """Finds the launch for norms like this one and remembers it, or that there is none."""
+    """Finds the launch for norms like this one, and remembers it or its absence."""
     run, out = _no_norm, NotImplemented
     if norm.supports(x, weight):
         rows = x if has_rows(x) else x.contiguous()
@@ -250,7 +250,7 @@ def _first_norm(x, weight, eps, form):
 
 
 def _no_norm(x, weight):
-    """The remembered answer if there is no kernel."""
+    """Remembered in place of a launch if there is no kernel."""
     return NotImplemented
 
 

@@ -14,10 +14,10 @@ DTYPES = torch.float16, torch.bfloat16, torch.float32
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, operands: ExpertsOperands) -> Tensor:
-    """The sum over a token's experts of ``weight * down(act(gate(x)) * up(x))``, which nothing on the host waits for.
+    """The sum over a token's experts of ``weight * down(act(gate(x)) * up(x))``. The host does not wait for anything.
 
     Args:
-        x: `[M, H]`, fp16, bf16 or fp32; any number of tokens, none included.
+        x: `[M, H]`, fp16, bf16 or fp32; any number of tokens, including none.
         ids: `[M, k]`, int32 or int64; an id outside of `[0, E)` counts as zero.
         weights: `[M, k]`, float.
 
@@ -61,7 +61,7 @@ def _fits(x, ids, weights, up, down, up_bias, down_bias, form: ExpertsForm, up_s
 
 
 def stacks_fit(up, down, up_bias, down_bias, form: ExpertsForm, up_scale=None, down_scale=None) -> bool:
-    """True if the weights fit together, so that tokens can be found that fit them."""
+    """True if the weights fit together."""
     if up.dim() != 3 or down.dim() != 3:
         return False
     width, hidden = (up.shape[1], up.shape[2]) if form.layout == "planes" else (up.shape[2], up.shape[1])
@@ -92,7 +92,7 @@ def _scales_fit(up, down, form: ExpertsForm, up_scale, down_scale) -> bool:
 
 
 def share_scales(up: Tensor) -> bool:
-    """True if the last rows of gate and the first of up are in one block of scales, of `[E, 2I, H]`."""
+    """True if, in `[E, 2I, H]`, the last rows of gate and the first rows of up are in one block of scales."""
     return up.shape[1] % (2 * SCALE_BLOCK) != 0
 
 
@@ -126,7 +126,7 @@ def _experts_fake(*arguments):
 
 
 def _with_form(*arguments):
-    """The arguments of the operator with the five that are no tensors as one `ExpertsForm`; scales may be left out."""
+    """The arguments of the operator, with the five non-tensors as one `ExpertsForm`; scales may be left out."""
     return *arguments[:7], ExpertsForm(*arguments[7:12]), *arguments[12:]
 
 

@@ -41,7 +41,7 @@ def on_gpu():
 def gradients(function, tensors, wanted, grad):
     """The gradients of the `wanted` tensors; differentiable again in a backward that creates a graph.
 
-    By autograd rather than `torch.func`, which does not allow hooks on saved tensors.
+    This uses autograd, because `torch.func` does not allow hooks on saved tensors.
     """
     again, inputs = torch.is_grad_enabled(), list(tensors)
     # the forward did not run under autocast, so its recomputation must not either

@@ -1,1 +1,1 @@
-"""Where a model's time goes, and what fusing its MLPs does about it."""
+"""Where a model's time goes, and what fusing its MLPs gains."""

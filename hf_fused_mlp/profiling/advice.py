@@ -1,4 +1,4 @@
-"""What an audit's figures say would help, besides the verdict."""
+"""Advice that follows from an audit's figures, besides the verdict."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def _about_model(report: AuditReport) -> Iterator[str]:
     if report.attention == "eager":
         yield "Attention is the eager implementation; load with attn_implementation='sdpa' or a flash kernel."
     if report.on_gpu and report.dtype == "float32":
-        yield "Weights are float32; in bfloat16 they are half the bytes, and products run on the tensor cores."
+        yield "Weights are float32; bfloat16 halves their bytes, and runs products on the tensor cores."
 
 
 def _about_phase(report: AuditReport, phase: Phase) -> Iterator[str]:
@@ -36,7 +36,7 @@ def _about_phase(report: AuditReport, phase: Phase) -> Iterator[str]:
     if phase.bound == "memory-bound" and phase.name == "decode":
         yield (
             "Decode is memory-bound: a larger batch reads each weight once for more tokens, and weights of fewer bits "
-            "are read sooner."
+            "take less time to read."
         )
     if report.on_gpu and phase.predicted.gain is None:
         yield f"{name}: {phase.predicted.basis}."

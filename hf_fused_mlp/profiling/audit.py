@@ -40,27 +40,27 @@ def audit(
 
     The model may be fused or not, and is restored afterwards. On a GPU, compares three forms: eager, fused, and fused
     with norms. On a CPU, measures eager only, because the original forward runs there. Prompts are random tokens. A
-    loop of forwards with the default cache stands for `generate`, in which the host does a little more.
+    loop of forwards with the default cache represents `generate`, in which the host does slightly more work.
 
     Args:
         model: a causal language model of Transformers, on the CPU or on CUDA GPUs.
-        batch: prompts at once.
-        prompt_tokens: in each prompt; unless given, 512 on a GPU and 128 on a CPU.
-        new_tokens: generated after each; unless given, 32 on a GPU and 16 on a CPU.
-        rounds: how often each form is timed; unless given, 9 times on a GPU and 3 on a CPU. A verdict needs 6.
-        gpu_price: dollars an hour for what the model runs on; without it there are no costs in the report.
+        batch: number of prompts in a batch.
+        prompt_tokens: tokens in each prompt; default: 512 on a GPU and 128 on a CPU.
+        new_tokens: tokens to generate after each; default: 32 on a GPU and 16 on a CPU.
+        rounds: how often to time each form; default: 9 on a GPU and 3 on a CPU. A verdict needs 6.
+        gpu_price: dollars per hour of the hardware; without it the report has no costs.
         trace: a directory for Chrome traces, `prefill-original.json` and so on.
-        progress: called with the name of each step before it begins, and the part of the steps that are done.
+        progress: called before each step with its name and the completed fraction of the steps.
 
     Raises:
         TypeError: `model` is not a causal language model of Transformers that takes a key-value cache.
-        ValueError: a number that is not positive, more tokens than the model has positions for, a compiled model, or
-            one that is neither on the CPU nor on a CUDA GPU.
+        ValueError: a number is not positive, there are more tokens than positions, or the model is compiled, or
+            neither on the CPU nor on a CUDA GPU.
         RuntimeError: the profiler sees no kernels on the GPU.
     """
     request = make_request(model, batch, prompt_tokens, new_tokens, rounds)
     if gpu_price is not None and not gpu_price > 0:
-        raise ValueError(f"gpu_price {gpu_price}: expected dollars an hour, more than 0")
+        raise ValueError(f"gpu_price {gpu_price}: expected dollars per hour, more than 0")
     folder = None if trace is None else Path(trace)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _form(
     busy = of_busy = None
     of_wall = of_host = step.mlp_host_us / step.host_us
     if on_gpu:
-        # kernels take as long under the profiler as without it, the host does not: the wall clock is that without it
+        # the profiler slows down the host but not the kernels, so wall-clock times come from runs without it
         busy, of_busy = min(1.0, step.busy_us / wall), step.mlp_us / step.busy_us
         of_wall = busy * of_busy
     return Form(

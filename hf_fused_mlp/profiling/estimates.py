@@ -9,8 +9,8 @@ from hf_fused_mlp.profiling.report import HOST_BOUND_BELOW, Bound, Roofline
 def bound_of(gpu_busy_share: float | None, flops_per_byte: float, ridge: float) -> Bound:
     """What a phase waits for.
 
-    The host, if the GPU works less than 70 % of the time. Otherwise what its MLPs wait for: memory where they do fewer
-    operations for a byte of weights than the device could (`ridge`), arithmetic where they do more. A CPU has no busy
+    The host, if the GPU works less than 70 % of the time. Otherwise the limit of its MLPs: memory, if they do fewer
+    operations per byte of weights than the device could (`ridge`), or arithmetic, if they do more. A CPU has no busy
     share.
     """
     if gpu_busy_share is not None and gpu_busy_share < HOST_BOUND_BELOW:
@@ -19,7 +19,7 @@ def bound_of(gpu_busy_share: float | None, flops_per_byte: float, ridge: float) 
 
 
 def amdahl(share: float, gain: float) -> float:
-    """How many times shorter the whole becomes when a part of it, `share`, becomes `gain` times shorter."""
+    """The speedup of the whole if a part of it, `share`, becomes `gain` times as fast."""
     return 1 / (1 - share + share / gain)
 
 
@@ -29,7 +29,7 @@ def dollars_per_1m_tokens(price_per_hour: float | None, us: float, tokens: int) 
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Measures it, in about a second."""
+    """Measures the roofline of a device in about a second."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 1024
     dtype = dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16

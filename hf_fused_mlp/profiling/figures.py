@@ -1,4 +1,4 @@
-"""Which of a report's numbers are shown, in what order and unit; the terminal's tables and the page share this."""
+"""Which numbers of a report to show, in what order and unit. The tables of the terminal and the page share this."""
 
 from dataclasses import dataclass
 from math import floor, log10
@@ -7,7 +7,7 @@ from typing import Any
 from hf_fused_mlp.profiling.intervals import CONFIDENCE, direction
 from hf_fused_mlp.profiling.report import HOST_BOUND_BELOW, AuditReport, Speedup
 
-# what a value is multiplied by, and how it is written then; many microseconds are written as "ms" or "s"
+# a factor and a format for each unit; large numbers of microseconds are shown as "ms" or "s"
 UNITS = {
     "": (1, "{}"),
     "us": (1, "{} us"),
@@ -22,7 +22,7 @@ UNITS = {
 class Figure:
     """`field` is one of a `Form`, or of a `Phase`; `unit` a key of `UNITS`, `"gain"` or `"speedup"`.
 
-    `digits` are the significant ones; None: as many as the rounds agree on.
+    `digits` is the number of significant digits; None: as many as the rounds agree on.
     """
 
     label: str
@@ -33,24 +33,24 @@ class Figure:
 
 
 def form_figures(report: AuditReport) -> list[Figure]:
-    """Those that at least one form of the report has."""
+    """The figures that at least one form of the report has."""
     launches, kernels = ("kernel launches", "kernels") if report.on_gpu else ("operators", "operators")
-    of_wall = (
-        "the product of the two above" if report.on_gpu else "part of a step that is spent in the forwards of MLPs"
-    )
+    of_wall = "the product of the two above" if report.on_gpu else "part of a step spent in the forwards of MLPs"
     figures = (
         Figure("time of a step", "wall_us", "us", "median of the rounds, wall clock, without the profiler", None),
         Figure("shortest round", "wall_min_us", "us", digits=None),
         Figure("longest round", "wall_max_us", "us", digits=None),
         Figure("speedup", "speedup", "speedup", f"over eager in the same round, and its {CONFIDENCE:.0%} interval"),
         Figure("tokens per second", "tokens_per_s", digits=None),
-        Figure("per 1 M tokens", "dollars_per_1m_tokens", "dollars", "price an hour over tokens an hour", None),
+        Figure(
+            "per 1 M tokens", "dollars_per_1m_tokens", "dollars", "price per hour divided by tokens per hour", None
+        ),
         Figure("GPU busy", "gpu_busy_share", "percent", "part of the time in which any kernel runs", 2),
         Figure(
             "MLPs' share of GPU time",
             "mlp_gpu_share",
             "percent",
-            "part of the busy time that the kernels of MLPs take",
+            "part of the busy time taken by the kernels of MLPs",
             2,
         ),
         Figure("MLPs' share of the step", "mlp_wall_share", "percent", of_wall, 2),
@@ -69,19 +69,17 @@ def form_figures(report: AuditReport) -> list[Figure]:
 
 
 BOUNDS = {
-    "host-bound": f"The GPU waits for the host: it is busy less than {HOST_BOUND_BELOW:.0%} of the time, so kernels "
-    "that finish sooner only wait longer.",
+    "host-bound": f"The GPU waits for the host: it is busy less than {HOST_BOUND_BELOW:.0%} of the time, so faster "
+    "kernels would only wait longer.",
     "memory-bound": "Reading weights takes longer than computing with them.",
     "compute-bound": "Computing takes longer than reading the weights.",
 }
 
 
 def phase_figures(report: AuditReport) -> list[Figure]:
-    """Speedups are among them only where a fused form was measured."""
+    """The figures of a phase; speedups only if a fused form was measured."""
     tokens = Figure("tokens in a step", "tokens")
-    intensity = Figure(
-        "operations per byte", "flops_per_byte", "", "of MLP weights; if they are few, memory is the limit", 4
-    )
+    intensity = Figure("operations per byte", "flops_per_byte", "", "of MLP weights; if low, memory is the limit", 4)
     if not any("fused" in phase.forms for phase in report.phases):
         return [tokens, intensity]
     return [
@@ -94,7 +92,7 @@ def phase_figures(report: AuditReport) -> list[Figure]:
 
 
 def shown(value: float | str | None, unit: str = "", digits: int = 3) -> str:
-    """A value of `to_dict` as people read it, to so many significant digits; `-` for None."""
+    """Formats a value of `to_dict` with that many significant digits; `-` for None."""
     if value is None:
         return "-"
     if isinstance(value, str):
@@ -113,7 +111,7 @@ def shown(value: float | str | None, unit: str = "", digits: int = 3) -> str:
 
 
 def agreed_digits(form: dict[str, Any]) -> int:
-    """Significant digits of a form's time that its rounds agree on: at least two, at most four."""
+    """How many significant digits of a form's time its rounds agree on: two to four."""
     spread = form["wall_max_us"] - form["wall_min_us"]
     if not spread:
         return 2
@@ -121,12 +119,12 @@ def agreed_digits(form: dict[str, Any]) -> int:
 
 
 def shown_ratio(value: float, speedup: Speedup) -> str:
-    """One of the numbers of `speedup`, with a decimal more where its interval is narrow."""
+    """Formats one of the numbers of `speedup`, with one more decimal if the interval is narrow."""
     return f"{value:.{3 if speedup.high - speedup.low < 0.01 else 2}f}x"
 
 
 def speedup_template(speedup: Speedup) -> str:
-    """What is said of a speedup, with its `{median}`, `{low}` and `{high}` to fill in."""
+    """The words for a speedup, with `{median}`, `{low}` and `{high}` to fill in."""
     match direction(speedup):
         case "unknown":
             return "{median} (too few rounds)"
@@ -136,7 +134,7 @@ def speedup_template(speedup: Speedup) -> str:
 
 
 def shown_speedup(speedup: Speedup | None) -> str:
-    """As `1.12x (1.10x to 1.14x)`, or that there is no difference to see; `-` for None."""
+    """Formats a speedup as `1.12x (1.10x to 1.14x)`, or says that there is no measurable difference; `-` for None."""
     if speedup is None:
         return "-"
     ratios = {name: shown_ratio(getattr(speedup, name), speedup) for name in ("median", "low", "high")}

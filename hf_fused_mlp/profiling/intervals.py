@@ -1,4 +1,4 @@
-"""How many times faster one form is than another, with an interval, from times of paired rounds."""
+"""Speedups with intervals, from the times of paired rounds."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from typing import Literal
 from hf_fused_mlp.profiling.report import Speedup
 
 CONFIDENCE = 0.95
-ENOUGH_ROUNDS = 6  # fewer give no interval of that confidence
+ENOUGH_ROUNDS = 6  # fewer rounds give no interval of that confidence
 
 
 def speedup(before: Sequence[float], after: Sequence[float]) -> Speedup:
-    """How many times shorter `after` is than `before`, times of the same rounds.
+    """The speedup from `before` to `after`, which are times of the same rounds.
 
-    The interval is one of order statistics: each round is above the true median as often as below, whatever the
-    distribution, so counting rounds says how likely it lies between two of them. The narrowest pair, as far from one
-    end as from the other, that has `CONFIDENCE` is taken; the shortest and longest round where none has.
+    The interval comes from order statistics: each round is equally likely to be above or below the true median, for
+    any distribution, so counting rounds gives the probability that the median lies between two of them. We take
+    the narrowest symmetric pair that has `CONFIDENCE`, or the shortest and longest round if none has.
     """
     ratios = sorted(b / a for b, a in zip(before, after, strict=True))
-    # at `i`: how likely at most `i` of the rounds are below the true median
+    # at `i`: the probability that at most `i` of the rounds are below the true median
     below = [count / 2 ** len(ratios) for count in accumulate(comb(len(ratios), i) for i in range(len(ratios)))]
     left_out = max((i for i, tail in enumerate(below) if 1 - 2 * tail >= CONFIDENCE), default=0)
     confidence = 1 - 2 * below[left_out]
@@ -28,7 +28,7 @@ def speedup(before: Sequence[float], after: Sequence[float]) -> Speedup:
 
 
 def direction(speedup: Speedup) -> Literal["faster", "slower", "the same", "unknown"]:
-    """What the interval says; `"unknown"` after too few rounds."""
+    """What the interval shows; `"unknown"` after too few rounds."""
     if speedup.confidence < CONFIDENCE:
         return "unknown"
     return "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "the same"

@@ -1,4 +1,4 @@
-"""The forms of a model at work: wall-clock times in turn, then each once under the profiler."""
+"""Measures the forms of a model: wall-clock times in turn, then each form once under the profiler."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -18,26 +18,26 @@ from hf_fused_mlp.profiling.trace import Breakdown, record
 from hf_fused_mlp.swap import Fused, fuse, unfuse_module
 
 PROFILED_STEPS = {"prefill": 1, "decode": 8}  # at most
-# what fuses a module: the class to mix in, and the spec
+# how to fuse a module: the class to mix in, and the spec
 Recipe = tuple[type[Fused], Hashable]
-Tell = Callable[[str], None]  # is told what is measured next
+Tell = Callable[[str], None]  # called with the name of the next step
 
 
 @dataclass(frozen=True)
 class Forms:
-    """What a model's forms are made of: its MLPs and norms by name, and `recipes`, by form what is fused in it."""
+    """The forms of a model: its MLPs and norms by name, and for each form the `recipes` of its fused modules."""
 
     mlps: dict[str, nn.Module]
     norms: dict[str, nn.Module]
     recipes: dict[str, dict[str, Recipe]]
 
     def apply(self, form: str) -> None:
-        """Makes the model that form."""
+        """Puts the model into that form."""
         set_fused(self.mlps | self.norms, self.recipes[form])
 
 
 def forms_of(model: nn.Module) -> Forms:
-    """Leaves the model unfused."""
+    """Finds the forms of a model; leaves it unfused."""
     set_fused({entry.name: entry.module for entry in examine(model) if entry.family.option in (None, "norms")}, {})
     of_option: dict[str | None, dict[str, nn.Module]] = {None: {}, "norms": {}}
     fusable: dict[str | None, dict[str, Recipe]] = {None: {}, "norms": {}}
@@ -53,8 +53,7 @@ def forms_of(model: nn.Module) -> Forms:
 
 
 def worth_timing(forms: Forms) -> list[str]:
-    """The original, and the forms that run more kernels of ours than the one before: on a CPU none. Leaves the model
-    fused."""
+    """The original, and each form with more kernels of ours than the one before. Leaves the model fused."""
     forms.apply("fused_norms")
     added = {"fused": forms.mlps, "fused_norms": forms.norms}
     run_kernels = {
@@ -66,7 +65,7 @@ def worth_timing(forms: Forms) -> list[str]:
 
 @contextmanager
 def as_it_came(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards the same modules are fused, and the same in training mode, as before."""
+    """A context in evaluation mode. Afterwards the same modules as before are fused and in training mode."""
     modules = dict(model.named_modules())
     fused = {name: module.fused_recipe() for name, module in modules.items() if isinstance(module, Fused)}
     with evaluating(model):
@@ -86,10 +85,10 @@ def set_fused(modules: dict[str, nn.Module], recipes: Mapping[str, Recipe]) -> N
 
 
 def time_forms(request: Request, forms: Forms, timed: Sequence[str], tell: Tell) -> dict[str, dict[str, list[float]]]:
-    """By phase and form, the microseconds of one step in each round.
+    """The microseconds of one step in each round, by phase and form.
 
-    Every round times every form, so that ratios within a round leave out what drifts, such as the clock of a GPU that
-    gets warm; the form that comes first changes.
+    Every round times every form, so that slow changes, such as the clock of a warming GPU, cancel out in the ratios
+    within a round. The form that comes first changes.
     """
     walls: dict[str, dict[str, list[float]]] = {phase: {form: [] for form in timed} for phase in PROFILED_STEPS}
     # the first round compiles kernels, so its times do not count
@@ -112,7 +111,7 @@ def time_forms(request: Request, forms: Forms, timed: Sequence[str], tell: Tell)
 
 
 def _now(request: Request) -> float:
-    """Seconds, once the GPUs have done what they were given."""
+    """The time in seconds, after the GPUs have finished their work."""
     for gpu in request.gpus:
         torch.cuda.synchronize(gpu)
     return time.perf_counter()
@@ -121,7 +120,7 @@ def _now(request: Request) -> float:
 def profile_forms(
     request: Request, forms: Forms, timed: Sequence[str], folder: Path | None, tell: Tell
 ) -> dict[str, dict[str, Breakdown]]:
-    """By phase and form, what a step consists of."""
+    """The parts of one step, by phase and form."""
     steps: dict[str, dict[str, Breakdown]] = {phase: {} for phase in PROFILED_STEPS}
     for form in timed:
         tell(f"{LABELS[form]}, profiler")

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no script, no network."""
+"""A report as one self-contained HTML page, without scripts or network."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ from hf_fused_mlp.profiling.figures import (
 )
 from hf_fused_mlp.profiling.report import LABELS, AuditReport, Speedup
 
-# by the part of a step its class in the style sheet
+# for each part of a step, its class in the style sheet
 PARTS = {"MLPs": "mlps", "everything else": "rest", "the GPU waits": "waits"}
-RATIOS = ("median", "low", "high")  # of a speedup
+RATIOS = ("median", "low", "high")  # for a speedup
 
 
 def page(report: AuditReport) -> str:
-    """The page. Its numbers are those of `to_dict`, which it holds too, and each says where it is found there."""
+    """Renders the page. It contains `to_dict`, and each number on it names its place there."""
     document = report.to_dict()
 
     def data(path: str, text: str) -> Markup:
@@ -36,7 +36,7 @@ def page(report: AuditReport) -> str:
             speedup = Speedup(**value)
             ratios = {name: data(f"{path}.{name}", shown_ratio(value[name], speedup)) for name in RATIOS}
             return Markup(speedup_template(speedup)).format(**ratios)
-        # in a form its own rounds say how many digits mean something
+        # the rounds of a form say how many digits are meaningful
         digits = agreed_digits(_at(document, path.rpartition(".")[0])) if digits is None else digits
         return data(path, shown(value, unit, digits))
 

@@ -1,4 +1,4 @@
-"""What fusing should gain, from the MLPs' share of the time and what their plans were measured to gain alone."""
+"""Predicts the gain of fusing from the MLPs' share of the time and the measured gain of their plans."""
 
 from torch import nn
 
@@ -13,9 +13,9 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
     """Amdahl's law for a step that takes the original model `wall_us`.
 
     Args:
-        mlps: by name, those of the model while it is fused.
-        m: tokens that an MLP is given.
-        bound: of the original's step.
+        mlps: the MLPs of the fused model by name.
+        m: the tokens of one call of an MLP.
+        bound: what the original's step waits for.
     """
     fused = {name: module for name, module in mlps.items() if isinstance(module, Fused)}
     if not fused:
@@ -25,7 +25,7 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
     if len(original_runs) == len(fused):
         return Prediction(1.0, original_runs[0])
     if bound == "host-bound":
-        return Prediction(1.0, "the GPU waits for the host, so what kernels save does not show; fewer launches may")
+        return Prediction(1.0, "the GPU waits for the host, so faster kernels do not show; fewer launches may")
     before = after = 0.0
     for name, module in fused.items():
         instead, called = runs[name]
@@ -37,7 +37,7 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
         if gain is None:
             return Prediction(
                 None,
-                f"no plan was measured for {name} and {m} tokens, whose tiles a rule of thumb chooses; "
+                f"no plan was measured for {name} and {m} tokens, so the rule chooses the kernels; "
                 "fuse_model(model, tune=True) measures one",
             )
         us = original.us_by_mlp.get(name, 0.0)
@@ -45,11 +45,12 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
     if not before:
         return Prediction(1.0, "no MLP was called")
     share = before / max(wall_us, original.busy_us)
-    return Prediction(amdahl(share, before / after), "the MLPs' share of the time, and what their plans gained alone")
+    basis = "the MLPs' share of the time, and the measured gain of their plans"
+    return Prediction(amdahl(share, before / after), basis)
 
 
 def _gain_alone(module: Fused, m: int) -> float | None:
-    """How many times faster than PyTorch's own kernels its plan for `m` tokens was measured to be; None: never."""
+    """The measured speedup of its plan for `m` tokens over PyTorch's own kernels; None if it was not measured."""
     from hf_fused_mlp.tuning.cache import tuned_plan  # imports Triton
 
     key = problem_of(module, m)

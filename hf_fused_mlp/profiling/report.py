@@ -1,13 +1,13 @@
-"""What an audit found, as values that print, and that JSON can hold."""
+"""The results of an audit, as values that can be printed and written as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from hf_fused_mlp.report import State
 
-DIGITS = 4  # significant ones in `to_dict`; tables and the page show fewer
+DIGITS = 4  # significant digits in `to_dict`; tables and the page show fewer
 HOST_BOUND_BELOW = 0.7  # the share of the time that the GPU is busy
-# what people read for the names of forms
+# the displayed names of forms
 LABELS = {"original": "eager", "fused": "fused", "fused_norms": "fused + norms"}
 
 Bound = Literal["host-bound", "memory-bound", "compute-bound"]
@@ -15,7 +15,7 @@ Bound = Literal["host-bound", "memory-bound", "compute-bound"]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A GPU kernel, copy or fill; on a CPU an operator of PyTorch that no other one called."""
+    """A GPU kernel, copy or fill; on a CPU, an operator of PyTorch that no other operator called."""
 
     name: str
     count: float
@@ -24,13 +24,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster one form is than another, over paired rounds.
+    """The speedup of one form over another, from paired rounds.
 
     Args:
         median: of the rounds' ratios.
         low, high: an interval around it.
-        confidence: how likely the interval contains the true median; `intervals.CONFIDENCE` or more, or less where
-            there are too few rounds for that.
+        confidence: the probability that the interval contains the true median: at least `intervals.CONFIDENCE`, or
+            less if there are too few rounds.
     """
 
     median: float
@@ -41,23 +41,23 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Form:
-    """One phase of one form of the model. A step is one forward: of the prompts, or of a token each.
+    """One phase of one form of the model. A step is one forward: of the prompts, or of one token for each of them.
 
-    Wall-clock times are over rounds without the profiler, shares and kernels are what it saw. The first two shares are
-    None on a CPU; so are the counts of an MLP's call where no MLP was called.
+    Wall-clock times come from rounds without the profiler, shares and kernels from the profiler. The first two shares
+    are None on a CPU. The counts of an MLP's call are None if no MLP was called.
 
     Args:
         wall_us, wall_min_us, wall_max_us: time of a step; the first is the median.
-        rounds_us: the same in each round. The same round of another form was measured right before or after.
+        rounds_us: time of a step in each round. The forms of a round were measured right after each other.
         speedup: over the original; None for the original itself.
         gpu_busy_share: part of the wall-clock time in which any kernel runs.
-        mlp_gpu_share: of that part, what kernels launched by MLPs take.
-        mlp_wall_share: the MLPs' kernels as a part of the wall-clock time; on a CPU the MLPs' time.
-        mlp_host_share: part of the host's time that passes in calls of MLPs; fewer launches make it less.
+        mlp_gpu_share: part of the busy time taken by kernels that MLPs launched.
+        mlp_wall_share: part of the wall-clock time taken by the MLPs' kernels; on a CPU, by the MLPs.
+        mlp_host_share: part of the host's time spent in calls of MLPs; fewer launches reduce it.
         launches_per_mlp: launches in one call of an MLP; on a CPU operators. A CUDA graph is one launch.
-        kernels_per_mlp: how many different ones `mlp_kernels` has.
+        kernels_per_mlp: the number of different kernels in `mlp_kernels`.
         mlp_kernels: the kernels of one call of an MLP, averaged over its calls, longest first.
-        top_kernels: the ten that take longest in one step, MLPs or not.
+        top_kernels: the ten kernels that take longest in one step, of MLPs or not.
     """
 
     wall_us: float
@@ -77,13 +77,13 @@ class Form:
     top_kernels: tuple[Kernel, ...]
 
     def mlp_share(self, bound: Bound) -> float:
-        """The part of a step that fusing can shorten: where the GPU waits for the host, of the host's time."""
+        """The part of a step that fusing can shorten; if the GPU waits for the host, a part of the host's time."""
         return self.mlp_host_share if bound == "host-bound" else self.mlp_wall_share
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """How many times shorter fusing should make a step, or None; and what that rests on, or why nothing says."""
+    """The predicted speedup of a step, or None; and the basis of the prediction, or why there is none."""
 
     gain: float | None
     basis: str
@@ -93,16 +93,16 @@ class Prediction:
 class Phase:
     """Prefill or decode.
 
-    `original` is eager Transformers, `fused` what `fuse_model(model)` makes of it, and `fused_norms` what
-    `fuse_model(model, norms=True)` does. A fused form is None where it would run the original forwards, as on a CPU.
+    `original` is eager Transformers, `fused` is `fuse_model(model)`, and `fused_norms` is `fuse_model(model,
+    norms=True)`. A fused form is None if it would run the original forwards, as on a CPU.
 
     Args:
-        tokens: in a step, the batch's together.
+        tokens: all tokens of a step, over the batch.
         bound: what the phase waits for; see `estimates.bound_of`.
-        flops_per_byte: of the MLPs, weights counted as the bytes.
+        flops_per_byte: operations of the MLPs per byte of their weights.
         predicted: of `fused`.
-        measured_gain: how many times shorter fusing made a step, wall clock: the median of `fused.speedup`.
-        gain_limit: what it would be if MLPs cost nothing.
+        measured_gain: the measured speedup of a step: the median of `fused.speedup`.
+        gain_limit: the speedup if MLPs took no time.
     """
 
     name: str
@@ -118,20 +118,20 @@ class Phase:
 
     @property
     def forms(self) -> dict[str, Form]:
-        """Those that were measured, the original first."""
+        """The measured forms, the original first."""
         return {name: form for name in LABELS if (form := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """What the device does at best, measured: a large product in the model's dtype, and a large copy."""
+    """The measured peak rates of the device: a large product in the model's dtype, and a large copy."""
 
     tflops: float
     tbps: float
 
     @property
     def flops_per_byte(self) -> float:
-        """Above it arithmetic takes longer than reading its operands, below it the other way round."""
+        """Above this, arithmetic takes longer than reading its operands; below it, reading takes longer."""
         return self.tflops / self.tbps
 
 
@@ -150,10 +150,10 @@ class Verdict:
     """Whether to fuse, for a whole request: prefill, then decode.
 
     Args:
-        fuse: None where the measurements cannot tell.
+        fuse: None if the measurements cannot tell.
         headline: the verdict in a few words.
-        reason: what it rests on, in a sentence.
-        form: the form that it is about, `"fused"` or `"fused_norms"`; None if neither was measured.
+        reason: the basis of the verdict, in one sentence.
+        form: the judged form, `"fused"` or `"fused_norms"`; None if neither was measured.
         speedup: of that form over the original.
     """
 
@@ -174,7 +174,7 @@ class AuditReport:
         fusable_norms: RMSNorms that `fuse_model(model, norms=True)` fuses.
         price_per_hour: dollars, or None.
         verdict: whether to fuse.
-        advice: what else the figures say should be done, most important first.
+        advice: other advice that follows from the figures, most important first.
     """
 
     model: str

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 PROMPT_TOKENS = {"cuda": 512, "cpu": 128}
 NEW_TOKENS = {"cuda": 32, "cpu": 16}
 ROUNDS = {"cuda": 9, "cpu": 3}
-# what a forward and its output call the key-value cache: from Transformers 5.24 on, and before
+# the name of the key-value cache in a forward and its output: from Transformers 5.24 on, and before
 CACHE_NAMES = ("cache", "past_key_values")
 State = tuple[Tensor, Any]
 
 
 @dataclass(frozen=True)
 class Request:
-    """`ids` `[batch, prompt_tokens]`, how many tokens to generate after them, and how often to time that.
+    """One request: `ids` `[batch, prompt_tokens]`, how many tokens to generate after them, and how often to time it.
 
     `forward` is the model's, which takes its key-value cache as `cache_name`, and `gpus` are those that it is on.
     """
@@ -39,12 +39,12 @@ class Request:
     def step(self, ids: Tensor, cache: Any) -> State:
         """One forward: the next token of each prompt, `[batch, 1]`, and the cache."""
         output = self.forward(input_ids=ids, **{self.cache_name: cache})
-        # not by `cache_name`: code from elsewhere may take the cache by the old name and answer with the new
+        # not by `cache_name`: remote code may take the cache by the old name and return it by the new one
         kept = next(getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
         return output.logits[:, -1:].argmax(-1), kept
 
     def decoding(self) -> Callable[[], None]:
-        """After a prefill, a function that takes one step more at each call."""
+        """Runs a prefill, and returns a function that takes one more step at each call."""
         state = self.prefill()
 
         def step() -> None:
@@ -57,10 +57,10 @@ class Request:
 def make_request(
     model: PreTrainedModel, batch: int, prompt_tokens: int | None, new_tokens: int | None, rounds: int | None
 ) -> Request:
-    """Random prompts, the same at every call; sizes that are None are the device's.
+    """Makes random prompts, the same at every call. Sizes that are None depend on the device.
 
     Raises:
-        TypeError, ValueError: as `audit` says.
+        TypeError, ValueError: see `audit`.
     """
     device = _auditable_device(model)
     parameters = _parameters(model)
@@ -68,7 +68,7 @@ def make_request(
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     new_tokens = NEW_TOKENS[device.type] if new_tokens is None else new_tokens
     rounds = ROUNDS[device.type] if rounds is None else rounds
-    # a token more, since the profiler warms up
+    # one more token, because the profiler warms up
     room = longest - new_tokens - 1
     if prompt_tokens is None:
         prompt_tokens = int(max(1, min(PROMPT_TOKENS[device.type], room)))
@@ -83,7 +83,7 @@ def make_request(
         )
     seeded = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=seeded).to(device)
-    # as generate does, which asks for the logits of the last token alone
+    # like generate, which asks for the logits of the last token only
     last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     cache_name = next(name for name in CACHE_NAMES if name in parameters)
     gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
@@ -91,7 +91,7 @@ def make_request(
 
 
 def _auditable_device(model: PreTrainedModel) -> torch.device:
-    """Where the prompts go, if `model` can be audited."""
+    """The device for the prompts, if `model` can be audited."""
     name = type(model).__name__
     if getattr(model, "_orig_mod", None) or getattr(model, "_compiled_call_impl", None):
         raise ValueError(f"audit: {name} is compiled, which hides its MLPs; pass the model before torch.compile")

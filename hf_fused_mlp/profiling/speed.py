@@ -1,4 +1,4 @@
-"""How fast a model is, eager and fused with norms: `audit` without its profiler."""
+"""The speed of a model, eager and fused with norms: `audit` without the profiler."""
 
 import statistics
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Timed:
 
 
 def measure_speed(model: nn.Module, request: Request, tell: Callable[[str], None]) -> list[Timed]:
-    """Prefill and decode of `request`; the model is restored afterwards. `tell` is told what is timed next."""
+    """Times prefill and decode of `request` and restores the model. `tell` is called with the name of each step."""
     with as_it_came(model), torch.no_grad():
         walls = time_forms(request, forms_of(model), FORMS, tell)
     prompt = request.ids.shape[1]
@@ -35,7 +35,7 @@ def measure_speed(model: nn.Module, request: Request, tell: Callable[[str], None
 
 
 def timed(walls: dict[str, dict[str, list[float]]]) -> list[Timed]:
-    """A row a phase, from the rounds of each form."""
+    """One row per phase, from the rounds of each form."""
     rows = []
     for phase, rounds in walls.items():
         original, fused = (rounds[form] for form in FORMS)

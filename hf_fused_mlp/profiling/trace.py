@@ -1,7 +1,8 @@
 """Steps under `torch.profiler`, and its Chrome trace read: which kernels ran, and for which MLP.
 
-The trace rather than the profiler's event objects: its fields are the same in all versions of PyTorch, and people keep
-it. A kernel belongs to the MLP in whose call it was launched; the launch and the kernel share a correlation number.
+We read the trace rather than the profiler's event objects, because its fields are the same in all versions of PyTorch,
+and users keep it. A kernel belongs to the MLP in whose call it was launched; the launch and the kernel share a
+correlation number.
 """
 
 import json
@@ -30,7 +31,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Work:
-    """What keeps the device busy; microseconds. Work of one launch shares `launch`, and began on the host at `at`."""
+    """Work of the device, in microseconds. Work of one launch shares `launch`; the host launched it at `at`."""
 
     name: str
     start: float
@@ -41,13 +42,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Of one step, in microseconds.
+    """The time of one step, in microseconds.
 
     Args:
-        host_us: the step itself, slowed down by the profiler.
-        mlp_host_us: the calls of MLPs in it.
-        busy_us, mlp_us: in which any work, and in which MLPs' work, ran on the device.
-        us_by_mlp: the same by the MLP's name.
+        host_us: the whole step, slowed down by the profiler.
+        mlp_host_us: the calls of MLPs in the step.
+        busy_us, mlp_us: the time in which the device did any work, and work of MLPs.
+        us_by_mlp: `mlp_us` of each MLP, by name.
         launches_per_mlp, mlp_kernels, top_kernels: as in `Form`.
     """
 
@@ -64,7 +65,7 @@ class Breakdown:
 def record(
     step: Callable[[], object], steps: int, mlps: dict[str, nn.Module], on_gpu: bool, file: Path | None = None
 ) -> Breakdown:
-    """What `steps` calls of `step` consist of, after one that only warms up; `file` keeps the Chrome trace.
+    """Profiles `steps` calls of `step`, after one that only warms up; `file` keeps the Chrome trace.
 
     Raises:
         RuntimeError: the profiler saw no kernel on the GPU.
@@ -111,7 +112,7 @@ def _ranges(mlps: dict[str, nn.Module]) -> Iterator[None]:
 
 
 def breakdown(events: Iterable[Event], on_gpu: bool) -> Breakdown:
-    """The trace's complete events ("ph": "X") as figures of one step."""
+    """Turns the trace's complete events ("ph": "X") into figures of one step."""
     events = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
     annotations = [event for event in events if event["cat"] == "user_annotation"]
     steps = _Spans([event for event in annotations if event["name"] == STEP])
@@ -137,23 +138,23 @@ def breakdown(events: Iterable[Event], on_gpu: bool) -> Breakdown:
 
 
 class _Spans:
-    """Events of one thread, sorted by their start, of which some may lie in others."""
+    """Events of one thread, sorted by start; they may be nested."""
 
     def __init__(self, events: list[Event]):
         self.events, self.intervals = events, [_interval(event) for event in events]
         self.starts = [start for start, _ in self.intervals]
-        # by event the index of the one that it lies in, -1 for none
+        # for each event the index of the one that contains it, -1 for none
         self.outer: list[int] = []
         for index, start in enumerate(self.starts):
             self.outer.append(self._open(index - 1, start))
 
     def innermost(self, moment: float) -> Event | None:
-        """The last of those begun at `moment` that has not ended."""
+        """The innermost event that is open at `moment`."""
         index = self._open(bisect_right(self.starts, moment) - 1, moment)
         return self.events[index] if index >= 0 else None
 
     def _open(self, index: int, moment: float) -> int:
-        """The first of the event at `index` and those around it that has not ended at `moment`."""
+        """The event at `index`, or the innermost event around it, that is still open at `moment`."""
         while index >= 0 and moment > self.intervals[index][1]:
             index = self.outer[index]
         return index
@@ -198,7 +199,7 @@ def _outermost_ops(events: list[Event]) -> Iterator[Event]:
 
 
 def _kernels(works: Iterable[Work], among: int) -> tuple[Kernel, ...]:
-    """By name how many there are and how long they run, both divided by `among`; longest first."""
+    """Count and total time by kernel name, both divided by `among`; longest first."""
     times: dict[str, list[float]] = {}
     for work in works:
         times.setdefault(work.name, []).append(work.end - work.start)

@@ -1,4 +1,4 @@
-"""Whether to fuse, from measured times alone."""
+"""Decides whether to fuse, from measured times only."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def judge(phases: Sequence[Phase], new_tokens: int, on_gpu: bool) -> Verdict:
     form = better_form(rounds)
     if form is None:
         if not on_gpu:
-            reason = "On a CPU the original forward runs. Audit on the GPU that will serve."
+            reason = "On a CPU the original forward runs. Audit on the GPU that will run the model."
             return Verdict(None, "No verdict on a CPU", reason, None, None)
         return Verdict(False, "Nothing to fuse", f"Fusing changes nothing: {phases[0].predicted.basis}.", None, None)
     gain = speedup(rounds["original"], rounds[form])
@@ -38,7 +38,7 @@ def judge(phases: Sequence[Phase], new_tokens: int, on_gpu: bool) -> Verdict:
 
 
 def request_us(phases: Sequence[Phase], new_tokens: int) -> dict[str, list[float]]:
-    """By measured form, the microseconds of a whole request in each round."""
+    """For each measured form, the microseconds of a whole request in each round."""
     prefill, decode = phases
     return {
         name: [
@@ -49,7 +49,7 @@ def request_us(phases: Sequence[Phase], new_tokens: int) -> dict[str, list[float
 
 
 def better_form(rounds: dict[str, list[float]]) -> str | None:
-    """The fused form to recommend, if any was measured: with norms only where they make a measurable difference."""
+    """The fused form to recommend, if any was measured. Includes norms only if they make a measurable difference."""
     fused = [name for name in rounds if name != "original"]
     if len(fused) < 2:
         return next(iter(fused), None)

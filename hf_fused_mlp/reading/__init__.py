@@ -1,1 +1,1 @@
-"""What does a module compute? Answered by reading the forward of its class."""
+"""Finds out what a module computes by reading the forward of its class."""

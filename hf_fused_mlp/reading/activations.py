@@ -1,6 +1,6 @@
-"""Finding the activation that a module computes, by its exact class and by what its forward reads of the instance.
+"""Finds the activation that a module computes, by its exact class and by the attributes that its forward reads.
 
-Never by a name in a config: a subclass or a look-alike is unknown.
+Names in a config do not count, and a subclass or a look-alike is unknown.
 """
 
 import math
@@ -23,7 +23,7 @@ def _is_tanh_gelu(act: Any) -> bool:
     return isinstance(act, partial) and act.func is F.gelu and not act.args and act.keywords == {"approximate": "tanh"}
 
 
-# classes whose forward calls or reads an attribute of the instance, and whether its value computes what the table says
+# classes whose forward depends on an attribute of the instance, with a check that its value matches the table
 _HELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
     HF + "GELUActivation": ("act", lambda act: act is F.gelu),
     HF + "GELUTanh": ("act", _is_tanh_gelu),
@@ -31,12 +31,12 @@ _HELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# by class, where the class alone decides; their modules keep these classes alive anyway
+# for classes that alone decide the activation; the modules of these classes keep them alive anyway
 _names: dict[type, str] = {}
 
 
 def find_activation(module: nn.Module) -> str | None:
-    """The key in `ACTIVATIONS` of what `module` computes, or None if that is not certain."""
+    """The key in `ACTIVATIONS` of the activation that `module` computes, or None if that is not certain."""
     cls = type(module)
     path = class_path(cls)
     if path == NN + "GELU":

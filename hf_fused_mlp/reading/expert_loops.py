@@ -1,4 +1,4 @@
-"""Routed experts as Transformers writes them: text to compare a class with, never run.
+"""The loops over routed experts in Transformers, as text to compare a class with. They are never run.
 
 `LOOPS` are the eager forwards, `GATES` what `_apply_gate` may be. Names of local variables do not count.
 """
@@ -257,8 +257,8 @@ def _of_fp8_without_softcap(self, gate_up):
 class Loop:
     """An eager forward: whether it takes transposed stacks, biases and a gate, and calls `_apply_gate` for that.
 
-    `in_fp32` says that it computes in fp32 whatever the dtype of its weights, `scaled` that it multiplies by `linear`,
-    a method of Transformers' `FP8Experts`, which takes scales.
+    `in_fp32` is true if it computes in fp32 regardless of the dtype of its weights; `scaled`, if it multiplies by
+    `linear`, a method of Transformers' `FP8Experts` that takes scales.
     """
 
     text: object

@@ -1,4 +1,4 @@
-"""Finding the equation of routed experts: classes whose forward is a known loop, marked by Transformers or not."""
+"""Finds the equation of routed experts, whose forward has to be a known loop, with Transformers' mark or without."""
 
 import ast
 import sys
@@ -35,15 +35,15 @@ _SILU, _QUICK_GELU = 1.0, 1.702
 
 
 class ExpertsSpec(NamedTuple):
-    """What a module of routed experts computes, and what of the module says so.
+    """What a module of routed experts computes, and the attributes on which that depends.
 
     Args:
-        form: but for what `limit` and `alpha` say.
+        form: the form, without the values of `limit` and `alpha`.
         up, down, up_bias, down_bias, up_scale, down_scale: names of parameters; scales count if weights are in FP8.
         flags: attributes of the instance with the values that were read; if one changes, the equation does.
         limit, alpha: names of attributes that hold numbers, which are read in each call, or None.
         act_fn: whether the activation is the attribute `act_fn`, which is looked at again in each call.
-        in_fp32: whether the loop computes in fp32 whatever the dtype of its weights, as our kernels do not.
+        in_fp32: whether the loop computes in fp32 regardless of the dtype of its weights, as our kernels do not.
         clamps_last: whether gate is clamped after its activation; no kernel does that, so the limit must be infinite.
     """
 
@@ -68,7 +68,7 @@ class ExpertsSpec(NamedTuple):
 
 
 def find_experts(module: nn.Module) -> ExpertsSpec | str | None:
-    """What `module` computes, or why that is not known; None if its class has no decorator and no known loop."""
+    """What `module` computes, or why that is unknown; None if its class has neither the decorator nor a known loop."""
     own = module.__dict__
     flags = tuple((name, _flag(own.get(name))) for name in _FLAGS)
     without = tuple(name for name in OPTIONAL if own.get(name) is None)
@@ -97,7 +97,7 @@ def has_own_gate(module: nn.Module) -> bool:
 
 
 def form_of(module: nn.Module, spec: ExpertsSpec) -> ExpertsForm | None:
-    """`spec.form` with what the numbers on the instance say; None if no kernel computes that."""
+    """`spec.form` with the limit and the factor of the instance; None if no kernel computes that."""
     form = spec.form
     if spec.limit is None:
         return form
@@ -295,12 +295,12 @@ keeps_names = hf_fused_mlp_keeps_names
 
 
 def interface_of(forward: Any) -> Any:
-    """Where such a forward looks up which implementation the config names."""
+    """The registry in which such a forward looks up the implementation that the config names."""
     return _cells_of(forward).get("experts_interface")
 
 
 def _cells_of(forward: Any) -> dict[str, Any]:
-    """What the forward that Transformers' decorator made refers to, by name."""
+    """The variables of a forward that Transformers' decorator made, by name."""
     decorator = getattr(sys.modules.get(_MODULE), "use_experts_implementation", None)
     if type(forward) is not FunctionType or decorator is None or forward.__code__ not in _codes(decorator.__code__):
         return {}

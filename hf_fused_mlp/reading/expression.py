@@ -1,4 +1,4 @@
-"""What a forward returns, read from its source as an expression of its input.
+"""Reads what a forward returns from its source, as an expression of its input.
 
 A straight-line forward is evaluated on symbols: `self.up(x)` becomes `Call("up", INPUT)`. Anything but the steps below
 (a clamp, another attribute of self, a branch other than a cast to a weight's dtype) makes the forward unreadable.
@@ -112,7 +112,7 @@ LOOKS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What a forward returns (None: unreadable), and what that rests on: its code, and what global names mean.
+    """What a forward returns (None: unreadable), its code, and the meaning of its global names.
 
     `unread` is the text that could not be read, if there is one, cut to `LONGEST_TEXT` characters.
     """

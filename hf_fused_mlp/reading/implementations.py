@@ -1,4 +1,4 @@
-"""Which function of Transformers runs a module of routed experts: its config names it, a registry knows it."""
+"""Finds the function of Transformers that runs a module of routed experts, which its config names."""
 
 import sys
 from types import FunctionType
@@ -13,7 +13,7 @@ _EAGER = None, "eager"  # the class's own loop, unless something is registered u
 
 _dict_of = object.__getattribute__  # a config's own `__getattribute__` takes longer than all the rest
 _MISSING = object()
-# by name in the registry, the function that was found to be Transformers' own; None where there is none
+# for each name in the registry, the function that was found to be Transformers' own, or None
 _accepted: dict[Any, Any] = dict.fromkeys(_EAGER)
 
 

@@ -1,6 +1,6 @@
-"""Which MLP a module computes: read from its forward, or stated for exactly its class by `register_mlp`.
+"""Finds which MLP a module computes, from its forward or from the registered spec of exactly its class.
 
-On an instance, dropout and identity modules fall away, since kernels run in evaluation mode only. What is left must be
+Dropout and identity modules of an instance are removed, because kernels run in evaluation mode only. The rest must be
 one of the equations of `MLPKind`, with projections and a known activation in their places.
 """
 
@@ -32,7 +32,7 @@ from hf_fused_mlp.reading.expression import (
     is_usual,
 )
 
-SEQUENTIAL_FORWARD = nn.Sequential.forward  # PyTorch's own, should a patch replace it
+SEQUENTIAL_FORWARD = nn.Sequential.forward  # PyTorch's original, in case a patch replaces it
 
 
 class MLPKind(str, Enum):
@@ -90,7 +90,7 @@ class MLPSpec:
             raise ValueError(f"MLPSpec(kind={self.kind.value!r}, down={self.down!r}): down must be {expected}")
         if (self.activation is None) == (self.function is None):
             given = f"activation={self.activation!r}, function={self.function!r}"
-            raise ValueError(f"MLPSpec({given}): name the activation's module, or else the function")
+            raise ValueError(f"MLPSpec({given}): name the activation's module, or the function, not both")
         if self.function is not None and self.function not in ACTIVATIONS:
             raise ValueError(f"MLPSpec(function={self.function!r}): expected one of {', '.join(ACTIVATIONS)}")
 
@@ -154,7 +154,7 @@ def was_patched_since(cls: type[nn.Module]) -> bool:
 
 
 def patched_reason(cls: type[nn.Module]) -> str:
-    """Why a class is skipped whose forward is no longer the one that its spec describes."""
+    """Why a class whose forward is no longer the one that its spec describes is skipped."""
     return (
         f"the forward of {cls.__name__} was replaced by {path_of(cls.forward)}; undo the patch, or, if it computes "
         f"the same, call register_mlp({cls.__name__}, MLPSpec(...))"
@@ -162,7 +162,7 @@ def patched_reason(cls: type[nn.Module]) -> str:
 
 
 def find_spec(module: nn.Module) -> MLPSpec | None:
-    """What `module` computes, as its class was registered or else as its forward reads; None if unknown."""
+    """What `module` computes, from the registered spec of its class or from its forward; None if unknown."""
     registered, read = registered_spec(type(module)), recognise(module)
     if registered is None:
         return read
@@ -172,7 +172,7 @@ def find_spec(module: nn.Module) -> MLPSpec | None:
 
 
 def recognise(module: nn.Module) -> MLPSpec | None:
-    """What `module` computes according to its forward; None if that is no MLP or cannot be read."""
+    """What `module` computes according to its forward; None if it is not an MLP or cannot be read."""
     cls: Any = type(module)
     if not is_usual(cls):
         return None

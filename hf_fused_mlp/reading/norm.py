@@ -1,4 +1,4 @@
-"""Which RMSNorm a module computes, read from its forward.
+"""Finds which RMSNorm a module computes, from its forward.
 
 The forward's canonical text must be, word for word, that of one of `FORMS` or another spelling of it.
 """
@@ -67,7 +67,7 @@ class NormSpec:
 
 
 def find_norm(module: nn.Module) -> NormSpec | None:
-    """What `module` computes, or None if that is no RMSNorm or cannot be read."""
+    """What `module` computes, or None if it is not an RMSNorm or cannot be read."""
     cls: Any = type(module)
     if not is_usual(cls):
         return None
@@ -98,7 +98,7 @@ class _Method:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the forward of a class computes (form None: unreadable), and the methods that this rests on."""
+    """What the forward of a class computes (form None: unreadable), and the methods that it depends on."""
 
     form: str | None
     eps: str

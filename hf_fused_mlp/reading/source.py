@@ -1,7 +1,7 @@
 """The source of a function, if it is short, plain and certainly the text that the function was compiled from.
 
-All readers of forwards start here, so that they refuse the same. The text is bounded, and the readers bound what they
-make of it.
+All readers of forwards start here, so that they refuse the same code. The text is bounded, and the readers bound their
+results.
 """
 
 import ast

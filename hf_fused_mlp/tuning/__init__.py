@@ -1,1 +1,1 @@
-"""Where plans come from."""
+"""The sources of plans: files, the rule and the tuner."""

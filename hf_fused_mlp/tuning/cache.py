@@ -1,6 +1,6 @@
-"""Where measured plans lie, and looking them up: the user's own file first, then the one that ships.
+"""Looks up measured plans: first in the user's file, then in the one that ships with the package.
 
-A file is read when its GPU is first asked for, and kept for the life of the process.
+A file is read at the first look-up for its GPU, and kept for the life of the process.
 """
 
 import os
@@ -20,7 +20,7 @@ from hf_fused_mlp.logs import logger
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
 from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, bucket
 
-# what a plan is looked up by
+# the keys of plans
 Key = ProblemKey | ExpertsKey
 
 SHIPPED = Path(__file__).parent / "plans"
@@ -40,7 +40,7 @@ def user_file(gpu: GPU) -> Path:
 
 
 def user_directory() -> Path:
-    """Where the user's plans lie: `$HF_FUSED_MLP_CACHE`, `$HF_HOME/hf-fused-mlp`, or the system's place for caches.
+    """The user's directory: `$HF_FUSED_MLP_CACHE`, `$HF_HOME/hf-fused-mlp`, or one in the system's cache directory.
 
     Raises:
         RuntimeError: there is no home directory to find that place by.
@@ -72,20 +72,20 @@ def user_plan(key: Key) -> Any:
 def shipped_plan(key: Key) -> Any:
     """The plan that came with the package, measured on the same GPU and kernels but maybe with other versions.
 
-    Plans ship for bf16; what is fastest for it is for fp16 too, which moves and multiplies as much.
+    Plans ship for bf16. They also serve fp16, which moves as many bytes and multiplies as fast.
     """
     tuned = _shipped_tuned(key)
     return tuned.plan if tuned else None
 
 
 def tuned_plan(key: Key) -> TunedPlan | None:
-    """The plan that runs `key`, with its times; None where none was measured, or it turned out not to run here."""
+    """The measured plan for `key`, with its times; None if none was measured, or if it does not run here."""
     tuned = _user_tuned(key) or _shipped_tuned(key)
     return None if tuned is None or tuned.plan in unusable else tuned
 
 
 def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path:
-    """Adds plans to `path`, the user's file unless given, where the next call finds them. Returns the path.
+    """Adds plans to `path` (default: the user's file), where the next call finds them. Returns the path.
 
     Raises:
         OSError: the file cannot be written, or is one of something else.
@@ -98,7 +98,7 @@ def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path
 
 
 def forget() -> None:
-    """Empties the memory of this process; files are read again when they are next asked for."""
+    """Empties the memory of this process; files are read again at the next look-up."""
     _user_plans.cache_clear()
     _shipped_plans.cache_clear()
     remembered.clear()

@@ -1,4 +1,4 @@
-"""How long a launch should take: bytes, operations, rounds of tiles, and a fixed part for each launch.
+"""Predicts the time of a launch from bytes, operations, rounds of tiles, and a fixed part.
 
 The constants were fitted to launches of 43 MLPs of published models, gated and plain, bf16 and fp16, at 1 to 4096
 tokens on one H100 (263 problems, each launch by itself in CUDA graphs with cold weights, 2026-11-26): half of the
@@ -19,7 +19,7 @@ KERNEL_START = 1.7  # activation, product or both after a GEMM
 GEMV_START, SKINNY_START, GEMM_START = 2.7, 2.5, 2.8
 SUM_START = 0.6  # more for the sum of the parts, which overlaps
 
-# bytes a microsecond of the whole GPU
+# bytes per microsecond of the whole GPU
 READ, SKINNY_READ, GEMV_READ = 2.82e6, 2.98e6, 3.12e6
 L2 = 5e6  # products of a GEMM that the next kernel finds in the cache
 
@@ -52,7 +52,7 @@ def expected_us(key: LinearKey, config: TileConfig) -> float:
 
 
 def _scaled(rate: float, key: LinearKey) -> float:
-    """What the whole GPU does of something that `H100_SMS` multiprocessors do at `rate`."""
+    """The rate of the whole GPU, if `H100_SMS` multiprocessors have `rate`."""
     return rate * key.gpu.num_sms / H100_SMS
 
 
@@ -84,7 +84,7 @@ def _library(key: LinearKey, n: int) -> float:
 
 
 def _skinny(key: LinearKey, config: TileConfig) -> float:
-    """Programs share a multiprocessor as far as its memory goes; each of them reads its rows of weights alone."""
+    """Programs share a multiprocessor if its memory allows it; each of them reads its rows of weights separately."""
     m, n, k, planes, size = key.m, key.n, key.k, 2 if key.gated else 1, key.dtype.itemsize
     split = 1 if key.gated else config.split_k
     rows = planes * config.block_n

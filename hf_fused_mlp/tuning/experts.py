@@ -1,7 +1,7 @@
-"""Measuring what runs a problem of routed experts fastest: the tuner for `ExpertsKey`. Never called from a forward.
+"""Finds the fastest plan for a problem of routed experts: the tuner for `ExpertsKey`. Never called from a forward.
 
-First the order and the number of rows a tile are chosen, then the tiles of up, then those of down. Each candidate is
-timed as a whole call, and each call of a round has tokens and a routing of its own, as decoding has.
+It chooses first the order and the number of rows per tile, then the tiles of up, then those of down. Each candidate is
+timed as a whole call. As in decoding, each call of a round has other tokens and another routing.
 """
 
 from collections.abc import Iterable
@@ -118,9 +118,11 @@ class Problem:
 
 
 def correct(problem: Problem, plans: Iterable[ExpertsPlan]) -> list[ExpertsPlan]:
-    """Those of `plans` that run and are as near to float64 as PyTorch is, as far as some tokens tell, and near to
-    PyTorch's answer for all tokens; others are warned of. In FP8 PyTorch's answer is Transformers', which quantizes
-    tokens."""
+    """The `plans` that run and are accurate. Warns about the others.
+
+    For some tokens, the error against float64 has to be like PyTorch's. All tokens have to agree with PyTorch. In FP8,
+    Transformers' arithmetic, which quantizes tokens, takes the place of PyTorch's.
+    """
     form, (x, ids, weights) = problem.call.form, problem.copies[0]
     up, down, up_bias, down_bias, *scales = problem.stacks
     assert up is not None and down is not None

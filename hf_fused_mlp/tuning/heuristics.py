@@ -1,4 +1,4 @@
-"""The plan for a problem that nothing was measured for: the configuration that should take the least time.
+"""The rule: a plan for problems without measurements, made of the configurations with the least expected time.
 
 `cost.py` predicts the time of floats in 16 bits that are stored row by row. Fp32, FP8 and transposed weights repeat
 what won nearby (docs/notes-kernels.md). The kernels for few tokens are bound by memory, and so are candidates on every
@@ -62,7 +62,7 @@ def _gemv(key: LinearKey) -> TileConfig:
 
 
 def _by_library(key: LinearKey) -> list[TileConfig]:
-    """What PyTorch's GEMMs have a part in. With a gate one kernel for two is never slower than two."""
+    """The configurations that use PyTorch's GEMMs. With a gate, one kernel is never slower than two."""
     if not key.gated:
         is_aligned = key.k % 16 == 0 and key.n % 16 == 0
         if wide.supports(key) is not None or not is_aligned or key.m <= 2:
@@ -137,7 +137,7 @@ def _fp8(key: LinearKey) -> TileConfig:
 
 
 def _split_k(key: LinearKey, block_n: int) -> int:
-    """Into how many parts K is split so that tiles of so many rows fill the GPU; with a gate it is not."""
+    """The number of parts of K with which tiles of this many rows fill the GPU; with a gate K is not split."""
     split_k = 1
     while split_k < 4 and not key.gated and -(-key.n // block_n) * split_k < key.gpu.num_sms:
         split_k *= 2

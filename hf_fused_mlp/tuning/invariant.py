@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     stages: int
 
     def needed(self, m: int, n: int) -> int:
-        """How many tiles the product of `m` tokens and `n` rows has."""
+        """The number of tiles in the product of `m` tokens and `n` rows."""
         return -(-m // self.block_m) * -(-n // self.rows)
 
 
@@ -48,7 +48,7 @@ def _linear(key: LinearKey) -> TileConfig | None:
     widest = 256 if key.gpu.capability >= (9, 0) else 128  # older tensor cores hold the sums in registers, which spill
     fitting = [tile for tile in TILES if 32 * planes <= tile.rows <= widest]
     tiles = [tile for tile in fitting if tile.block_m <= max(64, key.m)]
-    # the largest of which there are enough for all multiprocessors, or the smallest
+    # the largest tile of which there are enough for all multiprocessors, or the smallest
     filling = [tile for tile in tiles if tile.needed(key.m, planes * key.n) >= key.gpu.num_sms]
     block_m, rows, warps, stages = (filling or tiles[-1:])[0]
     stage_bytes = (block_m + rows) * BLOCK_K * key.dtype.itemsize

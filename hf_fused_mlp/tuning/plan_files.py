@@ -1,7 +1,7 @@
 """Plans on disk: a JSON document of measured plans for one GPU, a list for each kind of problem (`KINDS`).
 
-Its header says what the plans were measured on. Whatever does not apply here, or cannot be read, is skipped with a
-warning, so a wrong plan is never loaded, and a bad file never stops a forward.
+Its header says what the plans were measured on. Plans that do not apply here, or cannot be read, are skipped with a
+warning. So a wrong plan is never loaded, and a bad file never stops a forward.
 """
 
 import ast
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 _quote = reprlib.Repr()
 _quote.maxstring = _quote.maxother = _quote.maxlong = 100
-shown = _quote.repr  # of what a file may hold, which may be long or deep
+shown = _quote.repr  # limits for the contents of a file, which may be long or deep
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read(path: Path, gpu: GPU, any_version: bool = False) -> dict[ProblemKey | E
 def write(path: Path, tuned: Iterable[TunedPlan], gpu: GPU) -> None:
     """Adds plans to `path`, replacing those for the same problems and dropping those that no longer apply.
 
-    The file is replaced as a whole (`replace_file`), and by one process at a time; its lock stays beside it.
+    The file is replaced as a whole (`replace_file`), and by one process at a time; the lock file next to it stays.
 
     Raises:
         OSError: the directory cannot be made or written to, or the file is one of something else; it is as it was.
@@ -223,7 +223,7 @@ def kernel_code(source: str, start: str | None = None) -> str:
 
 
 def _reached(functions: dict[str, ast.FunctionDef], start: str) -> list[ast.stmt]:
-    """Those of `functions` that `start` names, or that one of those does, in the order of the file."""
+    """The `functions` that `start` uses, directly or indirectly, in the order of the file."""
     reached, ahead = {start}, [start]
     while ahead:
         named = {node.id for node in ast.walk(functions[ahead.pop()]) if isinstance(node, ast.Name)}

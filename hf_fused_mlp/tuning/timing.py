@@ -1,4 +1,4 @@
-"""Timing GPU work so that two implementations can be compared.
+"""Times GPU work so that two implementations can be compared.
 
 A card slows down as it warms up, so implementations take turns, in random order, within one run; and weights that a
 model would read from memory are not left in the L2 cache between calls.
@@ -32,8 +32,8 @@ class Timing:
 def round_robin(calls: Mapping[K, Callable[[], object]], rounds: int = 10, repeats: int = 4) -> dict[K, Timing]:
     """Times each call with events, `repeats` times in a row in each of `rounds` turns, the L2 flushed before each.
 
-    Before a turn the GPU is put to sleep, so that its whole queue is written when it begins: the host's time, which
-    differs between implementations, is not in the figures.
+    Before a turn the GPU is put to sleep, so that its whole queue is written when it starts. The times then exclude
+    the host's time, which differs between implementations.
     """
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
@@ -46,7 +46,7 @@ def round_robin(calls: Mapping[K, Callable[[], object]], rounds: int = 10, repea
 
 
 def round_robin_graphs(calls: Mapping[K, Sequence[Callable[[], object]]], rounds: int = 20) -> dict[K, Timing]:
-    """Times calls inside CUDA graphs: what launches cost on the GPU, and nothing of Python's time.
+    """Times calls inside CUDA graphs: the cost of launches on the GPU, without Python's time.
 
     Each entry lists one call for every copy of the weights; together the copies should exceed the L2. A graph runs all
     of them in turn, again and again up to `GRAPH_CALLS` calls, as a model's graph runs its layers. The time given is
@@ -67,7 +67,7 @@ def round_robin_graphs(calls: Mapping[K, Sequence[Callable[[], object]]], rounds
 
 
 def weight_copies(weight_bytes: int) -> int:
-    """How many copies of some weights to rotate so that a call never finds its own in the L2."""
+    """How many copies of the weights to rotate so that a call never finds its weights in the L2."""
     return 1 + 3 * torch.cuda.get_device_properties("cuda").L2_cache_size // weight_bytes
 
 

@@ -1,7 +1,7 @@
-"""Measuring what runs a problem fastest. Never called from a forward.
+"""Finds the fastest plan for a problem by measuring. Never called from a forward.
 
-Most configurations are far from the best, which few measurements show; those that remain are measured more often. Then
-the best pair of launches is compared, as a whole MLP, with what it would replace.
+Most configurations are far from the best. A few measurements show that, and the rest are measured more often. Then the
+best pair of launches is compared, as a whole MLP, with PyTorch's own kernels.
 """
 
 from collections.abc import Callable, Iterable
@@ -53,7 +53,7 @@ Calls = list[Callable[[], Tensor]]
 
 
 class Measured(Protocol[Config]):
-    """What is tuned: tokens `x` and weights, and how a configuration runs them."""
+    """A launch or an MLP to tune: tokens `x` and weights, and how a configuration runs them."""
 
     @property
     def key(self) -> Any: ...
@@ -186,7 +186,7 @@ def mlp_calls(up: Launch, down: Launch, plan: Plan) -> Calls:
 
 
 def runnable(launch: Measured[Config], configs: Iterable[Config]) -> list[Config]:
-    """Those of `configs` that compile and fit the GPU; they are compiled in parallel, and have run once.
+    """The `configs` that compile and fit the GPU. They are compiled in parallel and have run once.
 
     Most of a compilation is outside of Python, and Triton itself compiles in threads where it is asked to.
     """

@@ -1,6 +1,6 @@
-"""How are a layer's weights stored, and may they be read without calling the layer?
+"""How a layer's weights are stored, and whether kernels can read them without calling the layer.
 
-`formats` reads the matrix of a layer, `packing` lays gate and up side by side in memory.
+`formats` reads the matrix of a layer; `packing` puts gate and up next to each other in memory.
 """
 
 from hf_fused_mlp.weights.packing import as_one, is_packed, pack, unpack, why_not_packed

@@ -1,4 +1,4 @@
-"""Why FP8 weights are not those that kernels read: one scale for each block of 128 x 128, and no other."""
+"""Checks FP8 weights. Kernels read those with one scale for each block of 128 x 128, and no others."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from hf_fused_mlp.types import FP8, SCALE_BLOCK, has_block_scales
 
 
 def are_blocks(block_size: Any) -> bool:
-    """True if a layer's `block_size` is that of the scales that kernels read."""
+    """True if kernels read scales of this `block_size`."""
     return block_size is not None and tuple(block_size) == (SCALE_BLOCK, SCALE_BLOCK)
 
 
 def why_not_blocks(weight: Tensor | None, scale: Tensor | None, block_size: Any, is_static: bool) -> str | None:
-    """Why no kernel reads a weight or a stack of them, with the remedy, or None; what is missing is no reason.
+    """Why no kernel reads a weight or a stack of weights, with the remedy, or None. A missing tensor is not a reason.
 
     Args:
-        block_size: of the layer, `[rows, columns]`; None for one scale for a whole weight.
-        is_static: whether the layer quantizes its input by a scale that is stored with it.
+        block_size: of the layer, `[rows, columns]`; None if a whole weight has one scale.
+        is_static: whether the layer quantizes its input by a stored scale.
     """
     if weight is not None and weight.dtype != FP8:
         return f"has a weight of {weight.dtype}, expected {FP8}; load the checkpoint as it was quantized"
@@ -40,7 +40,7 @@ def why_not_blocks(weight: Tensor | None, scale: Tensor | None, block_size: Any,
 
 
 def unusable_scales(scale: Tensor | None) -> str | None:
-    """What is wrong with scales, which this reads and so waits for the GPU; None if they are fine."""
+    """What is wrong with the values of `scale`, or None. Reading them waits for the GPU."""
     if scale is None or scale.is_meta:
         return None
     scale = scale.detach().float()

@@ -35,7 +35,7 @@ class Format:
         classes: the layers that may be read, as `package.module.Class`.
         read: the matrix of such a layer, whose call multiplies with it, adds its bias and does nothing else; None if
             the call may do more, as hooks do. Traced by compiled code.
-        why_not: why `read` gives None, with the remedy; None if that is no matter of the format.
+        why_not: why `read` returns None, with the remedy; None if the format is not the cause.
         glance: fast form of `read` for eager calls without gradients, as `glance` is for `nn.Linear`.
     """
 
@@ -46,7 +46,7 @@ class Format:
 
 
 def described(linear: nn.Module | None) -> Matrix | None:
-    """The matrix of a projection in any format, one on meta or with a scale included; None if it must be called."""
+    """The matrix of a projection in any format, also on meta or with a scale; None if it must be called."""
     if linear is not None:
         for reader in _READERS:
             if (matrix := reader(linear)) is not None:
@@ -69,7 +69,7 @@ def glance(linear: nn.Module | None) -> tuple[Tensor, None, Tensor | None] | Mat
     """Fast form of `read` for eager calls without gradients. None may also mean "use `read`".
 
     Skips dtypes, devices and shapes, which the launch cache compares, and the forward of `nn.Linear`, which
-    `originals.are_own_at_a_glance` checks once a call. Returns a bare tuple: a `Matrix` takes longer to make.
+    `originals.are_own_at_a_glance` checks once per call. Returns a bare tuple: a `Matrix` takes longer to make.
     """
     if type(linear) is not LINEAR:
         row = None if linear is None else _other_format(type(linear))
@@ -185,7 +185,7 @@ def _glance_at_shard(linear: nn.Module, forward: Any) -> tuple[Tensor, None, Ten
 
 
 def _facts(forward: FunctionType) -> list:
-    """What `read_column_shard` found in the closure of a forward, without anything that refers to the layer."""
+    """The values that `read_column_shard` found in the closure of a forward, none of which refers to the layer."""
     contents = [cell.cell_contents for cell in forward.__closure__ or ()]
     originals = [getattr(content, "__func__", None) for content in contents]
     styles = [content for content in contents if hasattr(content, "use_local_output")]
@@ -212,9 +212,9 @@ def _original_class(linear: nn.Module) -> type[nn.Module]:
 
 
 def fp8_matrix(linear: nn.Module) -> Matrix | None:
-    """The matrix of an `FP8Linear`, whatever its hooks; None if it has other scales, or something else beside it.
+    """The matrix of an `FP8Linear`, regardless of hooks; None if it has other scales, or holds anything else.
 
-    Transformers leaves weights of other sizes than whole blocks in floats, and multiplies with them as they are.
+    Transformers keeps weights whose sizes are not whole blocks in floats, and multiplies with these.
     """
     own = linear.__dict__
     parameters, block_size = own["_parameters"], own["block_size"]
@@ -243,7 +243,7 @@ def _glance_at_fp8(linear: nn.Module) -> Matrix | None:
 
 
 def why_not_fp8(linear: nn.Module) -> str | None:
-    """Why `fp8_matrix` is None or without data, with the remedy; None if that is no matter of the format."""
+    """Why `fp8_matrix` is None or without data, with the remedy; None if the format is not the cause."""
     parameters: Any = linear._parameters
     weight, scale = parameters.get("weight"), parameters.get("weight_scale_inv")
     is_static = parameters.get("activation_scale") is not None
@@ -287,7 +287,7 @@ def can_be_halved(matrix: tuple) -> bool:
 
 
 def halves(matrix: tuple, first: int, second: int) -> tuple[tuple, tuple]:
-    """The two matrices, as bare tuples, that a packed projection holds, in the order of the given indices."""
+    """The two matrices of a packed projection as bare tuples, in the order of the given indices."""
     data, scale, bias = matrix
     both = data.chunk(2)
     scales = (None, None) if scale is None else scale.chunk(2)
@@ -312,9 +312,7 @@ def why_called(linear: nn.Module) -> str:
         if reason := row.why_not(linear):
             return reason
     if rows and is_hooked(linear):
-        return (
-            "has hooks or a forward of its own (accelerate's offload among them); remove them, or pass exclude=[...]"
-        )
+        return "has hooks or a replaced forward (accelerate's offload among them); remove them, or pass exclude=[...]"
     return (
         f"is {path}, expected nn.Linear; load without quantization_config, "
         "merge or unload the adapter, or pass exclude=[...]"

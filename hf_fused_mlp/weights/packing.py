@@ -1,8 +1,8 @@
-"""Packing: gate and up side by side in memory, so that kernels can read both as one `[2 * I, H]` block.
+"""Packing: gate and up next to each other in memory, so that kernels can read both as one `[2 * I, H]` block.
 
-The parameters keep their identity, shape and strides, and each has a storage of its own, so optimizers, `state_dict`
-and every way of saving see no shared storage. Only a weight that alone owns its memory is moved: views of a flat
-buffer, shared memory and tied weights stay where their owner put them.
+The parameters keep their identity, shape and strides, and each has a separate storage, so optimizers, `state_dict` and
+every way of saving see no shared storage. A weight is moved only if nothing else uses its memory. Views of a flat
+buffer, shared memory and tied weights stay where they are.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
 # PyTorch allocates GPU memory in multiples of this many bytes
 _GRANULARITY = 512
 
-# by address of each weight that `pack` moved: its storage, and that of the weight beside it
+# by address of each weight that `pack` moved: its storage, and that of its neighbour
 _packed: dict[int, tuple[StorageWeakRef, StorageWeakRef]] = {}
 
 
@@ -33,10 +33,10 @@ def is_packed(gate: Tensor, up: Tensor) -> bool:
 
 
 def as_one(gate: Tensor, up: Tensor) -> Tensor:
-    """Two tensors that are packed (`[I, H]`) as one `[2 * I, H]` over their memory, which the two have to outlive."""
+    """Two packed tensors (`[I, H]`) as one `[2 * I, H]` over their memory. It must not outlive them."""
     bytes_ = gate.nbytes + up.nbytes
     if gate.is_cuda:
-        # storages end where the halves do, so that no view of one reaches the other
+        # each storage ends with its half, so that no view of one half reaches the other
         memory = type("Memory", (), {})()
         memory.__cuda_array_interface__ = {
             "shape": (bytes_,),
@@ -51,17 +51,17 @@ def as_one(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def pack(gate: nn.Parameter, up: nn.Parameter) -> list[Tensor]:
-    """Copies both weights (`[I, H]`) to memory side by side and points the two parameters there.
+    """Copies both weights (`[I, H]`) to adjacent memory and points the two parameters there.
 
-    Does nothing if they are packed already, if `why_not_packable` has a reason, or if the device has no room for a
+    Does nothing if they are packed already, if `why_not_packable` has a reason, or if the device has no memory for a
     temporary copy of both.
 
     Returns:
-        Tensors on the old memory of the weights, for the caller to drop once nobody reads them.
+        Tensors on the old memory of the weights. The caller drops them once nobody reads them.
     """
     if not _is_real(gate, up) or is_packed(gate, up) or why_not_packable(gate, up) is not None:
         return []
-    # the modes of the caller must not leak into the weights
+    # the caller's modes must not affect the weights
     with torch.inference_mode(gate.is_inference()), torch.no_grad(), torch.cuda.device_of(gate):
         try:
             halves = _side_by_side(gate)
@@ -76,14 +76,14 @@ def pack(gate: nn.Parameter, up: nn.Parameter) -> list[Tensor]:
 
 
 def unpack(weights: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Undoes `pack` for weights that share a block of memory since; the others stay where they are.
+    """Undoes `pack` for weights that share a block of memory. Other weights stay where they are.
 
     Returns:
-        The same as `pack`.
+        Like `pack`.
     """
     replaced = []
     for weight in weights:
-        # usually each weight has an allocation of its own on a GPU, packed or not
+        # on a GPU each weight usually has a separate allocation, packed or not
         if _is_real(weight) and _was_packed(weight) and not weight.untyped_storage().resizable() and _is_alone(weight):
             with torch.inference_mode(weight.is_inference()), torch.no_grad():
                 replaced.append(weight.data)
@@ -92,19 +92,19 @@ def unpack(weights: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def why_not_packable(gate: Tensor, up: Tensor) -> str | None:
-    """Why the two must stay where they are, or None if `pack` may move them."""
+    """Why the two weights must not be moved, or None if `pack` may move them."""
     if gate.dtype != up.dtype or gate.device != up.device or gate.shape != up.shape:
         return "gate and up differ in dtype, device or shape"
     for name, weight in (("gate", gate), ("up", up)):
         if not _owns_memory(weight) or gate is up:
-            return f"{name} shares its memory (a flat buffer, a tied weight, another process), and stays where it is"
+            return f"{name} shares its memory (a flat buffer, a tied weight, another process), so it is not moved"
         if _was_packed(weight) and _partner_is_there(weight):
             return f"{name} is tied, and packed with the weight of another MLP"
     return None
 
 
 def why_not_packed(gate: Tensor, up: Tensor) -> str | None:
-    """Why the two are not packed, with the remedy if there is one; None if they are."""
+    """Why the two weights are not packed, with the remedy if there is one; None if they are."""
     if not _is_real(gate, up) or is_packed(gate, up):
         return None
     return (
@@ -119,7 +119,7 @@ def _is_real(*weights: Tensor) -> bool:
 
 
 def _owns_memory(weight: Tensor) -> bool:
-    """True if nothing else can read or write the memory of `weight`, as far as PyTorch knows."""
+    """True if, as far as PyTorch knows, nothing else can read or write the memory of `weight`."""
     if weight.device.type not in ("cpu", "cuda") or not weight.is_contiguous() or not _is_alone(weight):
         return False
     storage = weight.untyped_storage()
@@ -150,17 +150,17 @@ def _is_sent(storage: torch.UntypedStorage) -> bool:
 
 
 def _side_by_side(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Two new tensors like `like`, each with a storage of its own, the second beginning where the first ends."""
+    """Two new tensors like `like` with separate storages. The second begins where the first ends."""
     if (halves := _two_allocations(like)) is not None:
         return halves
     block = torch.empty((2, like.nbytes), dtype=torch.uint8, device=like.device)
-    # through dlpack each half gets a storage of its own, which keeps the block alive but cannot be resized
+    # through dlpack each half gets a separate storage, which keeps the block alive but cannot be resized
     first, second = (torch.from_dlpack(half).view(like.dtype).view(like.shape) for half in block)
     return first, second
 
 
 def _two_allocations(like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Two neighbouring allocations of PyTorch's, or None if its allocator gives none.
+    """Two neighbouring allocations of PyTorch, or None if its allocator returns none.
 
     Allocating and freeing a block of twice the size makes room for both. Then blocks are allocated, filling other gaps
     first, until two are neighbours.
@@ -194,6 +194,6 @@ def _was_packed(weight: Tensor) -> bool:
 
 
 def _partner_is_there(weight: Tensor) -> bool:
-    """True if the weight that was put beside `weight` is still there."""
+    """True if the weight that was put next to `weight` is still there."""
     partner = torch.UntypedStorage._new_with_weak_ptr(_packed[weight.data_ptr()][1].cdata)
     return partner is not None and abs(partner.data_ptr() - weight.data_ptr()) == weight.nbytes

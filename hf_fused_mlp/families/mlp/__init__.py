@@ -109,20 +109,20 @@ def _looks_like_mlp(name: str, module: nn.Module) -> bool:
 
 
 def _only_wraps(module: nn.Module) -> bool:
-    """True if a module holds nothing but one other, which a report lists by itself."""
+    """True if a module contains nothing but one other module, which the report lists."""
     children = list(module.children())
     return len(children) == 1 and not module._parameters and _looks_like_mlp("", children[0])
 
 
 def _stacks_matrices(module: nn.Module) -> bool:
-    """True if a module itself holds the weights of routed experts."""
+    """True if a module directly holds the weights of routed experts."""
     return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values())
 
 
 def _unknown_reason(module: nn.Module) -> str:
     """Why a module that looks like an MLP is skipped."""
     if experts := _routed_experts(module):
-        return f"routed experts, whose weights are one tensor ({experts}), in an unknown class; they run as they are"
+        return f"routed experts, whose weights are one tensor ({experts}), in an unknown class; they run unchanged"
     cls: Any = type(module)
     if is_patched(cls):
         return patched_reason(cls)
@@ -140,7 +140,7 @@ def _unknown_reason(module: nn.Module) -> str:
 
 
 def _routed_experts(module: nn.Module) -> str | None:
-    """The first tensor in `module` that stacks matrices; a convolution's weight and a vector do not."""
+    """The first tensor in `module` that stacks matrices; the weights of convolutions and vectors do not count."""
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(path, recurse=False):
             if parameter.dim() == 3 and 1 not in parameter.shape[1:] and not isinstance(owner, nn.Conv1d):

@@ -1,4 +1,4 @@
-"""The checks that an instance of a known MLP class must pass, and what may be read of it."""
+"""Checks an instance of a known MLP class, and says which of its projections can be read."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ CALLED = "a layer must be called, which may add in another order for another tok
 class Projections(NamedTuple):
     """The matrices of an MLP: None for a layer that must be called, `ABSENT` for one that does not exist.
 
-    `partial` says that gate and up are this process's rows of a tensor-parallel weight.
+    `partial` is true if gate and up are this process's rows of a tensor-parallel weight.
     """
 
     gate: Matrix | None
@@ -33,12 +33,12 @@ class Projections(NamedTuple):
 
     @property
     def first_are_read(self) -> bool:
-        """True if everything before the activation may be read, where no gradient is needed at least."""
+        """True if everything before the activation may be read, at least if no gradient is needed."""
         return self.gate is not None and self.up is not None
 
     @property
     def all_are_read(self) -> bool:
-        """True if no layer must be called."""
+        """True if no layer has to be called."""
         return self.first_are_read and self.down is not None and not self.partial
 
 
@@ -50,19 +50,19 @@ def read_projections(module: nn.Module, spec: MLPSpec) -> Projections:
         return Projections(None, None, None, False)
     partial = [is_partial(children[name]) for name in spec.first]
     if any(partial):
-        # a whole weight does not go with a shard, and nothing after the activation may be read
+        # a whole weight does not fit a shard, and nothing after the activation may be read
         return Projections(gate, up, None, True) if all(partial) else Projections(None, None, None, False)
     return Projections(gate, up, ABSENT if spec.down is None else _read_whole(children.get(spec.down)), False)
 
 
 def _read_whole(linear: nn.Module | None) -> Matrix | None:
-    """The matrix of a projection, unless the layer must be called or this process has a shard of it."""
+    """The matrix of a projection; None if the layer must be called, or if this process has a shard of it."""
     matrix = read(linear)
     return None if matrix is None or is_partial(linear) else matrix
 
 
 def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
-    """Why the kernels may not stand in for a call of `module`, apart from its projections; None if they may."""
+    """Why the kernels may not replace a call of `module`, apart from its projections; None if they may."""
     if has_own_forward(module):
         return OWN_FORWARD
     children = module._modules
@@ -73,7 +73,7 @@ def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
         return f"its children are {', '.join(children)}, no longer {', '.join(spec.sequence)}; undo the change"
     for name in spec.dropouts:
         if type(children[name]) not in IDENTITIES or is_hooked(children[name]):
-            return f"{name} is not a plain dropout or identity, which alone may be left out; pass exclude=[...]"
+            return f"{name} is not a plain dropout or identity, so it cannot be left out; pass exclude=[...]"
         if children[name].training and not module.training:
             return f"{name} is in training mode; call eval() on it"
     if spec.unread and (name := wrapped_besides(module, spec.children)) is not None:
@@ -89,7 +89,7 @@ def altered_reason(module: nn.Module, spec: MLPSpec) -> str | None:
 
 
 def wrapped_besides(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The first module inside, but for the children of these names, that has hooks or a forward of its own."""
+    """The first module inside, except the children of these names, that has hooks or a forward on the instance."""
     for name, child in module._modules.items():
         if name not in names and child is not None:
             for path, inner in child.named_modules(prefix=name):
@@ -99,15 +99,15 @@ def wrapped_besides(module: nn.Module, names: tuple[str, ...]) -> str | None:
 
 
 def _hooked_reason(name: str) -> str:
-    return f"{name} has hooks or a forward of its own; remove them first, or pass exclude=[...]"
+    return f"{name} has hooks or a replaced forward; remove them first, or pass exclude=[...]"
 
 
 def unknown_activation_reason(name: str, activation: nn.Module) -> str:
-    """Why an MLP is skipped whose activation is not in the table."""
+    """Why an MLP whose activation is not in the table is skipped."""
     return (
         f"{name} is {type(activation).__name__}, expected an activation that computes one of "
         f"{', '.join(ACTIVATIONS)}; if it computes one of them, call register_mlp with MLPSpec(..., function=...) "
-        "first, or pass exclude=[...] to leave this module as it is"
+        "first, or pass exclude=[...] to skip this module"
     )
 
 
@@ -119,7 +119,7 @@ def called_reason(module: nn.Module, spec: MLPSpec) -> str | None:
         if spec.halves is not None and name == spec.up and not can_be_halved(matrix):
             return (
                 f"{name} packs gate and up {list(matrix.data.shape)}, whose halves share scales; "
-                "pass exclude=[...] to leave it as it is"
+                "pass exclude=[...] to skip it"
             )
     return None
 
@@ -138,7 +138,7 @@ def can_call(module: nn.Module, spec: MLPSpec, found: Projections) -> bool:
 
 
 def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
-    """Why `module` cannot be fused as `spec` says, with the remedy, or None if it can."""
+    """Why `module` cannot be fused according to `spec`, with the remedy, or None if it can."""
     cls = type(module)
     if was_patched_since(cls):
         return patched_reason(cls)
@@ -156,7 +156,7 @@ def reject_reason(module: nn.Module, spec: MLPSpec) -> str | None:
 
 
 def _mismatch(matrices: dict[str, Any], spec: MLPSpec) -> str | None:
-    """In which dtype, device or shape the projections do not fit together, or None if they do."""
+    """Why the projections do not fit together in dtype, device or shape, or None if they do."""
     weights = {f"{name}.weight": data for name, (data, _, _) in matrices.items()}
     biases = {f"{name}.bias": bias for name, (_, _, bias) in matrices.items() if bias is not None}
     are_floats = all(scale is None for _, scale, _ in matrices.values())

@@ -1,8 +1,8 @@
 """The fused forms of an MLP.
 
-A call takes the first path that can answer it: repeat a remembered launch; run the whole MLP by kernels; run the part
-that kernels can and call the other layers; run the original forward. For few tokens the original forward also runs if
-kernels could only compute the product.
+A call takes the first of these paths that applies: repeat a remembered launch; run the whole MLP on kernels; run what
+kernels can compute and call the other layers; run the original forward. With few tokens, the original forward also
+runs if kernels could only compute the product.
 """
 
 from collections.abc import Callable
@@ -47,13 +47,13 @@ SMALL_INPUT = 1 << 21
 
 
 class FusedMLP(Fused):
-    """What all fused MLPs share."""
+    """The base of all fused MLPs."""
 
     fused_spec: ClassVar[MLPSpec]
-    # the names that an ordinary call reads: to `torch.compile` a tuple of names is a constant, an object is not
+    # the names that an ordinary call reads; `torch.compile` treats a tuple of names as a constant, but not an object
     _fused_names: ClassVar[tuple]
     _first_name: ClassVar[str]
-    # the reading of its forward, if that rests on the meaning of global names
+    # the reading of its forward, if it depends on global names
     _reading: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs):
@@ -67,7 +67,8 @@ class FusedMLP(Fused):
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
 
     def forward(self, *args, **kwargs):
-        # read once: another thread may unfuse the module meanwhile. Compiled code is spared guards of the class.
+        # read once, because another thread may unfuse the module meanwhile; this also saves compiled code guards of
+        # the class
         traced = torch.compiler.is_compiling()
         cls: Any = self if traced else type(self)
         # a wrapper of this forward may call it after the module was unfused
@@ -124,7 +125,7 @@ class FusedMLP(Fused):
         return ops.mlp(*inputs, *self.operands().flat(), batch_invariant=self.batch_invariant)
 
     def operands(self) -> MLPOperands:
-        """The operands of `ops.mlp`, for a module all of whose projections may be read."""
+        """The operands of `ops.mlp`, for a module whose projections may all be read."""
         cls = type(self)
         return _operands(self, cls, read_projections(self, cls.fused_spec))
 
@@ -175,9 +176,9 @@ class FusedGatedMLP(FusedMLP):
         return unpack(_local_parameters(self))
 
     def _pairs_to_pack(self) -> list[tuple[Any, Any]]:
-        """The weights of gate and up, and their scales if there are any.
+        """Pairs of tensors to pack: the weights of gate and up, and their scales if there are any.
 
-        Nothing if one layer was wrapped or quantized after fusing, since then nothing reads both.
+        Empty if one layer was wrapped or quantized after fusing, because then nothing reads both.
         """
         found = read_projections(self, self.fused_spec)
         if found.gate is None or found.up is None:
@@ -185,18 +186,18 @@ class FusedGatedMLP(FusedMLP):
         pairs = [(found.gate.data, found.up.data)]
         if found.gate.scale is not None and found.up.scale is not None:
             pairs.append((found.gate.scale, found.up.scale))
-            pairs = [pair for pair in pairs if pair[0].nbytes % 16 == 0]  # or up would not be aligned
+            pairs = [pair for pair in pairs if pair[0].nbytes % 16 == 0]  # otherwise up would not be aligned
         return pairs
 
 
 def _local_parameters(module: FusedMLP) -> list[Any]:
-    """The parameters before the activation, also of what wraps the layers by now; of shards what is held here."""
+    """The parameters before the activation, including those of later wrappers; of shards, the local part."""
     layers = [layer for name in module.fused_spec.first if (layer := module._modules.get(name)) is not None]
     return [getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters()]
 
 
 def _are_parameters(module: FusedMLP, weights: tuple[Any, Any]) -> bool:
-    """False if a format made tensors of what it stores, so that packing them would change nothing."""
+    """False if a format returns new tensors instead of its parameters, so that packing them would have no effect."""
     held = {id(parameter) for parameter in _local_parameters(module)}
     return all(id(weight) in held for weight in weights)
 
@@ -211,10 +212,10 @@ class FusedPackedMLP(FusedMLP):
 
 
 class FusedPlainMLP(FusedMLP):
-    """``down(act(up(x)))``, or half of it; there is nothing to pack."""
+    """``down(act(up(x)))``, or its first half; there is nothing to pack."""
 
 
-# the same with kernels whose sums do not depend on the token count; at module level, for pickle
+# the same classes with kernels whose sums do not depend on the token count; at module level, for pickle
 
 
 class InvariantGatedMLP(FusedGatedMLP):
@@ -234,16 +235,15 @@ class InvariantPlainMLP(FusedPlainMLP):
 
 
 def _is_small(x: Tensor) -> bool:
-    """True for few tokens. Asks no size of tensors that are not real, where that would be recorded or fail."""
+    """True for few tokens. Does not read the sizes of fake tensors, because that would be recorded or fail."""
     return type(x) is Tensor and x.numel() <= SMALL_INPUT and torch._C._get_tracing_state() is None
 
 
 def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
-    """Eager fast path: repeats the launch remembered for this kind of call. None if anything is unusual.
+    """The eager fast path: repeats the launch remembered for this kind of call. None if anything is unusual.
 
-    The GPU often waits for Python here, so each attribute is read once. If this returns an
-    output, the kernels would have run, or the part of them before a down that must be called; the operands fit, and
-    the caller needs only the output.
+    The GPU often waits for Python here, so each attribute is read once. This returns an output only if the kernels run
+    (or their part before a down that must be called), the operands fit, and the caller needs only the output.
     """
     if (
         not remembered
@@ -264,10 +264,10 @@ def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
 
 
 def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
-    """Compiled fast path: the operator. None if anything is unusual.
+    """The compiled fast path: the operator. None if anything is unusual.
 
-    `torch.compile` guards whatever is read here. Names, tensors and module attributes that are read under one name
-    cost least: for them a dictionary's version tells whether anything changed.
+    `torch.compile` guards everything that is read here. Names, tensors and module attributes that are read under one
+    name are cheapest, because the version of a dictionary shows whether they changed.
     """
     if not modes.is_ordinary(x) or modes.autocasts() or modes.no_kernels(x.device) is not None:
         return None
@@ -282,7 +282,7 @@ def _compiled(module: FusedMLP, x: Tensor) -> Tensor | None:
 def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     """Runs the whole MLP, or as much of it as the kernels can; None if the original forward must run."""
     spec = cls.fused_spec
-    if modes.no_kernels(x.device, x.dtype) is not None:  # on a CPU, all that is checked
+    if modes.no_kernels(x.device, x.dtype) is not None:  # on a CPU nothing else is checked
         return None
     compiling, autocasts, training = torch.compiler.is_compiling(), modes.autocasts(), module.training
     if not (hf_fused_mlp_keeps_forward(cls.original_class) if compiling else _keeps_forward(cls)):
@@ -299,8 +299,8 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
     if cls.batch_invariant and not (compiling or training):
         warn_of_variance("it casts under autocast" if autocasts else called_reason(module, spec))
     if not compiling and _is_small(x) and (torch.is_grad_enabled() or not found.first_are_read):
-        return None  # only the product could be fused
-    # what the kernels do not take goes on: PyTorch answers, errors included
+        return None  # only the product can be fused
+    # inputs that the kernels do not take go to PyTorch, which also raises the errors
     if can_call(module, spec, found) and (h := _first_half(module, cls, x, found)) is not None:
         return module._modules[spec.down](h)
     return None
@@ -331,7 +331,7 @@ def _activation(module: FusedMLP, spec: MLPSpec) -> str:
 
 
 def _operands(module: FusedMLP, cls: type[FusedMLP], found: Projections) -> MLPOperands:
-    """The operands, as far as `found` has them; `cls` is the module's, which another thread may change meanwhile."""
+    """The operands that `found` has; `cls` is the class of the module, which another thread may change."""
     spec = cls.fused_spec
     gate, up, down, _ = found
     if spec.halves is not None:
@@ -341,7 +341,7 @@ def _operands(module: FusedMLP, cls: type[FusedMLP], found: Projections) -> MLPO
 
 @torch.compiler.assume_constant_result  # torch 2.11's compiler misreads functions of classes
 def hf_fused_mlp_keeps_forward(original: type[nn.Module]) -> bool:
-    """True if a fused class still has the forward it had when it was fused, and global names mean the same."""
+    """True if neither the forward of a fused class nor the meaning of its global names has changed since fusing."""
     return all(map(_keeps_forward, generated_classes(original)))
 
 
@@ -357,9 +357,9 @@ def _keeps_forward(cls: type[FusedMLP]) -> bool:
 def _usual_operands(
     module: FusedMLP, cls: type[FusedMLP], read: Callable, find: Callable, runs_own_forward: Callable
 ) -> tuple[tuple, tuple, tuple, str, bool] | None:
-    """The fields of `MLPOperands` of a module in which everything is as usual, or None.
+    """The fields of `MLPOperands` for a module without anything unusual, or None.
 
-    In eager calls down is None if it must be called and may be.
+    In eager calls, down is None if it must be called.
 
     Args:
         read: gives the matrix of a projection, or None: `formats.read` in compiled code, which runs it once, and

@@ -12,7 +12,7 @@ from hf_fused_mlp.types import ExpertsCall
 
 
 def reader(call: ExpertsCall) -> Callable[[Tensor], Tensor]:
-    """How kernels take the weights: as they are, or FP8 as bytes where the GPU has no instruction for it."""
+    """How kernels read the weights: unchanged, or FP8 as bytes if the GPU has no instruction for it."""
     return weight_reader(call.device) if call.storage == "fp8" else lambda weight: weight
 
 

@@ -50,7 +50,7 @@ def unsupported(key: ExpertsKey, plan: ExpertsPlan) -> str | None:
 
 
 def first_plans(call: ExpertsCall) -> list[ExpertsPlan]:
-    """What a tuner should try first: a plan for each order, and for each number of rows that may suit the call."""
+    """Plans for the tuner to try first: one for each order and each suitable number of rows."""
     gated, rows = call.form.gated, call.pairs / call.experts
     plans = []
     if call.pairs <= MOST_PAIRS and call.form.layout == "planes":

@@ -1,9 +1,9 @@
 """Routed experts in FP8 for more tokens: as `grouped`, with weights that have a scale for each block of 128 x 128.
 
 A step along K is one block of scales, whose product is multiplied by the scale before it is added. Gate and up of an
-expert have an accumulator each, so that scales are numbers. What the weights are multiplied with is a choice of the
-plan, for up and for down: see `ACTIVATIONS`. Tokens are quantized in a launch before, which for many of them also
-gathers the rows; what up gives is quantized where it is computed.
+expert have an accumulator each, so that scales are numbers. The plan chooses the format of the tokens, for up and for
+down: see `ACTIVATIONS`. A launch before quantizes the tokens, and for many tokens also gathers the rows. The up launch
+quantizes its output where it is computed.
 Launches: 4 or 5, and one more if tokens are quantized or gathered. Bytes: the weights of the experts that are hit,
 once for each tile.
 """

@@ -265,5 +265,5 @@ def grouped(call: ExpertsCall, plan: ExpertsPlan):
 
 
 def programs_a_multiprocessor(tile: TileConfig) -> int:
-    """How many there are at once: eight warps hold an accumulator that leaves no room for another program."""
+    """The number of programs at once. With eight warps, the accumulator leaves no room for another program."""
     return 1 if tile.num_warps > 4 else 2

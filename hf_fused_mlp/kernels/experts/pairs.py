@@ -210,7 +210,7 @@ def _down_kernel(
 
 
 def programs_of_a_token(call: ExpertsCall, up: TileConfig, down: TileConfig) -> int:
-    """How many programs the larger of the two launches has for each token."""
+    """The number of programs per token of the larger of the two launches."""
     return max(call.top_k * -(-call.intermediate // up.block_n), -(-call.hidden // down.block_n))
 
 

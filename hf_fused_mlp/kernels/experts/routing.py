@@ -1,4 +1,4 @@
-"""What happens around the grouped GEMMs of routed experts: pairs are sorted by expert before, and summed after.
+"""The steps around the grouped GEMMs of routed experts: pairs are sorted by expert before, and summed after.
 
 A pair is a token with one of its experts: number `token * top_k + j`. The sort is stable and counts: chunks of pairs
 are counted by expert, then each pair is placed, after those of its expert that come before it. Ids that are no
@@ -145,7 +145,7 @@ def _sum_kernel(
 
 
 def most_tiles(call: ExpertsCall, rows: int) -> int:
-    """How many tiles of so many rows there can be at most: the whole ones, and a last one of each expert."""
+    """The largest possible number of tiles of that many rows: the whole ones, and a last one for each expert."""
     return min(call.pairs, call.pairs // rows + call.experts)
 
 
