@@ -26,8 +26,8 @@ TOKENS = tuple(2**i for i in range(13))
 def unmeasured(model: nn.Module) -> dict[ProblemKey, torch.device]:
     """The problems of the fused MLPs of `model` that have no measured plan, and the GPU to measure each on.
 
-    Modules that call some of their layers, run their original forward or are batch-invariant have no such problems. They
-    are asked as in evaluation mode.
+    Modules that call some of their layers, run their original forward or are batch-invariant have no such problems.
+    What counts is evaluation mode, whatever mode the model is in.
     """
     problems: dict[ProblemKey, torch.device] = {}
     with LOCK, modes.evaluating(model):

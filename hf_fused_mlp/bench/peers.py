@@ -37,9 +37,9 @@ class Implementation:
     """One row.
 
     `ours` must be within tolerance, `eager` is the baseline, a `peer` is checked but timed anyway, a `floor` does not
-    compute an MLP, and a `quantized` one computes a less accurate MLP, which is not checked. One that is checked in FP8
-    is compared with what `in_fp8` makes of the eager module, which it may change. An implementation that `trains` gives
-    gradients to the parameters of the eager module.
+    compute an MLP, and a `quantized` one computes a less accurate MLP, which is not checked. Where `in_fp8` is given,
+    the implementation is compared with what it makes of the eager module, which it may change. An implementation that
+    `trains` gives gradients to the parameters of the eager module.
     """
 
     name: str

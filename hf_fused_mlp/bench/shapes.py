@@ -123,7 +123,7 @@ def to_fp8(module: nn.Module) -> nn.Module:
     return module
 
 
-def fused_twin(original: nn.Module, strict: bool = True, **options: bool) -> Any:
+def fused_twin(original: nn.Module, strict: bool = True, **options: Any) -> Any:
     """Returns a copy of `original`, fused with `options`, that shares its parameters and buffers.
 
     Packing moves them for both.

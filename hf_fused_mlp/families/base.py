@@ -43,7 +43,7 @@ class Family(Protocol):
     def mixin_for(self, spec: Hashable, batch_invariant: bool) -> type[Fused]:
         """The class that makes the fused form of a module that computes `spec`.
 
-        With `batch_invariant`, a class whose sums do not depend on the token count, unless `why_variant` gives a reason.
+        With `batch_invariant`, one whose sums do not depend on the token count, unless `why_variant` gives a reason.
         """
 
     def why_variant(self, module: nn.Module, spec: Hashable) -> str | None:

@@ -136,8 +136,9 @@ def correct(problem: Problem, plans: Iterable[ExpertsPlan]) -> list[ExpertsPlan]
     chosen: list[Any] = [None if stack is None else stack[used] for stack in problem.stacks]
     if not scales:  # or they are dequantized
         chosen = [None if stack is None else stack.double() for stack in chosen]
-    oracle = experts_ref(x[rows].double(), places, weights[rows].double(), *chosen[:4], form, *chosen[4:])
-    del chosen
+    stacks, scales_used = (chosen[0], chosen[1], chosen[2], chosen[3]), chosen[4:]
+    oracle = experts_ref(x[rows].double(), places, weights[rows].double(), *stacks, form, *scales_used)
+    del chosen, stacks, scales_used
     allowed = 2 * RELATIVE_RMS[x.dtype]
     if scales:
         allowed = max(allowed, 3 * Errors.of(eager[rows], oracle).relative_rms)
