@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.bench.shapes import fused_twin, to_fp8
 from hf_fused_mlp.fuse import fuse_model
+from hf_fused_mlp.options import FusionError
 from hf_fused_mlp.reading.mlp import MLPKind
 
 LIGER_MODULES = {
@@ -155,7 +156,10 @@ def two_gemms(eager, fused, x):
 
 def batch_invariant_mlp(eager, fused, x):
     """Ours with `batch_invariant=True`, on the same weights."""
-    return partial(fused_twin(eager, batch_invariant=True), x)
+    try:
+        return partial(fused_twin(eager, batch_invariant=True), x)
+    except FusionError as error:
+        raise Unavailable(str(error)) from error
 
 
 def fp8_mlp(eager, fused, x):

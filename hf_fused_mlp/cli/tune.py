@@ -73,7 +73,7 @@ def tune(
     if fp8:
         keys = [replace(key, storage="fp8") for key in keys if isinstance(key, ProblemKey) or has_fp8(key)]
         if not keys:
-            fail(f"no weights of {model} are stored in FP8 with a scale for each block")
+            fail(f"{model} has no weights that can be stored in FP8 with a scale for each block")
     problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
     for key in progress(problems, "tuning"):
         try:

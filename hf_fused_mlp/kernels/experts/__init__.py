@@ -58,6 +58,8 @@ def without_sorting(call: ExpertsCall) -> ExpertsPlan:
     up, down = (1, 2048), (2, 2048) if call.intermediate <= 4096 else (1, 1024)
     if call.form.layout != "planes":  # a row is read along the columns of several
         up = down = 16, 128
+    elif call.storage == "fp8":
+        up = down = 2, 1024
     least = SCALE_BLOCK if call.storage == "fp8" else 16  # FP8 is read in whole blocks of scales
     return ExpertsPlan("pairs", 1, _row(up, call.hidden, 1, least), _row(down, call.intermediate, call.top_k, least))
 

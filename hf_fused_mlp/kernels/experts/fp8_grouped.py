@@ -211,9 +211,10 @@ def rule_of_thumb(call: ExpertsCall) -> ExpertsPlan:
         tile = (64, 8, 3) if rows <= 8 else (32, 8, 3)
         return plan_of(call, 16 if rows <= 8 else 32 if rows < 24 else 64, "w8a16", tile, tile)
     if rows < 24:
-        up = (128, 4, 3) if rows <= 8 else (128, 8, 6)
-        return plan_of(call, 16 if rows <= 8 else 32, "w8a8", up, (128, 4, 3))
-    return plan_of(call, 64 if rows < 48 else 128, "w8a8", (128, 8, 4), (128, 8, 6))
+        return plan_of(call, 16 if rows <= 8 else 32, "w8a8", (128, 4, 3), (128, 4, 3))
+    # taller tiles spill registers: they hold an accumulator each of gate and up, and a product
+    up = (128, 8, 3) if rows < 128 else (128, 4, 2)
+    return plan_of(call, 64, "w8a8", up, (128, 4, 3), order="gathered")
 
 
 def plan_of(
