@@ -220,3 +220,18 @@ def test_a_gpu_that_is_not_the_current_one():
     ids = token_ids(1, 8).to("cuda:1")
     assert torch.allclose(model(ids).logits, tiny_model(dtype=torch.bfloat16).to("cuda:1")(ids).logits, atol=0.1)
     assert model.to("cuda:0").model.layers[0].mlp.runs() == (None, None)
+
+
+def test_what_is_remembered_under_autocast_is_of_one_dtype():
+    """GEMMs give what autocast casts to, and a kernel that was compiled for one dtype would misread another."""
+    kinds = {dispatch._kind("kind")}
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        for dtype in (torch.float16, torch.bfloat16):
+            torch.set_autocast_dtype("cuda", dtype)
+            kinds.add(dispatch._kind("kind"))
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+    assert len(kinds) == 3
