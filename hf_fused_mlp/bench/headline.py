@@ -1,7 +1,6 @@
 """Writes the README's table and chart from the committed JSON files: ``python -m hf_fused_mlp.bench.headline``.
 
-Each line compares one forward of a whole model, fused and original, as `bench generate` measured it. Lines in FP8 are
-left out while the JSON has no such rows.
+Each line compares one forward of a whole model, fused and original, as `bench generate` measured it.
 """
 
 import re
@@ -17,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "docs/benchmarks"
 EXPERTS = "h100-experts-end-to-end.json"
 DENSE = "h100-end-to-end.json"
+FP8 = "h100-fp8-end-to-end.json"
 # name and colour of each fused form; the colours read on white and on black
 FORMS = {
     "fused": ("MLPs", "#3B82C4"),
@@ -26,6 +26,8 @@ FORMS = {
 }
 FP8_NOTE = "FP8 rows compare a model with FP8 weights to the original in bf16."
 WRITEUP = "h100-writeup.json"
+LAYER = "h100-experts.json"
+LAYER_TOKENS = 1, 16, 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,6 @@ class Line:
     def form(self) -> str:
         return FORMS[self.impl][0]
 
-    @property
-    def fp8(self) -> bool:
-        return self.impl.startswith("fused-fp8")
-
 
 class Result(NamedTuple):
     """A line with its median times, and the speedup: from neighbouring forwards where they took turns."""
@@ -75,8 +73,8 @@ LINES = (
     Line(EXPERTS, "qwen3-30b-a3b", "eager", "prefill", 16, 128),
     Line(DENSE, "llama-3-8b", "eager", "decode", 1, 128, "fused-norms"),
     Line(DENSE, "llama-3-8b", "eager", "prefill", 1, 2048, "fused-norms"),
-    Line(DENSE, "llama-3-8b", "static-compile", "decode", 1, 128, "fused-fp8"),
-    Line(DENSE, "llama-3-8b", "static-compile", "decode", 1, 128, "fused-fp8-mlps"),
+    Line(FP8, "llama-3-8b", "static-compile", "decode", 1, 128, "fused-fp8"),
+    Line(FP8, "llama-3-8b", "static-compile", "decode", 1, 128, "fused-fp8-mlps"),
     Line(DENSE, "llama-3-8b", "static-compile", "decode", 1, 128),
     Line(DENSE, "llama-3-8b", "static-compile", "decode", 8, 128),
     Line(DENSE, "pythia-6.9b", "eager", "decode", 1, 128),
@@ -87,29 +85,39 @@ def results(folder: Path = BENCHMARKS) -> Iterator[Result]:
     """Yields the times of every line of `LINES`.
 
     Raises:
-        KeyError: a file has no row for a line that is not in FP8.
+        KeyError: a file has no row for a line.
     """
-    files = {name: read(folder / name)[1] for name in (EXPERTS, DENSE)}
+    files = {name: read(folder / name)[1] for name in (EXPERTS, DENSE, FP8)}
     for line in LINES:
         rows = {row["impl"]: row for row in files[line.file] if line.matches(row)}
-        if line.fp8 and line.impl not in rows:
-            continue
         original, fused = rows["original"], rows[line.impl]
         times = original["median_ms"], fused["median_ms"]
         yield Result(line, *times, fused["paired_speedup"] or times[0] / times[1])
 
 
 def table(folder: Path = BENCHMARKS) -> str:
-    """The README's table, with a note under it if there are rows in FP8, and one MLP compared with other packages."""
+    """The README's table, with a note on FP8, and two layers compared with other implementations."""
     lines = ["| model | workload | fused part | original, ms | fused, ms | speedup |", "|---|---|---|---:|---:|---:|"]
-    found = list(results(folder))
-    for result in found:
+    for result in results(folder):
         line = result.line
         times = f"{result.original_ms:.1f} | {result.fused_ms:.1f} | **{result.speedup:.2f}x**"
         lines.append(f"| {line.model} | {line.workload} | {line.form} | {times} |")
-    if any(result.line.fp8 for result in found):
-        lines += ["", FP8_NOTE]
-    return "\n".join((*lines, "", one_mlp(folder)))
+    return "\n".join((*lines, "", FP8_NOTE, one_layer_of_experts(folder), one_mlp(folder)))
+
+
+def one_layer_of_experts(folder: Path = BENCHMARKS) -> str:
+    """A sentence with the speedup over the faster of Transformers' implementations, by token count."""
+    us: dict[int, dict[str, float]] = {}
+    for row in read(folder / LAYER)[1]:
+        if (row["shape"], row["routing"]) == ("qwen3-30b-a3b", "uniform"):
+            us.setdefault(row["m"], {})[row["impl"]] = row["median_us"]
+    speedups = []
+    for m in LAYER_TOKENS:
+        best = min(us[m][name] for name in ("grouped_mm", "batched_mm") if name in us[m])
+        speedups.append(f"{best / us[m]['fused']:.2f}x ({m})")
+    return (
+        f"One layer of its experts over the faster of `grouped_mm` and `batched_mm`, by tokens: {', '.join(speedups)}."
+    )
 
 
 def one_mlp(folder: Path = BENCHMARKS) -> str:
@@ -118,17 +126,17 @@ def one_mlp(folder: Path = BENCHMARKS) -> str:
     us = {name: f"{row['median_us']:.0f}" for name, row in rows.items()}
     size = "{hidden} x {intermediate} takes {us} us for {m} tokens".format(us=us["fused"], **rows["fused"])
     eager, compiled, liger = (us[name] for name in ("eager", "compile", "liger"))
-    return f"One GeGLU MLP of {size}; eager {eager} us, `torch.compile` {compiled} us, Liger {liger} us."
+    return f"One dense GeGLU MLP of {size}; eager {eager} us, `torch.compile` {compiled} us, Liger {liger} us."
 
 
 def device(folder: Path = BENCHMARKS) -> str:
-    """The GPU and the versions of both files."""
+    """The GPU and the versions of all files."""
 
     def system(header: Header) -> str:
         names = ("torch", "triton", "transformers")
         return ", ".join((header["device"], *(f"{name} {header[name]}" for name in names)))
 
-    (found,) = {system(read(folder / name)[0]) for name in (EXPERTS, DENSE)}
+    (found,) = {system(read(folder / name)[0]) for name in (EXPERTS, DENSE, FP8)}
     return found
 
 
