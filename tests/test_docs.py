@@ -17,10 +17,10 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import experts, generate, headline, host, wrapped, writeup
+from hf_fused_mlp.bench import encoders, experts, generate, headline, host, wrapped, writeup
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
-from hf_fused_mlp.bench.tables import markdown_table, speedup_table
+from hf_fused_mlp.bench.tables import lowest_table, markdown_table, speedup_table
 from hf_fused_mlp.cli import app
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.reading.mlp import MLP_SPECS
@@ -132,6 +132,10 @@ def test_performance_tables_are_the_json():
             [row for row in rows if row["routing"] == "uniform" and row["m"] in (1, 16, 256, 4096)]
         ),
         "experts-end-to-end": generate.table,
+        "fp8-end-to-end": generate.table,
+        "rule": lowest_table,
+        "encoders": encoders.table,
+        "fp8-experts": experts.table,
     }
     for name, table in tables.items():
         _, rows = read(BENCHMARKS / f"h100-{name}.json")
@@ -141,6 +145,8 @@ def test_performance_tables_are_the_json():
     for shape, m in {(shape, m): None for shape, m, _ in us}:
         eager, bf16, fp8 = (us[shape, m, impl] for impl in ("eager", "fused", "fp8"))
         assert f"| {shape} | {m} | {eager:.1f} | {bf16:.1f} | {fp8:.1f} | {bf16 / fp8:.2f}x |\n" in page
+    _, rows = read(BENCHMARKS / "h100-batch-invariant.json")
+    assert speedup_table(rows, "batch-invariant") in (ROOT / "docs/numerics.md").read_text()
     header, rows = read(BENCHMARKS / "h100-block.json")
     assert f"<!-- block -->\n{block_table(rows, header['device'])}\n<!-- /block -->" in page
 
