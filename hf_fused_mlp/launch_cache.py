@@ -16,6 +16,22 @@ TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 # for each kind of call and shape of its first tensor: pairs of a check of the tensors and the function to run
 remembered: dict[Hashable, list[tuple[Callable[..., bool], Callable]]] = {}
 
+# modules, by their id, and shapes of their inputs: the original forward runs the kernels that are fastest, with less
+# work for the host. A module that is given the id of one that is gone may be left alone too, which is never wrong.
+left_alone: set[tuple[int, torch.Size]] = set()
+
+
+def leave_alone(module: object, x: Tensor) -> None:
+    """Lets `module` run its original forward for inputs of the shape of `x`. The memory of this is bounded."""
+    if len(left_alone) >= 4096:
+        left_alone.clear()
+    left_alone.add((id(module), x.shape))
+
+
+def is_left_alone(module: object, x: Tensor) -> bool:
+    """Whether `leave_alone` was called for a call like this one; False for tensors whose sizes are not numbers."""
+    return type(x) is Tensor and (id(module), x.shape) in left_alone
+
 
 def answer(kind: Hashable, tensors: tuple[Tensor | None, ...], arguments: tuple) -> Any:
     """Runs a call like a remembered one and returns its output; None for any other call.

@@ -64,6 +64,11 @@ def mlp_if_fits(x: Tensor, operands: MLPOperands) -> Tensor | None:
     return torch.ops.hf_fused_mlp.mlp(x, *flat, operands.batch_invariant)
 
 
+def gains_nothing(x: Tensor, operands: MLPOperands) -> bool:
+    """True if PyTorch's own operations are the fastest for this call, which the original forward runs at once."""
+    return runs_now(x) and _fits(x, *operands.flat()) and on_gpu().gains_nothing(x, operands)
+
+
 def _constant(matrix: tuple) -> Matrix:
     """An FP8 matrix whose numbers get no gradients, so that an output needs none for them; one that is not stays."""
     data, scale, bias = matrix

@@ -103,6 +103,13 @@ def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None)
     )
 
 
+def gains_nothing(x: Tensor, operands: MLPOperands) -> bool:
+    """True if the plan for calls like this one is PyTorch's own operations."""
+    if x.numel() == 0 or operands.storage != "float" or operands.batch_invariant:
+        return False
+    return find_plan(problem_key(x.numel() // x.shape[-1], operands, x.dtype)) == UNFUSED
+
+
 def mlp_cuda(x: Tensor, operands: MLPOperands) -> Tensor:
     """`hf_fused_mlp.ops.mlp` on a GPU, for tensors that fit together."""
     gate, up, down, *_ = operands

@@ -15,7 +15,7 @@ import torch
 import triton
 from platformdirs import user_cache_dir
 
-from hf_fused_mlp.launch_cache import remembered
+from hf_fused_mlp.launch_cache import left_alone, remembered
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
 from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, bucket
@@ -102,6 +102,7 @@ def forget() -> None:
     _user_plans.cache_clear()
     _shipped_plans.cache_clear()
     remembered.clear()
+    left_alone.clear()
     unusable.clear()
 
 

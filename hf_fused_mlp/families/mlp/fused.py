@@ -24,7 +24,7 @@ from hf_fused_mlp.families.mlp.checks import (
     warn_of_variance,
     wrapped_besides,
 )
-from hf_fused_mlp.launch_cache import answer, mlp_kind, remembered
+from hf_fused_mlp.launch_cache import answer, is_left_alone, leave_alone, mlp_kind, remembered
 from hf_fused_mlp.originals import (
     IDENTITIES,
     LINEAR,
@@ -78,14 +78,8 @@ class FusedMLP(Fused):
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
             if traced:
                 out = _compiled(self, x)
-            elif (
-                (
-                    (type(first := self._modules.get(cls._first_name)) is not LINEAR and not may_be_read(first))
-                    or torch._C._is_any_autocast_enabled()
-                    or (self.training and torch.is_grad_enabled())
-                )
-                and _is_small(x)
-                and not cls.batch_invariant
+            elif is_left_alone(self, x) or (
+                _has_little_to_fuse(self, cls) and _is_small(x) and not cls.batch_invariant
             ):
                 return cls.original_class.forward(self, *args, **kwargs)
             else:
@@ -239,6 +233,16 @@ def _is_small(x: Tensor) -> bool:
     return type(x) is Tensor and x.numel() <= SMALL_INPUT and torch._C._get_tracing_state() is None
 
 
+def _has_little_to_fuse(module: FusedMLP, cls: type[FusedMLP]) -> bool:
+    """True if layers must be called, so that one kernel at most runs between them."""
+    first = module._modules.get(cls._first_name)
+    return not cls.batch_invariant and (
+        (type(first) is not LINEAR and not may_be_read(first))
+        or torch._C._is_any_autocast_enabled()
+        or (module.training and torch.is_grad_enabled())
+    )
+
+
 def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
     """The eager fast path: repeats the launch remembered for this kind of call. None if anything is unusual.
 
@@ -293,7 +297,11 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
         return None
     found = read_projections(module, spec)
     if found.all_are_read and not autocasts and not training and found.up.data.dtype != torch.float64:
-        out = ops.mlp_if_fits(x, _operands(module, cls, found))
+        operands = _operands(module, cls, found)
+        if not compiling and ops.gains_nothing(x, operands):
+            leave_alone(module, x)
+            return None
+        out = ops.mlp_if_fits(x, operands)
         if out is not None:
             return out
     if cls.batch_invariant and not (compiling or training):
