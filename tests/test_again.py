@@ -24,7 +24,7 @@ from hf_fused_mlp.families.mlp import fused
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.tuning import cache
-from hf_fused_mlp.types import ABSENT, UNFUSED, MLPOperands
+from hf_fused_mlp.types import ABSENT, TORCH, UNFUSED, MLPOperands, Plan, TileConfig
 
 ANSWER = torch.zeros(1)
 KINDS = pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "gpt2"])
@@ -60,6 +60,29 @@ def test_a_call_like_one_before_takes_the_short_way(model_type, short_way):
     assert mlp(torch.randn(3, 64)) is ANSWER
     for other in (torch.randn(4, 64), torch.randn(3, 1, 64), torch.randn(3, 128)[:, ::2], x.double()):
         assert replay(mlp, other) is None
+
+
+@pytest.mark.parametrize("plan", [UNFUSED, Plan(TileConfig("wide"), TORCH)], ids=["unfused", "fused"])
+@torch.no_grad()
+def test_where_kernels_gain_nothing_the_original_runs_at_once(plan, short_way, monkeypatch):
+    asked, x = [], torch.randn(3, 64)
+    monkeypatch.setattr(dispatch, "find_plan", lambda key: asked.append(key.m) or plan)
+    monkeypatch.setattr(ops.dense, "runs_now", lambda x: True)
+    monkeypatch.setattr(dispatch, "mlp_cuda", lambda x, operands: ANSWER)
+    mlp = next(m for m in fuse_model(tiny_model("gpt_neox")).modules() if isinstance(m, FusedMLP))
+    expected = mlp.original_class.forward(mlp, x)
+    for _ in range(2):
+        assert torch.equal(mlp(x), expected) if plan == UNFUSED else mlp(x) is ANSWER
+    assert asked == ([3] if plan == UNFUSED else [3, 3]), "which is remembered"
+    mlp(torch.randn(4, 64))
+    assert asked[-1] == 4
+    asked.clear()
+    cache.forget()  # plans may have been measured
+    mlp(x)
+    assert asked == [3]
+    fuse_model(model := tiny_model("gpt_neox").half(), batch_invariant=True)
+    mlp = next(m for m in model.modules() if isinstance(m, FusedMLP))
+    assert mlp(x.half()) is ANSWER, "whose sums would depend on the token count"
 
 
 @torch.no_grad()

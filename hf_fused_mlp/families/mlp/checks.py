@@ -9,12 +9,12 @@ from torch import nn
 from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.calls import OWN_FORWARD, has_own_forward, is_hooked, is_wrapped
 from hf_fused_mlp.logs import logger
-from hf_fused_mlp.originals import IDENTITIES, why_functions_are_not_own
+from hf_fused_mlp.originals import IDENTITIES, LINEAR, why_functions_are_not_own
 from hf_fused_mlp.reading.activations import find_activation
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason, was_patched_since
 from hf_fused_mlp.types import ABSENT, Matrix
 from hf_fused_mlp.weights.blocks import unusable_scales
-from hf_fused_mlp.weights.formats import can_be_halved, is_loaded, is_partial, read, why_called
+from hf_fused_mlp.weights.formats import can_be_halved, is_loaded, is_partial, may_be_read, read, why_called
 
 # what a report and a warning say of modules that shall be batch-invariant
 CALLED = "a layer must be called, which may add in another order for another token count"
@@ -53,6 +53,16 @@ def read_projections(module: nn.Module, spec: MLPSpec) -> Projections:
         # a whole weight does not fit a shard, and nothing after the activation may be read
         return Projections(gate, up, None, True) if all(partial) else Projections(None, None, None, False)
     return Projections(gate, up, ABSENT if spec.down is None else _read_whole(children.get(spec.down)), False)
+
+
+def must_call(module: nn.Module, first: str) -> bool:
+    """True if an eager call must call layers: a wrapped one named `first`, or all under autocast or in training."""
+    linear = module._modules.get(first)
+    return (
+        (type(linear) is not LINEAR and not may_be_read(linear))
+        or torch._C._is_any_autocast_enabled()
+        or (module.training and torch.is_grad_enabled())
+    )
 
 
 def _read_whole(linear: nn.Module | None) -> Matrix | None:

@@ -20,6 +20,7 @@ from hf_fused_mlp.families.mlp.checks import (
     altered_reason,
     called_reason,
     can_call,
+    must_call,
     read_projections,
     warn_of_variance,
     wrapped_besides,
@@ -27,7 +28,6 @@ from hf_fused_mlp.families.mlp.checks import (
 from hf_fused_mlp.launch_cache import answer, is_left_alone, leave_alone, mlp_kind, remembered
 from hf_fused_mlp.originals import (
     IDENTITIES,
-    LINEAR,
     are_own_at_a_glance,
     functions_are_own,
     why_functions_are_not_own,
@@ -39,7 +39,7 @@ from hf_fused_mlp.swap import Fused, Runs, generated_classes
 from hf_fused_mlp.threads import LOCK, free_when_unread
 from hf_fused_mlp.types import ABSENT, Matrix, MLPOperands
 from hf_fused_mlp.weights import pack, unpack, why_not_packed
-from hf_fused_mlp.weights.formats import can_be_halved, glance, halves, may_be_read, read
+from hf_fused_mlp.weights.formats import can_be_halved, glance, halves, read
 
 # Elements of `x` up to which the original forward runs at once if kernels could only compute the product, between
 # layers that are called. On an H100 (`hf-fused-mlp bench wrapped`) 512 tokens of Llama-3-8B gain nothing, 4096 do.
@@ -79,7 +79,7 @@ class FusedMLP(Fused):
             if traced:
                 out = _compiled(self, x)
             elif is_left_alone(self, x) or (
-                _has_little_to_fuse(self, cls) and _is_small(x) and not cls.batch_invariant
+                not cls.batch_invariant and must_call(self, cls._first_name) and _is_small(x)
             ):
                 return cls.original_class.forward(self, *args, **kwargs)
             else:
@@ -231,16 +231,6 @@ class InvariantPlainMLP(FusedPlainMLP):
 def _is_small(x: Tensor) -> bool:
     """True for few tokens. Does not read the sizes of fake tensors, because that would be recorded or fail."""
     return type(x) is Tensor and x.numel() <= SMALL_INPUT and torch._C._get_tracing_state() is None
-
-
-def _has_little_to_fuse(module: FusedMLP, cls: type[FusedMLP]) -> bool:
-    """True if layers must be called, so that one kernel at most runs between them."""
-    first = module._modules.get(cls._first_name)
-    return not cls.batch_invariant and (
-        (type(first) is not LINEAR and not may_be_read(first))
-        or torch._C._is_any_autocast_enabled()
-        or (module.training and torch.is_grad_enabled())
-    )
 
 
 def _replay(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | None:
