@@ -16,8 +16,8 @@ TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 # for each kind of call and shape of its first tensor: pairs of a check of the tensors and the function to run
 remembered: dict[Hashable, list[tuple[Callable[..., bool], Callable]]] = {}
 
-# modules, by their id, and shapes of their inputs: the original forward runs the kernels that are fastest, with less
-# work for the host. A module that is given the id of one that is gone may be left alone too, which is never wrong.
+# modules, by their id, and shapes of their inputs, for which the original forward is as fast and takes the host less.
+# A module that is given the id of one that is gone may be left alone too, which is never wrong.
 left_alone: set[tuple[int, torch.Size]] = set()
 
 

@@ -62,7 +62,7 @@ def test_a_call_like_one_before_takes_the_short_way(model_type, short_way):
         assert replay(mlp, other) is None
 
 
-@pytest.mark.parametrize("plan", [UNFUSED, Plan(TileConfig("wide"), TORCH)], ids=["unfused", "fused"])
+@pytest.mark.parametrize("plan", [UNFUSED, Plan(TileConfig("gemv", block_k=64), TORCH)], ids=["unfused", "fused"])
 @torch.no_grad()
 def test_where_kernels_gain_nothing_the_original_runs_at_once(plan, short_way, monkeypatch):
     asked, x = [], torch.randn(3, 64)

@@ -17,7 +17,7 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import encoders, experts, generate, headline, host, wrapped, writeup
+from hf_fused_mlp.bench import experts, generate, headline, host, wrapped, writeup
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
 from hf_fused_mlp.bench.tables import lowest_table, markdown_table, speedup_table
@@ -134,7 +134,6 @@ def test_performance_tables_are_the_json():
         "experts-end-to-end": generate.table,
         "fp8-end-to-end": generate.table,
         "rule": lowest_table,
-        "encoders": encoders.table,
         "fp8-experts": experts.table,
     }
     for name, table in tables.items():

@@ -143,7 +143,7 @@ def test_a_forward_on_the_instance(order, calls):
     experts.forward = lambda x, *routing: 2 * type(experts).forward(experts, x, *routing)
     doubled = model(ids()).logits
     fuse_model(model)
-    assert torch.equal(model(ids()).logits, doubled)
+    torch.testing.assert_close(model(ids()).logits, doubled, atol=1e-6, rtol=1e-5)
     first, second = fusion_report(model).experts
     assert (second.state, second.reason) == ("fused", None)
     if order == "after":

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_fused_mlp.tuning.cost import expected_us
-from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, TORCH, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.tuning.heuristics import gains_nothing_in_eager, heuristic_plan
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 A100 = GPU("NVIDIA A100", 108, (8, 0), 166912)
@@ -45,16 +45,22 @@ def test_rows_that_are_not_aligned_are_left_to_the_library(m, gated):
     assert heuristic_plan(problem(m, 1000, 2730, True, one_block=False)).up.kernel == "elementwise"
 
 
-def test_where_the_gpu_waits_for_the_host_one_launch_adds_bias_and_activation():
-    """BERT, ViT and CLIP: their layers take the GPU less time than Python, which a GEMM with a bias takes longer."""
+def test_where_the_gpu_waits_for_the_host_the_original_runs_in_eager_mode():
+    """BERT, ViT and CLIP, whose layers take the GPU less time than Python."""
     for m in (50, 197, 512, 1576):
         for activation in ("gelu", "quick_gelu"):
-            plan = heuristic_plan(problem(m, 768, 3072, gated=False, activation=activation, bias=True))
+            key = problem(m, 768, 3072, gated=False, activation=activation, bias=True)
+            plan = heuristic_plan(key)
             assert plan == Plan(TileConfig("wide"), TORCH) or plan.up.kernel == "skinny"
+            assert gains_nothing_in_eager(key, plan) == (plan.up.kernel == "wide")
     assert heuristic_plan(problem(16384, 768, 3072, gated=False)).up == TORCH
     # of three kernels that PyTorch takes for the activation, one is left at any size
     many = problem(16384, 768, 3072, gated=False, activation="quick_gelu")
     assert heuristic_plan(many).up == TileConfig("wide")
+    assert not gains_nothing_in_eager(many, heuristic_plan(many))
+    half = replace(problem(512, 768, 3072, gated=False), out=0)
+    assert gains_nothing_in_eager(half, Plan(TileConfig("wide"), TORCH)) and gains_nothing_in_eager(half, UNFUSED)
+    assert not gains_nothing_in_eager(problem(512, 768, 3072), Plan(TileConfig("wide"), TORCH))
 
 
 def test_other_gpus_run_no_gemm_of_ours():

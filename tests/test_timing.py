@@ -30,6 +30,10 @@ def test_a_graph_holds_many_calls_of_each_copy(copies, calls_in_a_graph, monkeyp
             pass
 
     class capture(nullcontext):
+        def __init__(self, graph, capture_error_mode):
+            super().__init__()
+            assert capture_error_mode == "thread_local"
+
         def __enter__(self):
             called.clear()
 

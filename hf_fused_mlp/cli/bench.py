@@ -226,7 +226,10 @@ def encoders(
     json_file: Json = None,
     table: Table = None,
 ) -> None:
-    """Eager forwards of small models, which wait for Python."""
+    """Eager forwards of small models, which wait for Python.
+
+    BERT, ViT, CLIP, SigLIP, T5, ModernBERT and Pythia with random weights, original and fused in turn.
+    """
     from hf_fused_mlp.bench import encoders as bench
     from hf_fused_mlp.bench.measuring import chosen
 

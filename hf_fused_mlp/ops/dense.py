@@ -65,7 +65,7 @@ def mlp_if_fits(x: Tensor, operands: MLPOperands) -> Tensor | None:
 
 
 def gains_nothing(x: Tensor, operands: MLPOperands) -> bool:
-    """True if PyTorch's own operations are the fastest for this call, which the original forward runs at once."""
+    """True if the original forward is as fast in eager mode: see `heuristics.gains_nothing_in_eager`."""
     return runs_now(x) and _fits(x, *operands.flat()) and on_gpu().gains_nothing(x, operands)
 
 

@@ -10,11 +10,22 @@ from collections.abc import Iterator
 from hf_fused_mlp.kernels import fp8_gemm, fp8_skinny, gemm, skinny, transposed_gemv, wide
 from hf_fused_mlp.modes import no_kernels_on
 from hf_fused_mlp.tuning.cost import expected_us
-from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, bucket, next_power_of_two
+from hf_fused_mlp.types import (
+    SCALE_BLOCK,
+    TORCH,
+    UNFUSED,
+    LinearKey,
+    Plan,
+    ProblemKey,
+    TileConfig,
+    bucket,
+    next_power_of_two,
+)
 
-# microseconds that the host takes for a launch of an MLP and what goes with it: where the GPU takes less, it waits in
-# eager mode, and of two that take the GPU as long, the one of fewer steps on the host is faster
-HOST = 30.0
+SMALL_GEMM = 30.0  # microseconds, up to which a GEMM without a bias and one kernel of ours beat PyTorch's two launches
+# microseconds of an MLP, up to which eager mode waits for the host: encoders of 86 to 150 M parameters on an H100 were
+# 0.86x to 0.97x with kernels that save the GPU a few microseconds (docs/benchmarks/h100-encoders.json)
+HOST_BOUND = 100.0
 FEW = 64  # tokens, from which on a tile of `gemm` is worth its padding; without a gate later
 MANY = 512
 
@@ -24,6 +35,19 @@ def heuristic_plan(key: ProblemKey) -> Plan:
     if key.storage != "float":
         key = bucket(key)
     return Plan(up=_linear(key.up), down=_linear(key.down) if key.out else TORCH)
+
+
+def gains_nothing_in_eager(key: ProblemKey, plan: Plan) -> bool:
+    """Whether the original forward is as fast as `plan` in eager mode, which also takes the host's time.
+
+    It is for PyTorch's own operations, and for plain MLPs whose GEMMs are PyTorch's, if the GPU waits for the host.
+    """
+    if plan == UNFUSED:
+        return True
+    if key.gated or (plan.up.kernel, plan.down) != ("wide", TORCH):
+        return False
+    us = expected_us(key.up, plan.up) + (expected_us(key.down, TORCH) if key.out else 0.0)
+    return us < HOST_BOUND
 
 
 def _linear(key: LinearKey) -> TileConfig:
@@ -76,8 +100,7 @@ def _by_library(key: LinearKey) -> list[TileConfig]:
         is_aligned = key.k % 16 == 0 and key.n % 16 == 0
         if wide.supports(key) is not None or not is_aligned or key.m <= 2:
             return [TORCH]
-        # a GEMM that adds no bias, and a launch of ours, cost the host less than theirs
-        return [TileConfig("wide")] if expected_us(key, TORCH) < HOST else [TORCH, TileConfig("wide")]
+        return [TileConfig("wide")] if expected_us(key, TORCH) < SMALL_GEMM else [TORCH, TileConfig("wide")]
     if wide.supports(key) is not None:
         return [TileConfig("elementwise")]
     # from there on cuBLAS runs two narrow GEMMs faster than a wide one at times, which the model does not know
