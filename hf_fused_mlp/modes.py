@@ -35,7 +35,7 @@ def no_kernels(device: torch.device, dtype: torch.dtype | None = None, least: tu
         return f"on {device}, where the original forward runs; move the model to a GPU"
     if not HAS_TRITON:
         return "Triton is not installed; install triton for your platform"
-    # not checked while compiling, because it would break the graph; the operator then runs PyTorch's GEMMs
+    # not checked while compiling, because it would break the graph; the operators then run PyTorch's GEMMs
     if torch.compiler.is_compiling():
         return None
     # fake tensors may claim a device that does not exist

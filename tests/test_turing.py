@@ -11,10 +11,10 @@ from numerics import assert_accurate, mlp_cuda, oracle_of, random_mlp
 from hf_fused_mlp import fuse_model, fusion_report, modes
 from hf_fused_mlp.kernels import _common
 from hf_fused_mlp.ops import dispatch
-from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.reference import experts_ref, mlp_ref
 from hf_fused_mlp.tuning import tuner
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, TORCH, ProblemKey
+from hf_fused_mlp.types import GPU, TORCH, ExpertsForm, ExpertsOperands, ProblemKey
 
 T4 = GPU("Tesla T4", 40, (7, 5), 65536)
 
@@ -63,6 +63,16 @@ def test_runs(m, gated, device, monkeypatch):
     plan = dispatch.find_plan(dispatch.problem_key(m, dispatch.MLPOperands.of(*operands, "gelu")))
     assert (plan.up == TORCH) == (m == 5 and not gated)
     assert_accurate(out, mlp_ref(x, *operands, "gelu"), oracle_of(x, operands, "gelu"))
+
+
+def test_compiled_experts(monkeypatch):
+    """Code that is being compiled does not ask for the capability; the operator does."""
+    monkeypatch.setattr(GPU, "of", lambda device: T4)
+    monkeypatch.setattr(dispatch, "prepare_experts", lambda *_: pytest.fail("a kernel would run"))
+    form = ExpertsForm("planes", True, "silu")
+    x, weights, ids = torch.randn(3, 32).half(), torch.rand(3, 2), torch.tensor([[0, 3], [1, 2], [3, 1]])
+    operands = ExpertsOperands(torch.randn(4, 96, 32).half(), torch.randn(4, 32, 48).half(), None, None, form)
+    assert torch.equal(dispatch.experts_cuda(x, ids, weights, operands), experts_ref(x, ids, weights, *operands))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
