@@ -58,8 +58,8 @@ def why_variant(storage: str | None, dtype: torch.dtype, gpu: GPU) -> str | None
     if not gpu.has_dot:
         return f"no kernels for {gpu.name} have sums that ignore the token count"
     if storage != "float":
-        how = {"fp8": "FP8", "transposed": "[in, out], as in Conv1D,"}.get(storage or "", "several ways")
-        return f"no kernels for weights stored as {how} have sums that ignore the token count"
+        how = {"fp8": "as FP8", "transposed": "as [in, out], as in Conv1D,"}.get(storage or "", "in several ways")
+        return f"no kernels for weights stored {how} have sums that ignore the token count"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"no kernels for {dtype} have sums that ignore the token count; load as bfloat16 or float16"
     return None
