@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_fused_mlp.calls import device_of, why_adapted
+from hf_fused_mlp.calls import device_of, dtype_of, why_adapted
 from hf_fused_mlp.families import FAMILIES, Family
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.modes import no_kernels
@@ -83,7 +83,8 @@ def fuse_with(model: M, options: FusionOptions) -> M:
         report = _report(_as_asked(examine(model), options))
     _log(_selected(report, wanted, options), options)
     if options.strict:
-        reasons = {no_kernels(device_of(module)) or "" for module in model.modules() if isinstance(module, Fused)}
+        fused = [module for module in model.modules() if isinstance(module, Fused)]
+        reasons = {no_kernels(device_of(module), dtype_of(module)) or "" for module in fused}
         if reasons and "" not in reasons:
             _warn_of_no_kernels(", ".join(sorted(reasons)))
     if options.tune:
