@@ -45,7 +45,7 @@ def no_kernels(device: torch.device, dtype: torch.dtype | None = None, least: tu
 
 
 def no_kernels_on(gpu: GPU, dtype: torch.dtype | None = None, least: tuple[int, int] = FIRST) -> str | None:
-    """The same of a GPU."""
+    """The reason why no kernel of ours runs on `gpu`, or None; see `no_kernels`."""
     if gpu.capability < least:
         return f"no kernels for {gpu.name}; they need CUDA compute capability {'.'.join(map(str, least))} or later"
     if gpu.capability < COMPLETE and dtype not in (None, torch.float16):

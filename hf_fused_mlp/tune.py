@@ -66,7 +66,7 @@ def tune_model(model: nn.Module) -> None:
             return False
         return True
 
-    # if plans cannot be kept, that is better known before than after
+    # before measuring, find out whether plans can be kept
     if not all(keep([], gpu) for gpu in {key.gpu for key in problems}):
         return
     began, count = time.monotonic(), 0
@@ -85,7 +85,7 @@ def tune_model(model: nn.Module) -> None:
 
 
 def _measured(key: ProblemKey, device: torch.device) -> "TunedPlan":
-    """The plan of `tuner.tune`, which takes nothing from the caller's generators, nor anything from his autocast."""
+    """The plan of `tuner.tune`. Leaves the caller's random generators as they were, and runs without autocast."""
     from hf_fused_mlp.tuning import tuner  # imports Triton
 
     on_gpu = device.type == "cuda"

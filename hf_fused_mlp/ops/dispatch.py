@@ -47,7 +47,7 @@ _FALLBACKS = {"fp8": (Plan(TileConfig("fp8_dequantized"), TileConfig("fp8_dequan
 
 @contextmanager
 def by_rule() -> Iterator[None]:
-    """Within it, plans for new calls come from the rule alone, as for shapes that were never measured."""
+    """A context in which new calls of MLPs run the plans of the rule, as for shapes that were never measured."""
     before = list(SOURCES)
     SOURCES[:] = [heuristic_plan]
     try:

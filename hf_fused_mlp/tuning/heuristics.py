@@ -12,8 +12,8 @@ from hf_fused_mlp.modes import no_kernels_on
 from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.types import SCALE_BLOCK, TORCH, LinearKey, Plan, ProblemKey, TileConfig, bucket, next_power_of_two
 
-# microseconds that the host takes for a launch of an MLP and what goes with it: where the GPU takes less, it waits in
-# eager mode, and of two that take the GPU as long, the one of fewer steps on the host is faster
+# microseconds of host time for one launch of an MLP in eager mode; if the GPU takes less, it waits for the host, and
+# the configuration with the fewest steps on the host is the fastest
 HOST = 30.0
 FEW = 64  # tokens, from which on a tile of `gemm` is worth its padding; without a gate later
 MANY = 512
@@ -48,7 +48,7 @@ def _linear(key: LinearKey) -> TileConfig:
 def _margin(key: LinearKey, config: TileConfig) -> float:
     """How many times faster than PyTorch's GEMMs a kernel must be expected to be.
 
-    Predictions are off by a few percent; by how much is from 49 shapes on an H100 (docs/benchmarks/h100-rule.json).
+    Predictions are off by a few percent. The margins come from 49 shapes on an H100 (docs/benchmarks/h100-rule.json).
     """
     if key.gated:
         return 1.06 if 128 < key.m <= MANY else 1.02
@@ -58,7 +58,7 @@ def _margin(key: LinearKey, config: TileConfig) -> float:
 
 
 def _without_dot(key: LinearKey) -> TileConfig:
-    """On Turing, fp16 alone: what needs no `tl.dot`. Nothing was measured there."""
+    """For Turing, which runs fp16 only: configurations without `tl.dot`. Nothing was measured there."""
     if key.storage == "fp8":
         return TORCH
     if key.storage == "transposed":
