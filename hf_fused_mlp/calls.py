@@ -136,3 +136,8 @@ def device_of(module: nn.Module) -> torch.device:
     if device is None:
         device = next((parameter.device for parameter in module.parameters()), "cpu")
     return torch.device(device)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter of `module` that has floats; None if none has."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)

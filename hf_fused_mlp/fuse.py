@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_fused_mlp.calls import device_of, why_adapted
+from hf_fused_mlp.calls import device_of, dtype_of, why_adapted
 from hf_fused_mlp.families import FAMILIES, Family
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.modes import no_kernels
@@ -44,8 +44,9 @@ def fuse_model(
             original, so leave norms out there. `strict` and `exclude` then apply to the report's `norms` as well.
         fp8_linears: also fuse the projections of an FP8 checkpoint outside of its MLPs, so that it runs without
             kernels from the Hub. `strict` and `exclude` then apply to the report's `fp8_linears` as well.
-        tune: find the fastest kernels for the model's MLPs on its GPU, unless `hf-fused-mlp tune` or this package has
-            a plan for them. This takes seconds. The user's cache keeps the result, so the next load measures nothing.
+        tune: find the fastest kernels for the model's dense MLPs on its GPU, unless `hf-fused-mlp tune` or this
+            package has a plan for them. This takes seconds. The user's cache keeps the result, so the next load
+            measures nothing.
         batch_invariant: run kernels whose sums do not depend on the number of tokens, so that a token's output has the
             same bits alone or among others. For float16 and bfloat16 in inference; slower, see docs/numerics.md.
             MLPs without such kernels, and routed experts, are not fused then.
@@ -83,7 +84,8 @@ def fuse_with(model: M, options: FusionOptions) -> M:
         report = _report(_as_asked(examine(model), options))
     _log(_selected(report, wanted, options), options)
     if options.strict:
-        reasons = {no_kernels(device_of(module)) or "" for module in model.modules() if isinstance(module, Fused)}
+        fused = [module for module in model.modules() if isinstance(module, Fused)]
+        reasons = {no_kernels(device_of(module), dtype_of(module)) or "" for module in fused}
         if reasons and "" not in reasons:
             _warn_of_no_kernels(", ".join(sorted(reasons)))
     if options.tune:

@@ -35,7 +35,7 @@ def no_kernels(device: torch.device, dtype: torch.dtype | None = None, least: tu
         return f"on {device}, where the original forward runs; move the model to a GPU"
     if not HAS_TRITON:
         return "Triton is not installed; install triton for your platform"
-    # not checked while compiling, because it would break the graph; the operator then runs PyTorch's GEMMs
+    # not checked while compiling, because it would break the graph; the operators then run PyTorch's GEMMs
     if torch.compiler.is_compiling():
         return None
     # fake tensors may claim a device that does not exist
@@ -45,7 +45,7 @@ def no_kernels(device: torch.device, dtype: torch.dtype | None = None, least: tu
 
 
 def no_kernels_on(gpu: GPU, dtype: torch.dtype | None = None, least: tuple[int, int] = FIRST) -> str | None:
-    """The same of a GPU."""
+    """The reason why no kernel of ours runs on `gpu`, or None; see `no_kernels`."""
     if gpu.capability < least:
         return f"no kernels for {gpu.name}; they need CUDA compute capability {'.'.join(map(str, least))} or later"
     if gpu.capability < COMPLETE and dtype not in (None, torch.float16):
@@ -58,8 +58,8 @@ def why_variant(storage: str | None, dtype: torch.dtype, gpu: GPU) -> str | None
     if not gpu.has_dot:
         return f"no kernels for {gpu.name} have sums that ignore the token count"
     if storage != "float":
-        how = {"fp8": "FP8", "transposed": "[in, out], as in Conv1D,"}.get(storage or "", "several ways")
-        return f"no kernels for weights stored as {how} have sums that ignore the token count"
+        how = {"fp8": "as FP8", "transposed": "as [in, out], as in Conv1D,"}.get(storage or "", "in several ways")
+        return f"no kernels for weights stored {how} have sums that ignore the token count"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"no kernels for {dtype} have sums that ignore the token count; load as bfloat16 or float16"
     return None

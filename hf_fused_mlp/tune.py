@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_fused_mlp import modes
-from hf_fused_mlp.calls import device_of
+from hf_fused_mlp.calls import device_of, dtype_of
 from hf_fused_mlp.families import problem_of
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.swap import Fused
@@ -49,8 +49,8 @@ def tune_model(model: nn.Module) -> None:
 
     If plans cannot be measured or kept, a warning says why, no error is raised, and the rule chooses.
     """
-    devices = {device_of(module) for module in model.modules() if isinstance(module, Fused)}
-    if reasons := sorted({reason for device in devices if (reason := modes.no_kernels(device))}):
+    places = {(device_of(module), dtype_of(module)) for module in model.modules() if isinstance(module, Fused)}
+    if reasons := sorted({reason for place in places if (reason := modes.no_kernels(*place))}):
         logger.warning("tune: nothing is measured where no kernel runs: %s", "; ".join(reasons))
     problems = unmeasured(model)
     if not problems:
@@ -66,7 +66,7 @@ def tune_model(model: nn.Module) -> None:
             return False
         return True
 
-    # if plans cannot be kept, that is better known before than after
+    # before measuring, find out whether plans can be kept
     if not all(keep([], gpu) for gpu in {key.gpu for key in problems}):
         return
     began, count = time.monotonic(), 0
@@ -85,7 +85,7 @@ def tune_model(model: nn.Module) -> None:
 
 
 def _measured(key: ProblemKey, device: torch.device) -> "TunedPlan":
-    """The plan of `tuner.tune`, which takes nothing from the caller's generators, nor anything from his autocast."""
+    """The plan of `tuner.tune`. Leaves the caller's random generators as they were, and runs without autocast."""
     from hf_fused_mlp.tuning import tuner  # imports Triton
 
     on_gpu = device.type == "cuda"

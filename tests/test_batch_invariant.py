@@ -102,7 +102,7 @@ def test_where_there_are_no_such_kernels(device, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "batch_invariant: no kernels for torch.float32 have sums that ignore the token count; load as bfloat16 or "
         "float16; the usual ones run",
-        "batch_invariant: no kernels for weights stored as several ways have sums that ignore the token count; the "
+        "batch_invariant: no kernels for weights stored in several ways have sums that ignore the token count; the "
         "usual ones run",
     ]
 

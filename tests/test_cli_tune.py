@@ -96,6 +96,20 @@ def test_weights_keep_their_storage(gpu, monkeypatch, tmp_path):
     assert tuned == ["transposed", "float", "fp8"]
 
 
+def test_fp8_problems_are_those_that_run(tmp_path):
+    """Scales of gate that do not end where those of up may begin are not packed; `Conv1D` is never in FP8."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384}
+    for name, changes in (("llama", sizes), ("phi3", sizes), ("gpt2", {"n_embd": 128})):
+        tiny_model(name, **changes).config.save_pretrained(tmp_path / name)
+    found = [problems_of(str(tmp_path / name), torch.float16, fp8=True) for name in ("llama", "phi3")]
+    assert [(key.one_block, key.dtype, key.storage) for (key,) in found] == [
+        (False, torch.float16, "fp8"),
+        (True, torch.float16, "fp8"),
+    ]
+    result = invoke(tmp_path / "gpt2", "--fp8")
+    assert result.exit_code == 2 and "has no weights that can be stored in FP8" in result.output
+
+
 def test_a_second_run_adds_to_the_file(gpu, plan_cache, tmp_path):
     file = tmp_path / "my" / "plans.json"
     for arguments in (("phi-3-mini", "--m", "2"), ("phi-3-mini", "--m", "2,4"), ("llama-3-8b", "--m", "2")):

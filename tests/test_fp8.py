@@ -117,6 +117,28 @@ def test_gemm(m, plan, gated, bias, packed, device, gemm_of):
     assert Errors.of(out, exact).relative_rms < 1.1 * Errors.of(expected, exact).relative_rms < 0.1
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "apart"])
+def test_gemm_keeps_no_weights(packed, device, gemm_of):
+    """Prepared launches outlive a model. They take nothing of its weights along, and read what lies there by then."""
+    gate, up, *rest, gate_scale, up_scale, down_scale = quantized_mlp(512, 512, True, False, torch.bfloat16, device)
+    if packed:
+        gate, up = torch.cat((gate, up)).chunk(2)
+        gate_scale, up_scale = torch.cat((gate_scale, up_scale)).chunk(2)
+    else:
+        gate_scale = gate_scale.to(torch.float8_e8m0fnu)  # which is read as a copy
+    operands = MLPOperands.of(gate, up, *rest, gate_scale, up_scale, down_scale)
+    tensors = [tensor for matrix in operands[:3] for tensor in matrix if tensor is not None]
+    uses = [torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) for tensor in tensors]
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    run = prepare(Plan(*[TileConfig("fp8_gemm")] * 2), x, operands)
+    before = run(x, *operands[:3])
+    assert [torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) for tensor in tensors] == uses
+    for matrix in operands[:3]:
+        matrix.scale.copy_(2 * matrix.scale.float())
+    assert inaccuracy(run(x, *operands[:3]), baseline(x, *operands.flat()), oracle(x, *operands.flat()), True) is None
+    assert not torch.equal(run(x, *operands[:3]), before)
+
+
 def test_quantizing(device):
     """Data and scales are those of Transformers, those of a row of zeros and of extremes included."""
     x = torch.randn(5, 1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 5)[:, None]

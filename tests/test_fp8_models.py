@@ -14,6 +14,8 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from hf_fused_mlp import fuse_model, fusion_report, unfuse_model, validate
+from hf_fused_mlp.families import problem_of
+from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import dequantize, quantize_ref
 from hf_fused_mlp.validation import Errors
 from hf_fused_mlp.weights import is_packed
@@ -424,3 +426,13 @@ def test_weights_on_meta(on_gpu):
     fuse_model(model, fp8_linears=True)
     assert [linear.state for linear in fusion_report(model).fp8_linears] == ["fused"]
     torch.testing.assert_close(model(torch.ones(2, 256)), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [256, 512])
+@pytest.mark.parametrize("cls", [LLAMA, PHI3, NEOX])
+def test_a_plan_is_measured_for_the_problem_that_runs(cls, hidden, on_gpu):
+    """Also if the scales of gate do not end where those of up may begin."""
+    mlp = fuse_model(nn.ModuleList([to_fp8(real_mlp(cls, hidden_size=hidden, intermediate_size=384))]))[0]
+    key = problem_of(mlp, 4)
+    assert key == dispatch.problem_key(4, mlp.operands(), torch.bfloat16)
+    assert key.one_block == (cls != LLAMA or hidden == 512)

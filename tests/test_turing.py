@@ -8,14 +8,16 @@ import torch
 from models import tiny_model
 from numerics import assert_accurate, mlp_cuda, oracle_of, random_mlp
 
-from hf_fused_mlp import fuse_model, fusion_report, modes
+from hf_fused_mlp import fuse, fuse_model, fusion_report, modes
 from hf_fused_mlp.kernels import _common
 from hf_fused_mlp.ops import dispatch
-from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.reference import experts_ref, mlp_ref
+from hf_fused_mlp.tune import tune_model
 from hf_fused_mlp.tuning import tuner
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
-from hf_fused_mlp.types import GPU, TORCH, ProblemKey
+from hf_fused_mlp.types import GPU, TORCH, ExpertsForm, ExpertsOperands, ProblemKey
 
+TUNE = "tune: nothing is measured where no kernel runs"
 T4 = GPU("Tesla T4", 40, (7, 5), 65536)
 
 
@@ -65,11 +67,28 @@ def test_runs(m, gated, device, monkeypatch):
     assert_accurate(out, mlp_ref(x, *operands, "gelu"), oracle_of(x, operands, "gelu"))
 
 
+def test_compiled_experts(monkeypatch):
+    """Code that is being compiled does not ask for the capability; the operator does."""
+    monkeypatch.setattr(GPU, "of", lambda device: T4)
+    monkeypatch.setattr(dispatch, "prepare_experts", lambda *_: pytest.fail("a kernel would run"))
+    form = ExpertsForm("planes", True, "silu")
+    x, weights, ids = torch.randn(3, 32).half(), torch.rand(3, 2), torch.tensor([[0, 3], [1, 2], [3, 1]])
+    operands = ExpertsOperands(torch.randn(4, 96, 32).half(), torch.randn(4, 32, 48).half(), None, None, form)
+    assert torch.equal(dispatch.experts_cuda(x, ids, weights, operands), experts_ref(x, ids, weights, *operands))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_report(dtype, monkeypatch):
+def test_the_report(dtype, monkeypatch, caplog):
     no_kernels = modes.no_kernels_on
     monkeypatch.setattr(modes, "no_kernels", lambda device, *args, **options: no_kernels(T4, *args, **options))
     (reason,) = {status.reason for status in fusion_report(fuse_model(tiny_model(dtype=dtype))).mlps}
     assert reason == (None if dtype == torch.float16 else "no kernels for torch.bfloat16 on Tesla T4; load as float16")
+    monkeypatch.setattr(fuse, "no_kernels", modes.no_kernels)
+    fuse._warn_of_no_kernels.cache_clear()
+    model = fuse_model(tiny_model(dtype=dtype), strict=True)
+    if reason is not None:
+        tune_model(model)
+    warnings = [] if reason is None else [f"strict: fused, but no kernel runs: {reason}", f"{TUNE}: {reason}"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == warnings
     assert no_kernels(T4, least=modes.COMPLETE).startswith("no kernels for Tesla T4; they need CUDA")
     assert no_kernels(replace(T4, capability=(7, 0))).endswith("compute capability 7.5 or later")

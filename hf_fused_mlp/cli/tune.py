@@ -56,7 +56,7 @@ def tune(
     from hf_fused_mlp.modes import COMPLETE, FIRST, no_kernels_on
     from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two
 
-    keys = problems_of(model, None if dtype == "auto" else getattr(torch, dtype))
+    keys = problems_of(model, None if dtype == "auto" else getattr(torch, dtype), fp8)
     if not torch.cuda.is_available():
         fail("tune needs a CUDA GPU, and PyTorch finds none; kernels chosen by rule need no tuning")
     gpu = GPU.of(torch.device("cuda", torch.cuda.current_device()))
@@ -70,10 +70,6 @@ def tune(
     path = keep([], gpu, file)  # find out before measuring whether it can be written
     tuned = []
     tokens = sorted({next_power_of_two(count) for count in counts})
-    if fp8:
-        keys = [replace(key, storage="fp8") for key in keys if isinstance(key, ProblemKey) or has_fp8(key)]
-        if not keys:
-            fail(f"{model} has no weights that can be stored in FP8 with a scale for each block")
     problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
     for key in progress(problems, "tuning"):
         try:
@@ -97,14 +93,19 @@ def keep(tuned: "list[TunedPlan]", gpu: "GPU", file: Path | None) -> Path:
         fail(f"plans cannot be kept ({error}); name a new file, or one of plans, with --output")
 
 
-def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey | ExpertsKey]":
-    """The distinct problems, for one token, of a model, a shape or all shapes; their GPU is a CPU."""
+def problems_of(name: str, dtype: "torch.dtype | None", fp8: bool = False) -> "list[ProblemKey | ExpertsKey]":
+    """The distinct problems, for one token, of a model, a shape or all shapes; their GPU is a CPU.
+
+    Args:
+        dtype: of the tokens; None: the model's, and bf16 in FP8.
+        fp8: leave out what cannot be stored in FP8, and store the rest so.
+    """
     import torch
 
     from hf_fused_mlp.bench import experts
-    from hf_fused_mlp.bench.shapes import SHAPES, build
+    from hf_fused_mlp.bench.shapes import SHAPES, build, to_fp8
     from hf_fused_mlp.fuse import examine
-    from hf_fused_mlp.types import GPU
+    from hf_fused_mlp.types import GPU, ExpertsKey
 
     if name == "all" or name in SHAPES:
         shapes = SHAPES.values() if name == "all" else [SHAPES[name]]
@@ -114,6 +115,9 @@ def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey | Ex
         modules = [experts.build(shape, dtype or torch.bfloat16, "meta") for shape in chosen]
     else:
         modules = [skeleton(name, dtype)]
+    if fp8:
+        with torch.device("meta"):
+            modules = [to_fp8(module) for module in modules]
     gpu = GPU.of(torch.device("cpu"))
     keys = [
         entry.family.problem(entry.module, entry.finding.spec, 1, gpu)
@@ -123,7 +127,14 @@ def problems_of(name: str, dtype: "torch.dtype | None") -> "list[ProblemKey | Ex
     ]
     if not any(keys):
         fail(f"{name} has no MLP or experts that would be fused, so there is nothing to tune")
-    return [key for key in dict.fromkeys(keys) if key is not None]
+    found = [key for key in dict.fromkeys(keys) if key is not None]
+    if not fp8:
+        return found
+    experts_keys = [replace(key, storage="fp8") for key in found if isinstance(key, ExpertsKey) and has_fp8(key)]
+    mlp_keys = [replace(key, dtype=dtype or key.dtype) for key in found if key.storage == "fp8"]
+    if not experts_keys and not mlp_keys:
+        fail(f"{name} has no weights that can be stored in FP8 with a scale for each block")
+    return [*mlp_keys, *experts_keys]
 
 
 def has_fp8(key: "ExpertsKey") -> bool:

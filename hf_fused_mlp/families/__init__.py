@@ -13,9 +13,9 @@ __all__ = ["FAMILIES", "Family", "problem_of"]
 
 
 def problem_of(module: Fused, m: int) -> ProblemKey | None:
-    """The problem of a fused module with `m` tokens; None if it has no plan. Its plan is timed against the original.
+    """The problem of a fused MLP with `m` tokens, whose plans are timed against the original; None for other modules.
 
-    Plans of routed experts are measured in turn with the rule's plan.
+    Plans of routed experts are timed against the rule's plan instead.
     """
     family = next(family for family in FAMILIES if isinstance(module, family.mixin))
     key = family.problem(module, module.fused_spec, m, GPU.of(device_of(module)))

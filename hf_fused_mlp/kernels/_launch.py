@@ -158,19 +158,21 @@ def _driver_call(binary) -> tuple[Callable, tuple, list | None]:
 
 
 def kept_by_address(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, a function of tensors of always the same shapes, called once for each of their addresses.
+    """`make`, a function of tensors of always the same shapes and dtypes, called once for each of their addresses.
 
-    For views: what is kept is right for whatever tensors of these shapes lie there by then.
+    For views over borrowed memory (`weights.packing.borrowed`): they keep no tensor alive, and are right for whatever
+    tensors of these shapes lie there later.
     """
-    kept: dict[tuple[int, ...], Any] = {}
+    kept: dict[tuple[int, ...], list] = {}
 
     def get(*tensors: Tensor) -> Any:
         addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        if addresses not in kept:
+        made = kept.get(addresses)  # in a list, because None may be what is made
+        if made is None:
             if len(kept) >= MOST_KEPT:
                 kept.clear()
-            kept[addresses] = make(*tensors)
-        return kept[addresses]
+            made = kept[addresses] = [make(*tensors)]
+        return made[0]
 
     return get
 

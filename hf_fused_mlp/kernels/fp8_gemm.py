@@ -16,7 +16,7 @@ from hf_fused_mlp.kernels._fp8 import why_not_fp8
 from hf_fused_mlp.kernels._launch import Linear, kept_by_address
 from hf_fused_mlp.kernels._quantize import activation, quantize_rows
 from hf_fused_mlp.types import SCALE_BLOCK, LinearCall, LinearKey, TileConfig
-from hf_fused_mlp.weights.packing import as_one, is_packed
+from hf_fused_mlp.weights.packing import as_one, borrowed, is_packed
 
 SCALES_MULTIPLE = 4  # cuBLAS reads a weight's scales by rows of so many, which checkpoints do not pad
 
@@ -51,8 +51,8 @@ def scaled_mm(data: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor)
 
 
 def transposed(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a weight as `[K, N]` and its scales, which are copied unless they are in fp32."""
-    return weight.t(), scale.float().t()
+    """A weight as `[K, N]` and its scales, as views that borrow memory."""
+    return borrowed(weight).t(), borrowed(scale).t()
 
 
 def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
@@ -62,12 +62,17 @@ def fp8_gemm(call: LinearCall, config: TileConfig) -> Linear:
     # of gate and up in one product `[rows, 2N]`, or in one each
     finish_wide, finish = (activation(call, N, width, call.activation, call.gives_fp8) for width in (2 * N, N))
     kept, block_of = kept_by_address(transposed), kept_by_address(_as_block)
+
+    def read(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        if scale.dtype is torch.float32:
+            return kept(weight, scale)
+        return weight.t(), scale.float().t()  # not kept, because a copy does not follow its scales
+
     is_bare = not call.gated and call.activation == "identity" and not call.gives_fp8
 
     def run(x: Any, weight, gate):
         (weight, scale, bias), (gate, gate_scale, gate_bias) = weight, gate
         data, factors = x if call.reads_fp8 else quantize(x)
-        read = kept if scale.dtype is torch.float32 else transposed  # a copy is of what the scales are by now
         if is_bare:
             out = scaled_mm(data, factors, *read(weight, scale))
             if len(out) != M:

@@ -17,8 +17,8 @@ from hf_fused_mlp.kernels.elementwise import Rows, act_mul, act_mul_backward
 from hf_fused_mlp.kernels.experts import describe_experts, prepare_experts, rule_of_thumb, without_sorting
 from hf_fused_mlp.launch_cache import answer, experts_kind, mlp_kind, remember
 from hf_fused_mlp.logs import logger
-from hf_fused_mlp.modes import why_variant
-from hf_fused_mlp.reference import mlp_ref
+from hf_fused_mlp.modes import COMPLETE, no_kernels_on, why_variant
+from hf_fused_mlp.reference import experts_ref, mlp_ref
 from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import gains_nothing_in_eager, heuristic_plan
 from hf_fused_mlp.tuning.invariant import invariant_plan
@@ -47,7 +47,7 @@ _FALLBACKS = {"fp8": (Plan(TileConfig("fp8_dequantized"), TileConfig("fp8_dequan
 
 @contextmanager
 def by_rule() -> Iterator[None]:
-    """Within it, plans for new calls come from the rule alone, as for shapes that were never measured."""
+    """A context in which new calls of MLPs run the plans of the rule, as for shapes that were never measured."""
     before = list(SOURCES)
     SOURCES[:] = [heuristic_plan]
     try:
@@ -192,6 +192,9 @@ def _first_experts(kind, tensors, form):
     x, ids, weights, *stacks = tensors
     if x.numel() == 0:
         return x.new_empty(x.shape)
+    gpu = GPU.of(x.device)
+    if gpu.name != "cpu" and no_kernels_on(gpu, least=COMPLETE):  # compiled code did not ask (`modes.no_kernels`)
+        return experts_ref(x, ids, weights, *stacks[:4], form, *stacks[4:])
     if not (has_rows(x) and _is_usual(ids) and _is_usual(weights)):
         # the routing is small enough to copy, so only x and the stacks decide the plan
         x = x if has_rows(x) else x.clone(memory_format=torch.contiguous_format)

@@ -27,7 +27,7 @@ L2 = 5e6  # products of a GEMM that the next kernel finds in the cache
 FLOPS, SMALL_FLOPS, SKINNY_FLOPS = 5.9e6, 4.5e6, 2.8e6
 SKINNY_LOAD = 0.069e6  # bytes of weights a microsecond into one multiprocessor
 
-# kernels of PyTorch's for an activation, where it is not one
+# number of PyTorch's kernels for an activation, if it is not one
 _PASSES = {"identity": 0, "relu2": 2, "quick_gelu": 3}
 
 LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128), (64, 64))

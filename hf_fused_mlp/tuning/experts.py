@@ -61,7 +61,7 @@ class Problem:
 
     key: ExpertsKey
     call: ExpertsCall
-    stacks: tuple[Tensor | None, ...]  # up, down and their biases, and those in FP8 their scales
+    stacks: tuple[Tensor | None, ...]  # up, down, their biases or None, and for FP8 their scales
     copies: list[tuple[Tensor, Tensor, Tensor]]
 
     @property
@@ -72,7 +72,7 @@ class Problem:
     def random(key: ExpertsKey, device: torch.device) -> "Problem":
         """Tokens of N(0, 1), weights over sqrt(fan_in), all experts equally likely.
 
-        FP8 weights are of N(0, 1), and their scales do the rest.
+        FP8 weights are N(0, 1), and their scales divide them by sqrt(fan_in).
         """
         is_fp8 = key.storage == "fp8"
         width = (2 if key.gated else 1) * key.intermediate
@@ -134,7 +134,7 @@ def correct(problem: Problem, plans: Iterable[ExpertsPlan]) -> list[ExpertsPlan]
     rows = spread(len(x), CHECKED_PAIRS // problem.key.top_k).to(x.device)
     used, places = ids[rows].unique(return_inverse=True)
     chosen: list[Any] = [None if stack is None else stack[used] for stack in problem.stacks]
-    if not scales:  # or they are dequantized
+    if not scales:  # `experts_ref` dequantizes FP8
         chosen = [None if stack is None else stack.double() for stack in chosen]
     stacks, scales_used = (chosen[0], chosen[1], chosen[2], chosen[3]), chosen[4:]
     oracle = experts_ref(x[rows].double(), places, weights[rows].double(), *stacks, form, *scales_used)

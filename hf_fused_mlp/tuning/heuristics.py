@@ -24,7 +24,7 @@ from hf_fused_mlp.types import (
 
 SMALL_GEMM = 30.0  # microseconds, up to which a GEMM without a bias and one kernel of ours beat PyTorch's two launches
 # microseconds of an MLP, up to which eager mode waits for the host: encoders of 86 to 150 M parameters on an H100 were
-# 0.86x to 0.97x with kernels that save the GPU a few microseconds (docs/benchmarks/h100-encoders.json)
+# 0.86x to 0.97x with kernels that save the GPU a few microseconds (docs/notes-kernels.md)
 HOST_BOUND = 100.0
 FEW = 64  # tokens, from which on a tile of `gemm` is worth its padding; without a gate later
 MANY = 512
@@ -72,7 +72,7 @@ def _linear(key: LinearKey) -> TileConfig:
 def _margin(key: LinearKey, config: TileConfig) -> float:
     """How many times faster than PyTorch's GEMMs a kernel must be expected to be.
 
-    Predictions are off by a few percent; by how much is from 49 shapes on an H100 (docs/benchmarks/h100-rule.json).
+    Predictions are off by a few percent. The margins come from 49 shapes on an H100 (docs/benchmarks/h100-rule.json).
     """
     if key.gated:
         return 1.06 if 128 < key.m <= MANY else 1.02
@@ -82,7 +82,7 @@ def _margin(key: LinearKey, config: TileConfig) -> float:
 
 
 def _without_dot(key: LinearKey) -> TileConfig:
-    """On Turing, fp16 alone: what needs no `tl.dot`. Nothing was measured there."""
+    """For Turing, which runs fp16 only: configurations without `tl.dot`. Nothing was measured there."""
     if key.storage == "fp8":
         return TORCH
     if key.storage == "transposed":

@@ -71,7 +71,7 @@ def candidates(key: LinearKey, most: int | None = None) -> list[TileConfig]:
     own = [config for kernel in KERNELS.values() if kernel.supports(key) is None for config in kernel.candidates(key)]
     if most is not None and key.storage == "float":
         own.sort(key=lambda config: expected_us(key, config))
-        # the first of each kernel before the others: what one kernel's tiles differ in, the model may not see
+        # the best of each kernel first, because the model may not tell the tiles of one kernel apart
         first = {config.kernel: config for config in reversed(own)}.values()
         own = sorted(own, key=lambda config: config not in first)[:most]
     return [TORCH, *own]
@@ -243,7 +243,7 @@ def correct(launch: Launch, configs: Iterable[TileConfig]) -> list[TileConfig]:
 
 
 def spread(count: int, most: int) -> Tensor:
-    """At most so many of the indices below `count`, from the first to the last, whatever the default dtype is."""
+    """Up to `most` evenly spaced indices from 0 to `count - 1`. The default dtype does not matter."""
     return torch.linspace(0, count - 1, max(1, min(count, most)), dtype=torch.float64).long()
 
 

@@ -6,6 +6,7 @@ buffer, shared memory and tied weights stay where they are.
 """
 
 import ctypes
+import math
 import sys
 from collections.abc import Iterable
 
@@ -34,20 +35,30 @@ def is_packed(gate: Tensor, up: Tensor) -> bool:
 
 def as_one(gate: Tensor, up: Tensor) -> Tensor:
     """Two packed tensors (`[I, H]`) as one `[2 * I, H]` over their memory. It must not outlive them."""
-    bytes_ = gate.nbytes + up.nbytes
-    if gate.is_cuda:
-        # each storage ends with its half, so that no view of one half reaches the other
+    return borrowed(gate, gate.shape[0] + up.shape[0])
+
+
+def borrowed(tensor: Tensor, rows: int | None = None) -> Tensor:
+    """A tensor over the memory of contiguous `tensor` `[N, K]` that does not keep it alive, and must not outlive it.
+
+    Args:
+        rows: for more than those of `tensor`, which must follow it in memory.
+    """
+    shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+    bytes_ = math.prod(shape) * tensor.itemsize
+    if tensor.is_cuda:
+        # a view would keep its storage alive, and reach no further than that
         memory = type("Memory", (), {})()
         memory.__cuda_array_interface__ = {
             "shape": (bytes_,),
             "typestr": "|u1",
-            "data": (gate.data_ptr(), False),
+            "data": (tensor.data_ptr(), False),
             "version": 3,
         }
-        flat = torch.as_tensor(memory, device=gate.device)
+        flat = torch.as_tensor(memory, device=tensor.device)
     else:
-        flat = torch.frombuffer((ctypes.c_uint8 * bytes_).from_address(gate.data_ptr()), dtype=torch.uint8)
-    return flat.view(gate.dtype).view(gate.shape[0] + up.shape[0], *gate.shape[1:])
+        flat = torch.frombuffer((ctypes.c_uint8 * bytes_).from_address(tensor.data_ptr()), dtype=torch.uint8)
+    return flat.view(tensor.dtype).view(shape)
 
 
 def pack(gate: nn.Parameter, up: nn.Parameter) -> list[Tensor]:

@@ -85,6 +85,9 @@ class MLPFamily(Family):
         if (storage := storage_of(*matrices)) is None:  # type: ignore[arg-type]
             return None
         *_, up, down = matrices
+        # `FusedGatedMLP` does not pack FP8 matrices if up or its scales would not be aligned
+        is_fp8_pair = spec.kind is MLPKind.GATED and up.scale is not None
+        is_aligned = not is_fp8_pair or (up.scale.nbytes % 16 == 0 and up.data.nbytes % 16 == 0)
         return ProblemKey(
             m=m,
             hidden=up.data.shape[1],
@@ -95,7 +98,7 @@ class MLPFamily(Family):
             dtype=up.data.dtype if up.scale is None else torch.bfloat16,
             bias=any(matrix.bias is not None for matrix in matrices),
             one_block=not spec.up_first
-            and (up.scale is None or (up.scale.nbytes % 16 == 0 and up.data.nbytes % 16 == 0))
+            and is_aligned
             and (not isinstance(module, FusedMLP) or module.why_not_packed() is None),
             gpu=gpu,
             storage=storage,

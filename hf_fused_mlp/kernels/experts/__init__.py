@@ -13,7 +13,7 @@ FEW_PAIRS = 32
 FEW_BYTES = 1 << 29  # of their weights; sorting takes as long as reading so much, and finds experts that are shared
 LARGE_EXPERT = 1 << 25  # bytes of gate and up that do not stay in the L2 until a second tile reads them
 MOST_PROGRAMS = (1 << 31) - 1  # in the first dimension of a grid, by CUDA
-MOST_SORTED = 1 << 18  # pairs at once; the registers of a program that sorts hold no more, nor does memory h and y
+MOST_SORTED = 1 << 18  # pairs at once: the program that sorts holds them in registers, and h and y take memory
 
 
 def describe_experts(x: Tensor, ids: Tensor, up: Tensor, down: Tensor, form) -> ExpertsCall:

@@ -8,7 +8,7 @@ import torch
 from hf_fused_mlp.kernels.experts import fp8_grouped, grouped, pairs
 from hf_fused_mlp.types import SCALE_BLOCK, ExpertsCall, ExpertsKey, ExpertsPlan, TileConfig, next_power_of_two
 
-FP8_KERNELS = dict.fromkeys(fp8_grouped.ACTIVATIONS, fp8_grouped)  # each a way to multiply, of one kernel
+FP8_KERNELS = dict.fromkeys(fp8_grouped.ACTIVATIONS, fp8_grouped)  # the ways to multiply in one kernel
 KERNELS: dict[str, ModuleType] = {"pairs": pairs, "grouped": grouped, **FP8_KERNELS}
 # by order, the kernel, and the rows of one expert that a tile may have; what tensor cores multiply has at least 16
 ORDERS = {"pairs": ("pairs", (1,)), "sorted": ("grouped", (16, 32, 64, 128)), "gathered": ("grouped", (64, 128, 256))}
@@ -93,13 +93,13 @@ def tiles(call: ExpertsCall, plan: ExpertsPlan, launch: str) -> list[TileConfig]
 
 
 def _first_fp8_plans(call: ExpertsCall, rows: float) -> list[ExpertsPlan]:
-    """Each way to multiply, with tiles of as many rows as may suit so many of an expert."""
+    """Plans for each way to multiply, with heights of tiles that suit `rows` pairs per expert."""
     if call.dtype == torch.float32:
         return [fp8_grouped.plan_of(call, height, "w8a16", (32, 4, 2), (32, 4, 2)) for height in (16, 32)]
     plans = []
-    for order, height, warps in (("sorted", 16, 4), ("sorted", 32, 4), ("sorted", 64, 4), ("gathered", 64, 4)):
+    tile = SCALE_BLOCK, 4, 3
+    for order, height in (("sorted", 16), ("sorted", 32), ("sorted", 64), ("gathered", 64)):
         if height <= 4 * max(4, rows) and rows <= 8 * height:
-            tile = SCALE_BLOCK, warps, 3
             plans += [fp8_grouped.plan_of(call, height, kernel, tile, tile, order=order) for kernel in FP8_KERNELS]
     if rows >= 32:
         plans += [fp8_grouped.plan_of(call, 128, kernel, (128, 8, 4), (128, 8, 6)) for kernel in FP8_KERNELS]
