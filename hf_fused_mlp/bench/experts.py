@@ -259,12 +259,9 @@ def table(rows: list[Row]) -> str:
         if "peak_mb" in row:
             peaks.setdefault(problem, {})[row["impl"]] = row["peak_mb"]
     others = [name for name in EXPERTS_IMPLEMENTATIONS[1:] if any(name in times for times in problems.values())]
-    lines = [
-        f"| shape | routing | M | floor | fused | over floor | {' | '.join(others)} | faster than the best |",
-        "|---|---|---:|---:|---:|---:|" + "---:|" * (len(others) + 1),
-    ]
-    if peaks:
-        lines = [lines[0] + " peak, MB | of batched_mm |", lines[1] + "---:|---:|"]
+    columns = ["shape", "routing", "M", "floor", "fused", "over floor", *others, "faster than the best"]
+    columns += ["peak, MB", "of batched_mm"] if peaks else []
+    lines = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * (len(columns) - 2)}"]
     for (shape, kind, m), times in problems.items():
         fused, floor = times["fused"], times["floor"]
         best = min((times[name] for name in others if name in times), default=None)
