@@ -117,6 +117,7 @@ def test_the_twin_shares_everything():
     assert fused == [False] * 2 + [True] * 2
 
 
+@pytest.mark.long
 def test_command(clock, tmp_path):
     file = tmp_path / "run.json"
     args = ["bench", "generate", "--json", str(file), "--batch", "1,2", "--prompt", "3,4", "--rounds", "2"]

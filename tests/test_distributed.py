@@ -53,7 +53,9 @@ def _worker(rank, function, where, directory, port):
 
 
 @DEVICES
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", *(pytest.param(name, marks=pytest.mark.long) for name in ("phi3", "gpt_neox"))]
+)
 def test_tensor_parallel(model_type, where, tmp_path):
     tiny_model(model_type, num_key_value_heads=4).save_pretrained(tmp_path / "plain")
     (tmp_path / "model_type").write_text(model_type)
@@ -112,7 +114,7 @@ def whole_of(tensor):
 
 
 @DEVICES
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.long)])
 def test_fsdp(order, where, tmp_path):
     run(fsdp_before if order == "before" else fsdp_after, where, str(tmp_path))
 

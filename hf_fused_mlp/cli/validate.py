@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from hf_fused_mlp.cli.console import console, fail, output
+from hf_fused_mlp.cli.console import console, fail, output, require_directory
 from hf_fused_mlp.cli.loading import DTYPES, load_model, load_tokenizer
 from hf_fused_mlp.integrations import demo
 
@@ -47,6 +47,8 @@ def validate(
     """
     if reference is not None and no_reference:
         fail("--reference and --no-reference exclude each other; leave one out")
+    if reference is not None:
+        require_directory(reference)  # before the other model is loaded
 
     from hf_fused_mlp import numerics
 
