@@ -21,6 +21,7 @@ from hf_fused_mlp import fuse_model, fusion_report, launch_cache, ops, unfuse_mo
 from hf_fused_mlp.weights import is_packed
 
 WORLD = 2
+LONG = pytest.mark.long
 GPUS = pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPUS])])
 
@@ -114,7 +115,7 @@ def whole_of(tensor):
 
 
 @DEVICES
-@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.long)])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=LONG)])
 def test_fsdp(order, where, tmp_path):
     run(fsdp_before if order == "before" else fsdp_after, where, str(tmp_path))
 

@@ -106,7 +106,7 @@ def table(folder: Path = BENCHMARKS) -> str:
 
 
 def one_layer_of_experts(folder: Path = BENCHMARKS) -> str:
-    """A sentence with the speedup over the fastest of Transformers' implementations, by token count."""
+    """A sentence with the speedup over the fastest of Transformers' implementations."""
     us: dict[int, dict[str, float]] = {}
     for row in read(folder / LAYER)[1]:
         if (row["shape"], row["routing"]) == ("qwen3-30b-a3b", "uniform"):
@@ -114,7 +114,7 @@ def one_layer_of_experts(folder: Path = BENCHMARKS) -> str:
     speedups = []
     for m in LAYER_TOKENS:
         speedups.append(f"{us[m]['grouped_mm'] / us[m]['fused']:.2f}x ({m})")
-    return f"One layer of its experts over `grouped_mm`, Transformers' fastest, by tokens: {', '.join(speedups)}."
+    return f"One layer of Qwen3-30B-A3B's experts over `grouped_mm`, by number of tokens: {', '.join(speedups)}."
 
 
 def one_mlp(folder: Path = BENCHMARKS) -> str:
