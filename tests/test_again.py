@@ -76,6 +76,10 @@ def test_where_kernels_gain_nothing_the_original_runs_at_once(plan, short_way, m
     assert asked == ([3] if plan == UNFUSED else [3, 3]), "which is remembered"
     mlp(torch.randn(4, 64))
     assert asked[-1] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "_slow_path", lambda *_: ANSWER)
+        assert mlp.train()(x) is ANSWER, "training may save memory there"
+        mlp.eval()
     asked.clear()
     cache.forget()  # plans may have been measured
     mlp(x)
