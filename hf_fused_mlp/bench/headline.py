@@ -21,10 +21,13 @@ FP8 = "h100-fp8-end-to-end.json"
 FORMS = {
     "fused": ("MLPs", "#3B82C4"),
     "fused-norms": ("MLPs + norms", "#8DB9DF"),
-    "fused-fp8-mlps": ("MLPs in FP8", "#C9803B"),
-    "fused-fp8": ("all in FP8", "#C9803B"),
+    "fused-fp8-mlps": ("MLPs (FP8)", "#C9803B"),
+    "fused-fp8": ("all linear layers (FP8)", "#C9803B"),
 }
-FP8_NOTE = "FP8 rows compare a model with FP8 weights to the original in bf16."
+FP8_NOTE = (
+    "Eager speedups are medians of paired rounds. "
+    "FP8 rows compare FP8 weights to the original in bf16, in a run of their own."
+)
 WRITEUP = "h100-writeup.json"
 LAYER = "h100-experts.json"
 LAYER_TOKENS = 1, 16, 1024, 4096
@@ -114,7 +117,7 @@ def one_layer_of_experts(folder: Path = BENCHMARKS) -> str:
     speedups = []
     for m in LAYER_TOKENS:
         speedups.append(f"{us[m]['grouped_mm'] / us[m]['fused']:.2f}x ({m})")
-    return f"One layer of Qwen3-30B-A3B's experts over `grouped_mm`, by number of tokens: {', '.join(speedups)}."
+    return f"A layer of Qwen3-30B-A3B's experts alone, over `grouped_mm`, by number of tokens: {', '.join(speedups)}."
 
 
 def one_mlp(folder: Path = BENCHMARKS) -> str:
