@@ -102,7 +102,7 @@ def _rows(problem: Row, times: dict[str, list[float]]) -> list[Row]:
     found = speedup(times["original"], times["fused"])
     rows = []
     for impl, values in times.items():
-        cuts = statistics.quantiles(values, n=10)
+        cuts = statistics.quantiles(values, n=10, method="inclusive")  # of few rounds, within them
         ms = {"median_ms": statistics.median(values), "p20_ms": cuts[1], "p80_ms": cuts[7]}
         ratio = {"paired_speedup": found.median, "low": found.low, "high": found.high}
         rows.append({**problem, "impl": impl, **{key: round(value, 4) for key, value in (ms | ratio).items()}})
