@@ -200,7 +200,7 @@ def every_model_type():
     return entries, class_names, mlps
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_is_what_the_command_prints(every_model_type):
     page, printed = PAGE.read_text(), coverage_page(every_model_type[0]) + "\n"
     written_with, here = page.splitlines()[2], printed.splitlines()[2]
@@ -213,7 +213,7 @@ def test_the_page_is_what_the_command_prints(every_model_type):
 REFUSED = ["FalconH1MLP", "DeepseekV4MLP", "Glm5NextTextMLP", "BitNetMLP", "Gemma3nTextMLP", "Step3p7MLP", "BeamMLP"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @torch.no_grad()
 def test_what_is_recognised_computes_the_same(every_model_type):
     """Each distinct MLP of all of Transformers against what its class does, on small projections."""
