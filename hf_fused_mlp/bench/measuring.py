@@ -108,7 +108,19 @@ def copy_tbps() -> float:
     return 2 * source.nbytes / timing.median_us / 1e6
 
 
-def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, problem: str) -> dict[str, Callable]:
+def prepared(name: str, eager: nn.Module, fused: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """The call of the implementation `name` on `x`."""
+    return IMPLEMENTATIONS[name].prepare(eager, fused, x)
+
+
+def judged(
+    names: list[str],
+    eager: nn.Module,
+    fused: nn.Module,
+    x: Tensor,
+    problem: str,
+    prepare: Callable[..., Callable[[], Tensor]] = prepared,
+) -> dict[str, Callable]:
     """Prepares implementations and calls each once, which compiles and tunes it, then checks its answer.
 
     Peers that are not available or fail are logged and left out. A peer whose answer is inaccurate is logged and kept.
@@ -118,6 +130,7 @@ def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, prob
         eager, fused: the two forms of one MLP, which share their weights.
         x: `[M, H]`.
         problem: names shape and M in messages.
+        prepare: gives the call of a name; by default that of its implementation.
 
     Returns:
         The calls to time, by name.
@@ -129,7 +142,7 @@ def judged(names: list[str], eager: nn.Module, fused: nn.Module, x: Tensor, prob
     for name in names:
         implementation = IMPLEMENTATIONS[name]
         try:
-            call = implementation.prepare(eager, fused, x)
+            call = prepare(name, eager, fused, x)
             answer = call()
             if x.is_cuda and len(x) <= GRAPHS_UP_TO and not x.requires_grad:
                 with torch.cuda.graph(torch.cuda.CUDAGraph()):
