@@ -109,14 +109,12 @@ def table(folder: Path = BENCHMARKS) -> str:
 
 
 def one_layer_of_experts(folder: Path = BENCHMARKS) -> str:
-    """A sentence with the speedup over the fastest of Transformers' implementations."""
+    """A sentence with the speedups over Transformers' `grouped_mm`."""
     us: dict[int, dict[str, float]] = {}
     for row in read(folder / LAYER)[1]:
         if (row["shape"], row["routing"]) == ("qwen3-30b-a3b", "uniform"):
             us.setdefault(row["m"], {})[row["impl"]] = row["median_us"]
-    speedups = []
-    for m in LAYER_TOKENS:
-        speedups.append(f"{us[m]['grouped_mm'] / us[m]['fused']:.2f}x ({m})")
+    speedups = [f"{us[m]['grouped_mm'] / us[m]['fused']:.2f}x ({m})" for m in LAYER_TOKENS]
     return f"A layer of Qwen3-30B-A3B's experts alone, over `grouped_mm`, by number of tokens: {', '.join(speedups)}."
 
 

@@ -86,7 +86,8 @@ class Problem:
         def weights(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
             if not is_fp8:
                 return normal(key.experts, rows, columns, scale=columns**-0.5), None
-            scales = torch.rand(key.experts, scale_blocks(rows), scale_blocks(columns), device=device)
+            sizes = key.experts, scale_blocks(rows), scale_blocks(columns)
+            scales = torch.rand(sizes, device=device, dtype=torch.float32)
             return normal(key.experts, rows, columns, dtype=FP8), scales.add_(0.5).mul_(columns**-0.5)
 
         up, up_scale = weights(width, key.hidden)

@@ -112,12 +112,8 @@ def _fp8_tiles(call: ExpertsCall, plan: ExpertsPlan, launch: str) -> list[TileCo
     else:
         kernels = list(FP8_KERNELS)
         sizes = [(128, 4, 2), (128, 4, 4), (128, 8, 3), (128, 8, 4), (64, 4, 3), (64, 4, 5), (64, 8, 4)]
-    made = []
-    for kernel in kernels:
-        for size in sizes:
-            tuned = fp8_grouped.plan_of(call, plan.rows, kernel, size, size)
-            made.append(tuned.up if launch == "up" else tuned.down)
-    return made
+    plans = [fp8_grouped.plan_of(call, plan.rows, kernel, size, size) for kernel in kernels for size in sizes]
+    return [getattr(candidate, launch) for candidate in plans]
 
 
 def _pairs(call: ExpertsCall, launch: str) -> Iterable[TileConfig]:
