@@ -4,6 +4,7 @@ Between two calls of a module the rest of the model fills the processor's caches
 much memory it touches. That is why one C++ function of PyTorch compares the tensors, and why modules share entries.
 """
 
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -16,21 +17,26 @@ TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 # for each kind of call and shape of its first tensor: pairs of a check of the tensors and the function to run
 remembered: dict[Hashable, list[tuple[Callable[..., bool], Callable]]] = {}
 
-# modules, by their id, and shapes of their inputs, for which the original forward is as fast and takes the host less.
-# A module that is given the id of one that is gone may be left alone too, which is never wrong.
-left_alone: set[tuple[int, torch.Size]] = set()
+# for modules, by their id, the numbers of elements of inputs for which the original forward is as fast and takes the
+# host less
+left_alone: dict[int, set[int]] = {}
 
 
 def leave_alone(module: object, x: Tensor) -> None:
-    """Lets `module` run its original forward for inputs of the shape of `x`. The memory of this is bounded."""
-    if len(left_alone) >= 4096:
-        left_alone.clear()
-    left_alone.add((id(module), x.shape))
+    """Lets `module` run its original forward for inputs of the size of `x`. The memory of this is bounded."""
+    sizes = left_alone.get(id(module))
+    if sizes is None:
+        sizes = left_alone[id(module)] = set()
+        weakref.finalize(module, left_alone.pop, id(module), None)  # another module may be given its id
+    if len(sizes) >= 64:
+        sizes.clear()
+    sizes.add(x.numel())
 
 
 def is_left_alone(module: object, x: Tensor) -> bool:
     """Whether `leave_alone` was called for a call like this one; False for tensors whose sizes are not numbers."""
-    return type(x) is Tensor and (id(module), x.shape) in left_alone
+    sizes = left_alone.get(id(module))
+    return sizes is not None and type(x) is Tensor and x.numel() in sizes
 
 
 def answer(kind: Hashable, tensors: tuple[Tensor | None, ...], arguments: tuple) -> Any:

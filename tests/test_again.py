@@ -1,5 +1,6 @@
 """The short way of a fused module's call: taken when such a call was answered before, and nothing has changed."""
 
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -86,7 +87,26 @@ def test_where_kernels_gain_nothing_the_original_runs_at_once(plan, short_way, m
     assert asked == [3]
     fuse_model(model := tiny_model("gpt_neox").half(), batch_invariant=True)
     mlp = next(m for m in model.modules() if isinstance(m, FusedMLP))
+    launch_cache.leave_alone(mlp, x)
     assert mlp(x.half()) is ANSWER, "whose sums would depend on the token count"
+
+
+@torch.no_grad()
+def test_what_is_remembered_of_a_module_does_not_outlive_it(short_way):
+    """Another module may be given its id, or the module itself other weights or another form."""
+    x = torch.randn(3, 64)
+    mlp = next(m for m in fuse_model(tiny_model("gpt_neox")).modules() if isinstance(m, FusedMLP))
+    launch_cache.leave_alone(mlp, x)
+    assert launch_cache.is_left_alone(mlp, x) and not launch_cache.is_left_alone(mlp, torch.randn(4, 64))
+    mlp.half()
+    assert not launch_cache.is_left_alone(mlp, x)
+    launch_cache.leave_alone(mlp, x)
+    for _ in range(100):
+        launch_cache.leave_alone(mlp, torch.randn(len(launch_cache.left_alone[id(mlp)]) + 1, 64))
+    assert len(launch_cache.left_alone[id(mlp)]) <= 64
+    del mlp
+    gc.collect()
+    assert not launch_cache.left_alone
 
 
 @torch.no_grad()

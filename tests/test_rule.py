@@ -7,7 +7,7 @@ import torch
 
 from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.tuning.heuristics import gains_nothing_in_eager, heuristic_plan
-from hf_fused_mlp.types import GPU, TORCH, UNFUSED, Plan, ProblemKey, TileConfig
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 A100 = GPU("NVIDIA A100", 108, (8, 0), 166912)
@@ -46,21 +46,26 @@ def test_rows_that_are_not_aligned_are_left_to_the_library(m, gated):
 
 
 def test_where_the_gpu_waits_for_the_host_the_original_runs_in_eager_mode():
-    """BERT, ViT and CLIP, whose layers take the GPU less time than Python."""
+    """BERT, ViT, CLIP and ModernBERT, whose layers take the GPU less time than Python."""
+
+    def gains_nothing(key, up_layers=1):
+        return gains_nothing_in_eager(key, heuristic_plan(key), up_layers)
+
     for m in (50, 197, 512, 1576):
         for activation in ("gelu", "quick_gelu"):
-            key = problem(m, 768, 3072, gated=False, activation=activation, bias=True)
-            plan = heuristic_plan(key)
-            assert plan == Plan(TileConfig("wide"), TORCH) or plan.up.kernel == "skinny"
-            assert gains_nothing_in_eager(key, plan) == (plan.up.kernel == "wide")
+            assert gains_nothing(problem(m, 768, 3072, gated=False, activation=activation, bias=True))
+        assert gains_nothing(problem(m, 768, 1152))  # gate and up are one layer
+        assert not gains_nothing(problem(m, 768, 1152), up_layers=2)
+    for m in (1, 16, 32):
+        assert not gains_nothing(problem(m, 768, 3072, gated=False)) and not gains_nothing(problem(m, 768, 1152))
+    half = replace(problem(512, 768, 3072, gated=False), out=0)
+    assert gains_nothing(half) and gains_nothing_in_eager(half, UNFUSED, 1)
+    # larger ones take the GPU longer than Python
+    assert not gains_nothing(problem(512, 3072, 8192)) and not gains_nothing(problem(4096, 2048, 8192, gated=False))
     assert heuristic_plan(problem(16384, 768, 3072, gated=False)).up == TORCH
     # of three kernels that PyTorch takes for the activation, one is left at any size
     many = problem(16384, 768, 3072, gated=False, activation="quick_gelu")
-    assert heuristic_plan(many).up == TileConfig("wide")
-    assert not gains_nothing_in_eager(many, heuristic_plan(many))
-    half = replace(problem(512, 768, 3072, gated=False), out=0)
-    assert gains_nothing_in_eager(half, Plan(TileConfig("wide"), TORCH)) and gains_nothing_in_eager(half, UNFUSED)
-    assert not gains_nothing_in_eager(problem(512, 768, 3072), Plan(TileConfig("wide"), TORCH))
+    assert heuristic_plan(many).up == TileConfig("wide") and not gains_nothing(many)
 
 
 def test_other_gpus_run_no_gemm_of_ours():

@@ -64,9 +64,9 @@ def mlp_if_fits(x: Tensor, operands: MLPOperands) -> Tensor | None:
     return torch.ops.hf_fused_mlp.mlp(x, *flat, operands.batch_invariant)
 
 
-def gains_nothing(x: Tensor, operands: MLPOperands) -> bool:
+def gains_nothing(x: Tensor, operands: MLPOperands, up_layers: int) -> bool:
     """True if the original forward is as fast in eager mode: see `heuristics.gains_nothing_in_eager`."""
-    return runs_now(x) and _fits(x, *operands.flat()) and on_gpu().gains_nothing(x, operands)
+    return runs_now(x) and _fits(x, *operands.flat()) and on_gpu().gains_nothing(x, operands, up_layers)
 
 
 def _constant(matrix: tuple) -> Matrix:

@@ -103,12 +103,12 @@ def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None)
     )
 
 
-def gains_nothing(x: Tensor, operands: MLPOperands) -> bool:
+def gains_nothing(x: Tensor, operands: MLPOperands, up_layers: int) -> bool:
     """True if the original forward is as fast as the plan for eager calls like this one."""
     if x.numel() == 0 or operands.storage != "float" or operands.batch_invariant:
         return False
     key = problem_key(x.numel() // x.shape[-1], operands, x.dtype)
-    return gains_nothing_in_eager(key, find_plan(key))
+    return gains_nothing_in_eager(key, find_plan(key), up_layers)
 
 
 def mlp_cuda(x: Tensor, operands: MLPOperands) -> Tensor:

@@ -23,9 +23,10 @@ from hf_fused_mlp.types import (
 )
 
 SMALL_GEMM = 30.0  # microseconds, up to which a GEMM without a bias and one kernel of ours beat PyTorch's two launches
-# microseconds of an MLP, up to which eager mode waits for the host: encoders of 86 to 150 M parameters on an H100 were
-# 0.86x to 0.97x with kernels that save the GPU a few microseconds (docs/notes-kernels.md)
+# microseconds of an original MLP, up to which eager mode waits for the host: encoders of 86 to 150 M parameters on an
+# H100 were 0.86x to 0.97x with kernels that save the GPU a few microseconds (docs/notes-kernels.md)
 HOST_BOUND = 100.0
+DECODED = 32  # tokens at once, as in decoding, for which our launches take the host no longer than the original
 FEW = 64  # tokens, from which on a tile of `gemm` is worth its padding; without a gate later
 MANY = 512
 
@@ -37,17 +38,17 @@ def heuristic_plan(key: ProblemKey) -> Plan:
     return Plan(up=_linear(key.up), down=_linear(key.down) if key.out else TORCH)
 
 
-def gains_nothing_in_eager(key: ProblemKey, plan: Plan) -> bool:
+def gains_nothing_in_eager(key: ProblemKey, plan: Plan, up_layers: int) -> bool:
     """Whether the original forward is as fast as `plan` in eager mode, which also takes the host's time.
 
-    It is for PyTorch's own operations, and for plain MLPs whose GEMMs are PyTorch's, if the GPU waits for the host.
+    It is for PyTorch's own operations, and for small MLPs if the GPU waits for the host. But if gate and up are two
+    layers (`up_layers`), our two launches take the host less than the original's.
     """
     if plan == UNFUSED:
         return True
-    if key.gated or (plan.up.kernel, plan.down) != ("wide", TORCH):
+    if up_layers > 1 or key.m <= DECODED or key.dtype.itemsize != 2:
         return False
-    us = expected_us(key.up, plan.up) + (expected_us(key.down, TORCH) if key.out else 0.0)
-    return us < HOST_BOUND
+    return expected_us(key.up, TORCH) + (expected_us(key.down, TORCH) if key.out else 0.0) < HOST_BOUND
 
 
 def _linear(key: LinearKey) -> TileConfig:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import modes, ops
@@ -25,7 +26,7 @@ from hf_fused_mlp.families.mlp.checks import (
     warn_of_variance,
     wrapped_besides,
 )
-from hf_fused_mlp.launch_cache import answer, is_left_alone, leave_alone, mlp_kind, remembered
+from hf_fused_mlp.launch_cache import answer, is_left_alone, leave_alone, left_alone, mlp_kind, remembered
 from hf_fused_mlp.originals import (
     IDENTITIES,
     are_own_at_a_glance,
@@ -69,7 +70,7 @@ class FusedMLP(Fused):
     def forward(self, *args, **kwargs):
         # read once, because another thread may unfuse the module meanwhile; this also saves compiled code guards of
         # the class
-        traced = torch.compiler.is_compiling()
+        traced = is_compiling()
         cls: Any = self if traced else type(self)
         # a wrapper of this forward may call it after the module was unfused
         if not (isinstance(self, FusedMLP) if traced else issubclass(cls, FusedMLP)):
@@ -78,8 +79,8 @@ class FusedMLP(Fused):
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
             if traced:
                 out = _compiled(self, x)
-            elif (not self.training and is_left_alone(self, x)) or (
-                not cls.batch_invariant and must_call(self, cls._first_name) and _is_small(x)
+            elif not cls.batch_invariant and (
+                (is_left_alone(self, x) and not self.training) or (must_call(self, cls._first_name) and _is_small(x))
             ):
                 return cls.original_class.forward(self, *args, **kwargs)
             else:
@@ -129,6 +130,7 @@ class FusedMLP(Fused):
         raise NotImplementedError
 
     def repack(self) -> None:
+        left_alone.pop(id(self), None)  # its weights may have another dtype or place now
         with LOCK:
             if isinstance(self, FusedMLP):  # another thread may have unfused it
                 free_when_unread(self._pack(), self)
@@ -288,7 +290,7 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
     found = read_projections(module, spec)
     if found.all_are_read and not autocasts and not training and found.up.data.dtype != torch.float64:
         operands = _operands(module, cls, found)
-        if not compiling and ops.gains_nothing(x, operands):
+        if not compiling and ops.gains_nothing(x, operands, len(spec.first)):
             leave_alone(module, x)
             return None
         out = ops.mlp_if_fits(x, operands)
