@@ -17,26 +17,24 @@ TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 # for each kind of call and shape of its first tensor: pairs of a check of the tensors and the function to run
 remembered: dict[Hashable, list[tuple[Callable[..., bool], Callable]]] = {}
 
-# for modules, by their id, the numbers of elements of inputs for which the original forward is as fast and takes the
-# host less
-left_alone: dict[int, set[int]] = {}
+# modules, by their id, whose original forward is as fast and takes the host less: their original class, and the
+# numbers of elements of such inputs
+left_alone: dict[int, tuple[type, set[int]]] = {}
 
 
-def leave_alone(module: object, x: Tensor) -> None:
-    """Lets `module` run its original forward for inputs of the size of `x`. The memory of this is bounded."""
-    sizes = left_alone.get(id(module))
-    if sizes is None:
-        sizes = left_alone[id(module)] = set()
-        weakref.finalize(module, left_alone.pop, id(module), None)  # another module may be given its id
+def leave_alone(module: object, original: type, x: Tensor) -> None:
+    """Lets `module` run the forward of its original class for inputs of the size of `x`.
+
+    That ends when `module` is fused, moved or converted again, or gone, because another module may be given its id.
+    The memory of this is bounded.
+    """
+    if id(module) not in left_alone:
+        left_alone[id(module)] = original, set()
+        weakref.finalize(module, left_alone.pop, id(module), None)
+    _, sizes = left_alone[id(module)]
     if len(sizes) >= 64:
         sizes.clear()
     sizes.add(x.numel())
-
-
-def is_left_alone(module: object, x: Tensor) -> bool:
-    """Whether `leave_alone` was called for a call like this one; False for tensors whose sizes are not numbers."""
-    sizes = left_alone.get(id(module))
-    return sizes is not None and type(x) is Tensor and x.numel() in sizes
 
 
 def answer(kind: Hashable, tensors: tuple[Tensor | None, ...], arguments: tuple) -> Any:

@@ -53,7 +53,7 @@ def device(request, monkeypatch):
 
 def _filled(allocate, *args, **kwargs):
     tensor = allocate(*args, **kwargs)
-    return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 30)
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else min(1 << 30, torch.iinfo(tensor.dtype).max))
 
 
 @pytest.fixture

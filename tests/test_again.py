@@ -20,7 +20,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from hf_fused_mlp import fuse_model, launch_cache, modes, ops
+from hf_fused_mlp import fuse_model, launch_cache, modes, ops, unfuse_model
 from hf_fused_mlp.families.mlp import fused
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.ops import dispatch
@@ -77,33 +77,33 @@ def test_where_kernels_gain_nothing_the_original_runs_at_once(plan, short_way, m
     assert asked == ([3] if plan == UNFUSED else [3, 3]), "which is remembered"
     mlp(torch.randn(4, 64))
     assert asked[-1] == 4
-    with monkeypatch.context() as patch:
-        patch.setattr(fused, "_slow_path", lambda *_: ANSWER)
-        assert mlp.train()(x) is ANSWER, "training may save memory there"
-        mlp.eval()
     asked.clear()
     cache.forget()  # plans may have been measured
     mlp(x)
     assert asked == [3]
     fuse_model(model := tiny_model("gpt_neox").half(), batch_invariant=True)
     mlp = next(m for m in model.modules() if isinstance(m, FusedMLP))
-    launch_cache.leave_alone(mlp, x)
     assert mlp(x.half()) is ANSWER, "whose sums would depend on the token count"
 
 
 @torch.no_grad()
-def test_what_is_remembered_of_a_module_does_not_outlive_it(short_way):
+def test_what_is_remembered_of_a_module_does_not_outlive_it(short_way, monkeypatch):
     """Another module may be given its id, or the module itself other weights or another form."""
     x = torch.randn(3, 64)
     mlp = next(m for m in fuse_model(tiny_model("gpt_neox")).modules() if isinstance(m, FusedMLP))
-    launch_cache.leave_alone(mlp, x)
-    assert launch_cache.is_left_alone(mlp, x) and not launch_cache.is_left_alone(mlp, torch.randn(4, 64))
+    original, calls = mlp.original_class, []
+    launch_cache.leave_alone(mlp, original, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(original, "forward", lambda self, *args, **kwargs: calls.append((args, kwargs)) or ANSWER)
+        assert mlp(x) is ANSWER and mlp(hidden_states=x) is ANSWER and len(calls) == 2
     mlp.half()
-    assert not launch_cache.is_left_alone(mlp, x)
-    launch_cache.leave_alone(mlp, x)
-    for _ in range(100):
-        launch_cache.leave_alone(mlp, torch.randn(len(launch_cache.left_alone[id(mlp)]) + 1, 64))
-    assert len(launch_cache.left_alone[id(mlp)]) <= 64
+    assert not launch_cache.left_alone
+    launch_cache.leave_alone(mlp, original, x)
+    fuse_model(unfuse_model(mlp), batch_invariant=True)
+    assert not launch_cache.left_alone
+    for count in range(1, 100):
+        launch_cache.leave_alone(mlp, original, torch.randn(count, 64))
+    assert len(launch_cache.left_alone[id(mlp)][1]) <= 64
     del mlp
     gc.collect()
     assert not launch_cache.left_alone

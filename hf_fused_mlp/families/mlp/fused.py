@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from hf_fused_mlp import modes, ops
@@ -26,7 +26,7 @@ from hf_fused_mlp.families.mlp.checks import (
     warn_of_variance,
     wrapped_besides,
 )
-from hf_fused_mlp.launch_cache import answer, is_left_alone, leave_alone, left_alone, mlp_kind, remembered
+from hf_fused_mlp.launch_cache import answer, leave_alone, left_alone, mlp_kind, remembered
 from hf_fused_mlp.originals import (
     IDENTITIES,
     are_own_at_a_glance,
@@ -68,6 +68,12 @@ class FusedMLP(Fused):
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
 
     def forward(self, *args, **kwargs):
+        # no attribute is read before this: the rest of the model fills the processor's caches, so each costs a lot
+        if not is_dynamo_compiling() and (alone := left_alone.get(id(self))) is not None:
+            original, sizes = alone
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if type(x) is Tensor and x.numel() in sizes:
+                return original.forward(self, *args, **kwargs)
         # read once, because another thread may unfuse the module meanwhile; this also saves compiled code guards of
         # the class
         traced = is_compiling()
@@ -77,14 +83,9 @@ class FusedMLP(Fused):
             return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(cls.input_name)
         if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
-            if traced:
-                out = _compiled(self, x)
-            elif not cls.batch_invariant and (
-                (is_left_alone(self, x) and not self.training) or (must_call(self, cls._first_name) and _is_small(x))
-            ):
+            if not traced and not cls.batch_invariant and must_call(self, cls._first_name) and _is_small(x):
                 return cls.original_class.forward(self, *args, **kwargs)
-            else:
-                out = _replay(self, cls, x)
+            out = _compiled(self, x) if traced else _replay(self, cls, x)
             if out is None and modes.is_ordinary(x):
                 out = _slow_path(self, cls, x)
             if out is not None:
@@ -291,7 +292,7 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
     if found.all_are_read and not autocasts and not training and found.up.data.dtype != torch.float64:
         operands = _operands(module, cls, found)
         if not compiling and ops.gains_nothing(x, operands, len(spec.first)):
-            leave_alone(module, x)
+            leave_alone(module, cls.original_class, x)
             return None
         out = ops.mlp_if_fits(x, operands)
         if out is not None:
