@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -56,6 +57,25 @@ def test_the_report_holds_together(report):
         assert (form.launches_per_mlp, form.kernels_per_mlp) == (5, 3)
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False)) == report.to_dict()
     assert (report.verdict.fuse, report.verdict.headline) == (None, "No verdict on a CPU")
+
+
+def test_decoding_is_as_generate_decodes():
+    """On a GPU `generate` decodes with another implementation of routed experts, `batched_mm`."""
+    model, tokens = tiny_model("mixtral"), {True: [], False: []}
+    inside = [False]
+
+    @contextmanager
+    def as_generate():
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    model._optimize_model_for_decode = as_generate
+    model.register_forward_pre_hook(
+        lambda module, args, given: tokens[inside[0]].append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    audit(model, **SIZES)
+    assert set(tokens[True]) == {1} and set(tokens[False]) == {SIZES["prompt_tokens"]}
 
 
 def test_three_forms_where_kernels_run(monkeypatch):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,15 @@ def time_forms(request: Request, forms: Forms, timed: Sequence[str], tell: Tell)
         for form in (*timed[first:], *timed[:first]):
             tell(f"{LABELS[form]}, round {round_} of {request.rounds}" if round_ else f"{LABELS[form]}, warm-up")
             forms.apply(form)
-            request.step(*request.prefill())  # the first calls after a change look up plans
+            state = request.prefill()  # the first calls after a change look up plans
+            with request.for_decoding():
+                request.step(*state)
             start = _now(request)
             state = request.prefill()
             middle = _now(request)
-            for _ in range(request.new_tokens):
-                state = request.step(*state)
+            with request.for_decoding():
+                for _ in range(request.new_tokens):
+                    state = request.step(*state)
             end = _now(request)
             if round_:
                 walls["prefill"][form].append((middle - start) * 1e6)
@@ -128,5 +131,6 @@ def profile_forms(
         for phase, step in (("prefill", request.prefill), ("decode", request.decoding())):
             file = folder and folder / f"{phase}-{form}.json"
             count = min(PROFILED_STEPS[phase], request.new_tokens)
-            steps[phase][form] = record(step, count, forms.mlps, request.ids.is_cuda, file)
+            with request.for_decoding() if phase == "decode" else nullcontext():
+                steps[phase][form] = record(step, count, forms.mlps, request.ids.is_cuda, file)
     return steps

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +25,11 @@ class Request:
     """One request: `ids` `[batch, prompt_tokens]`, how many tokens to generate after them, and how often to time it.
 
     `forward` is the model's, which takes its key-value cache as `cache_name`, and `gpus` are those that it is on.
+    `for_decoding` makes the context in which `generate` decodes, where routed experts have another implementation.
     """
 
     forward: Callable
+    for_decoding: Callable[[], AbstractContextManager]
     cache_name: str
     ids: Tensor
     new_tokens: int
@@ -87,7 +90,9 @@ def make_request(
     last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     cache_name = next(name for name in CACHE_NAMES if name in parameters)
     gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    return Request(partial(model, use_cache=True, **last), cache_name, ids, new_tokens, rounds, tuple(gpus))
+    for_decoding = getattr(model, "_optimize_model_for_decode", nullcontext)  # as `generate` does, if it has experts
+    forward = partial(model, use_cache=True, **last)
+    return Request(forward, for_decoding, cache_name, ids, new_tokens, rounds, tuple(gpus))
 
 
 def _auditable_device(model: PreTrainedModel) -> torch.device:
