@@ -17,21 +17,20 @@ TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 # for each kind of call and shape of its first tensor: pairs of a check of the tensors and the function to run
 remembered: dict[Hashable, list[tuple[Callable[..., bool], Callable]]] = {}
 
-# modules, by their id, whose original forward is as fast and takes the host less: their original class, and the
-# numbers of elements of such inputs
-left_alone: dict[int, tuple[type, set[int]]] = {}
+# by the id of a module: its original class, the sizes of inputs for which the forward of that class is as fast and
+# takes the host less, and a reference that drops the entry with the module, because another may be given its id
+left_alone: dict[int, tuple[type, set[int], weakref.ref]] = {}
 
 
 def leave_alone(module: object, original: type, x: Tensor) -> None:
-    """Lets `module` run the forward of its original class for inputs of the size of `x`.
+    """Lets `module` run the forward of its original class for inputs with as many elements as `x`.
 
-    That ends when `module` is fused, moved or converted again, or gone, because another module may be given its id.
-    The memory of this is bounded.
+    That ends when `module` is fused, moved or converted again. The memory of this is bounded.
     """
-    if id(module) not in left_alone:
-        left_alone[id(module)] = original, set()
-        weakref.finalize(module, left_alone.pop, id(module), None)
-    _, sizes = left_alone[id(module)]
+    key = id(module)
+    if (alone := left_alone.get(key)) is None:
+        alone = left_alone[key] = original, set(), weakref.ref(module, lambda _: left_alone.pop(key, None))
+    sizes = alone[1]
     if len(sizes) >= 64:
         sizes.clear()
     sizes.add(x.numel())

@@ -22,8 +22,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def no_call_is_small(monkeypatch):
-    """Tests are about few tokens, for which one kernel between called layers would not be worth it."""
+    """Tests are about small MLPs and few tokens, for which kernels would not be worth it in eager mode."""
     monkeypatch.setattr("hf_fused_mlp.families.mlp.fused.SMALL_INPUT", 0)
+    monkeypatch.setattr("hf_fused_mlp.tuning.heuristics.HOST_BOUND", 0.0)
 
 
 @pytest.fixture

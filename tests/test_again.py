@@ -1,6 +1,7 @@
 """The short way of a fused module's call: taken when such a call was answered before, and nothing has changed."""
 
 import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -77,6 +78,11 @@ def test_where_kernels_gain_nothing_the_original_runs_at_once(plan, short_way, m
     assert asked == ([3] if plan == UNFUSED else [3, 3]), "which is remembered"
     mlp(torch.randn(4, 64))
     assert asked[-1] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "_slow_path", lambda *_: ANSWER)
+        with torch.enable_grad():
+            assert mlp.train()(x) is ANSWER, "training may save memory there"
+        mlp.eval()
     asked.clear()
     cache.forget()  # plans may have been measured
     mlp(x)
@@ -84,6 +90,68 @@ def test_where_kernels_gain_nothing_the_original_runs_at_once(plan, short_way, m
     fuse_model(model := tiny_model("gpt_neox").half(), batch_invariant=True)
     mlp = next(m for m in model.modules() if isinstance(m, FusedMLP))
     assert mlp(x.half()) is ANSWER, "whose sums would depend on the token count"
+
+
+@torch.no_grad()
+def test_the_rule_is_asked_by_the_layers_of_the_original(short_way, monkeypatch):
+    """Packed gate and up are one layer of Phi-3, and two of Llama."""
+    asked = []
+    monkeypatch.setattr(ops.dense, "runs_now", lambda x: True)
+    monkeypatch.setattr(dispatch, "gains_nothing_in_eager", lambda key, plan, layers: asked.append(layers) or True)
+    for model_type in ("llama", "phi3", "gpt_neox"):
+        mlp = next(m for m in fuse_model(tiny_model(model_type)).modules() if isinstance(m, FusedMLP))
+        mlp(torch.randn(3, 64))
+    assert asked == [2, 1, 1]
+
+
+def left_alone(model_type, x):
+    mlp = next(m for m in fuse_model(tiny_model(model_type)).modules() if isinstance(m, FusedMLP))
+    launch_cache.leave_alone(mlp, mlp.original_class, x)
+    return mlp
+
+
+@torch.no_grad()
+def test_what_is_left_alone_can_still_be_traced(short_way):
+    x = torch.randn(3, 64)
+    mlp = left_alone("phi3", x)
+    expected = mlp(x)
+    graph = make_fx(torch.func.vmap(mlp), tracing_mode="symbolic", _allow_non_fake_inputs=True)(x[None])
+    torch.testing.assert_close(graph(x[None])[0], expected)
+    assert mlp(nn.Parameter(x)).shape == x.shape
+    with pytest.raises(TypeError):
+        mlp()
+    with pytest.raises(TypeError):
+        mlp(None)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(mlp, backend=backend, fullgraph=True)(x)
+    assert any("hf_fused_mlp" in str(node.target) for node in graphs[0].graph.nodes), "compiled code runs the kernels"
+    torch._dynamo.reset()
+
+
+def test_leaving_alone_keeps_nothing_of_what_was_before(short_way):
+    x = torch.randn(3, 64)
+    mlp = left_alone("gpt_neox", x)
+    before = len(weakref.finalize._registry), weakref.getweakrefcount(mlp)
+    for _ in range(20):
+        mlp.to(torch.float32)
+        launch_cache.leave_alone(mlp, mlp.original_class, x)
+    assert (len(weakref.finalize._registry), weakref.getweakrefcount(mlp)) == before
+
+
+@torch.no_grad()
+def test_a_form_that_another_thread_gives_is_not_left_alone(short_way, monkeypatch):
+    """The other one promises sums that do not depend on the token count."""
+    x = torch.randn(3, 64).half()
+    model = fuse_model(tiny_model("phi3").half())
+    mlp = next(m for m in model.modules() if isinstance(m, FusedMLP))
+    monkeypatch.setattr(ops, "gains_nothing", lambda *_: bool(fuse_model(unfuse_model(model), batch_invariant=True)))
+    mlp(x)
+    assert type(mlp).batch_invariant and not launch_cache.left_alone
 
 
 @torch.no_grad()

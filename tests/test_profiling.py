@@ -11,9 +11,9 @@ from hf_fused_mlp.profiling.figures import agreed_digits, shown
 from hf_fused_mlp.profiling.prediction import predict
 from hf_fused_mlp.profiling.report import Kernel
 from hf_fused_mlp.profiling.trace import MLP, STEP, Breakdown, breakdown, covered
-from hf_fused_mlp.tuning import cache
+from hf_fused_mlp.tuning import cache, heuristics
 from hf_fused_mlp.tuning.plan_files import TunedPlan
-from hf_fused_mlp.types import GPU, UNFUSED, ProblemKey
+from hf_fused_mlp.types import GPU, TORCH, Plan, ProblemKey, TileConfig
 
 
 def event(cat, name, start, end, **args):
@@ -171,10 +171,13 @@ def test_prediction_asks_the_plans(plan_cache):
         assert prediction._gain_alone(mlp, 3) is None
         gpu = GPU.of(torch.device("cpu"))
         key = ProblemKey(4, 64, 176, 64, True, "silu", torch.float32, False, True, gpu)
-        cache.save([TunedPlan(key, UNFUSED, plan_us=2.0, other_us=3.0)], gpu)
+        plan = Plan(TileConfig("elementwise"), TORCH)
+        cache.save([TunedPlan(key, plan, plan_us=2.0, other_us=3.0)], gpu)
         assert prediction._gain_alone(mlp, 3) == 1.5
         assert prediction._gain_alone(mlp, 5) is None
-        patch.setattr(cache, "unusable", {UNFUSED})
+        patch.setattr(heuristics, "gains_nothing_in_eager", lambda *given: given == (key, plan, 2))
+        assert prediction._gain_alone(mlp, 3) == 1.0, "because the original forward runs"
+        patch.setattr(cache, "unusable", {plan})
         assert prediction._gain_alone(mlp, 3) is None
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_fused_mlp.tuning import heuristics
 from hf_fused_mlp.tuning.cost import expected_us
-from hf_fused_mlp.tuning.heuristics import gains_nothing_in_eager, heuristic_plan
+from hf_fused_mlp.tuning.heuristics import HOST_BOUND, gains_nothing_in_eager, heuristic_plan
 from hf_fused_mlp.types import GPU, TORCH, UNFUSED, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
@@ -45,8 +46,9 @@ def test_rows_that_are_not_aligned_are_left_to_the_library(m, gated):
     assert heuristic_plan(problem(m, 1000, 2730, True, one_block=False)).up.kernel == "elementwise"
 
 
-def test_where_the_gpu_waits_for_the_host_the_original_runs_in_eager_mode():
+def test_where_the_gpu_waits_for_the_host_the_original_runs_in_eager_mode(monkeypatch):
     """BERT, ViT, CLIP and ModernBERT, whose layers take the GPU less time than Python."""
+    monkeypatch.setattr(heuristics, "HOST_BOUND", HOST_BOUND)
 
     def gains_nothing(key, up_layers=1):
         return gains_nothing_in_eager(key, heuristic_plan(key), up_layers)
@@ -58,7 +60,10 @@ def test_where_the_gpu_waits_for_the_host_the_original_runs_in_eager_mode():
         assert not gains_nothing(problem(m, 768, 1152), up_layers=2)
     for m in (1, 16, 32):
         assert not gains_nothing(problem(m, 768, 3072, gated=False)) and not gains_nothing(problem(m, 768, 1152))
-    half = replace(problem(512, 768, 3072, gated=False), out=0)
+    plain = problem(512, 768, 3072, gated=False)
+    for other in (problem(512, 768, 1152, dtype=torch.float32), replace(plain, storage="fp8")):
+        assert not gains_nothing(other)
+    half = replace(plain, out=0)
     assert gains_nothing(half) and gains_nothing_in_eager(half, UNFUSED, 1)
     # larger ones take the GPU longer than Python
     assert not gains_nothing(problem(512, 3072, 8192)) and not gains_nothing(problem(4096, 2048, 8192, gated=False))

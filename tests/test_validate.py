@@ -14,6 +14,7 @@ from hf_fused_mlp.cli import app
 from hf_fused_mlp.families.mlp import fused
 from hf_fused_mlp.families.mlp.fused import FusedMLP
 from hf_fused_mlp.integrations import demo
+from hf_fused_mlp.launch_cache import leave_alone
 from hf_fused_mlp.numerics import layers
 from hf_fused_mlp.numerics.report import Divergence, LogitsNumerics, NumericsReport
 from hf_fused_mlp.report import ModuleStatus
@@ -439,3 +440,16 @@ def test_smollm2():
     model.model.layers[3].mlp.act_fn = nn.GELU()
     report = validate(model, dict(ids), reference=reference, new_tokens=0)
     assert failing(report) == ["model.layers.3.mlp", "model.layers.17.mlp"]
+
+
+def test_kernels_of_compiled_code_are_judged_where_eager_calls_leave_them_alone(monkeypatch):
+    as_on_gpu(monkeypatch)
+    model = fused_model("phi3")
+    for module in model.modules():
+        if isinstance(module, FusedMLP):
+            leave_alone(module, module.original_class, torch.empty(60, 64))
+    assert validate(model, IDS, new_tokens=0).passed
+    operator = ops.mlp
+    monkeypatch.setattr(ops, "mlp", lambda x, *rest, **kwargs: operator(x, *rest, **kwargs) * (x.numel() < 60 * 64))
+    report = validate(model, IDS, new_tokens=0)
+    assert len(failing(report)) == 2 and report.layers[0].tokens == 60

@@ -65,7 +65,10 @@ def mlp_if_fits(x: Tensor, operands: MLPOperands) -> Tensor | None:
 
 
 def gains_nothing(x: Tensor, operands: MLPOperands, up_layers: int) -> bool:
-    """True if the original forward is as fast in eager mode: see `heuristics.gains_nothing_in_eager`."""
+    """True if the original forward is as fast in eager mode: see `heuristics.gains_nothing_in_eager`.
+
+    `up_layers` is the number of layers before the activation: 2 if gate and up are two.
+    """
     return runs_now(x) and _fits(x, *operands.flat()) and on_gpu().gains_nothing(x, operands, up_layers)
 
 

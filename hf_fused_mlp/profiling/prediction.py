@@ -7,6 +7,7 @@ from hf_fused_mlp.profiling.estimates import amdahl
 from hf_fused_mlp.profiling.report import Bound, Prediction
 from hf_fused_mlp.profiling.trace import Breakdown
 from hf_fused_mlp.swap import Fused
+from hf_fused_mlp.types import Plan, ProblemKey
 
 
 def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdown, wall_us: float) -> Prediction:
@@ -52,7 +53,15 @@ def predict(mlps: dict[str, nn.Module], m: int, bound: Bound, original: Breakdow
 def _gain_alone(module: Fused, m: int) -> float | None:
     """The measured speedup of its plan for `m` tokens over PyTorch's own kernels; None if it was not measured."""
     from hf_fused_mlp.tuning.cache import tuned_plan  # imports Triton
+    from hf_fused_mlp.tuning.heuristics import gains_nothing_in_eager
 
     key = problem_of(module, m)
     tuned = None if key is None else tuned_plan(key)
-    return None if tuned is None else tuned.other_us / tuned.plan_us
+    if tuned is None:
+        return None
+    alone = (
+        isinstance(key, ProblemKey)
+        and isinstance(tuned.plan, Plan)
+        and gains_nothing_in_eager(key, tuned.plan, len(module.fused_spec.first))
+    )
+    return 1.0 if alone else tuned.other_us / tuned.plan_us

@@ -41,9 +41,11 @@ def heuristic_plan(key: ProblemKey) -> Plan:
 def gains_nothing_in_eager(key: ProblemKey, plan: Plan, up_layers: int) -> bool:
     """Whether the original forward is as fast as `plan` in eager mode, which also takes the host's time.
 
-    It is for PyTorch's own operations, and for small MLPs if the GPU waits for the host. But if gate and up are two
-    layers (`up_layers`), our two launches take the host less than the original's.
+    True for PyTorch's own operations, and for MLPs so small that the GPU presumably waits for the host. Not for up to
+    `DECODED` tokens, and not if gate and up are two layers (`up_layers` is 2): then our launches take the host less.
     """
+    if key.storage != "float":
+        return False
     if plan == UNFUSED:
         return True
     if up_layers > 1 or key.m <= DECODED or key.dtype.itemsize != 2:

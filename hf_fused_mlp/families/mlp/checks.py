@@ -189,3 +189,15 @@ def _fits(spec: MLPSpec, *shapes: torch.Size) -> bool:
     (*_, up) = first = shapes[: len(spec.first)]
     halves = 2 if spec.kind is MLPKind.PACKED else 1
     return first[0] == up and all(up[0] == halves * down[1] for down in shapes[len(first) :])
+
+
+def local_parameters(module: Any) -> list[Any]:
+    """The parameters before the activation, including those of later wrappers; of shards, the local part."""
+    layers = [layer for name in module.fused_spec.first if (layer := module._modules.get(name)) is not None]
+    return [getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters()]
+
+
+def are_parameters(module: Any, weights: tuple[Any, Any]) -> bool:
+    """False if a format returns new tensors instead of its parameters, so that packing them would have no effect."""
+    held = {id(parameter) for parameter in local_parameters(module)}
+    return all(id(weight) in held for weight in weights)

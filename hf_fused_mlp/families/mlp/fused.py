@@ -1,6 +1,7 @@
 """The fused forms of an MLP.
 
-A call takes the first of these paths that applies: repeat a remembered launch; run the whole MLP on kernels; run what
+A call takes the first of these paths that applies: run the original forward, if kernels gain nothing for such a call
+(`launch_cache.left_alone`); repeat a remembered launch; run the whole MLP on kernels; run what
 kernels can compute and call the other layers; run the original forward. With few tokens, the original forward also
 runs if kernels could only compute the product.
 """
@@ -19,8 +20,10 @@ from hf_fused_mlp.calls import device_of, has_own_forward, is_bare, runs_class_f
 from hf_fused_mlp.families.mlp.checks import (
     Projections,
     altered_reason,
+    are_parameters,
     called_reason,
     can_call,
+    local_parameters,
     must_call,
     read_projections,
     warn_of_variance,
@@ -68,11 +71,17 @@ class FusedMLP(Fused):
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
 
     def forward(self, *args, **kwargs):
-        # no attribute is read before this: the rest of the model fills the processor's caches, so each costs a lot
+        # no attribute of the module is read before this: the rest of the model fills the processor's caches, so that
+        # each costs a lot
         if not is_dynamo_compiling() and (alone := left_alone.get(id(self))) is not None:
-            original, sizes = alone
+            original, sizes, _ = alone
             x = args[0] if args else next(iter(kwargs.values()), None)
-            if type(x) is Tensor and x.numel() in sizes:
+            if (
+                type(x) is Tensor
+                and type(size := x.numel()) is int  # in some traces it is a symbol
+                and size in sizes
+                and not (torch.is_grad_enabled() and self.training)  # where kernels save memory
+            ):
                 return original.forward(self, *args, **kwargs)
         # read once, because another thread may unfuse the module meanwhile; this also saves compiled code guards of
         # the class
@@ -155,7 +164,7 @@ class FusedGatedMLP(FusedMLP):
 
     def why_not_packed(self) -> str | None:
         for weights in self._pairs_to_pack():
-            if not _are_parameters(self, weights):
+            if not are_parameters(self, weights):
                 return "gate and up cannot be moved: their format does not keep them as parameters"
             if reason := why_not_packed(*weights):
                 return reason
@@ -165,12 +174,12 @@ class FusedGatedMLP(FusedMLP):
         replaced = []
         for weights in self._pairs_to_pack():
             # packing gains nothing where the original forward runs
-            if modes.no_kernels(weights[0].device, weights[0].dtype) is None and _are_parameters(self, weights):
+            if modes.no_kernels(weights[0].device, weights[0].dtype) is None and are_parameters(self, weights):
                 replaced += pack(*weights)
         return replaced
 
     def _unpack(self) -> list[Tensor]:
-        return unpack(_local_parameters(self))
+        return unpack(local_parameters(self))
 
     def _pairs_to_pack(self) -> list[tuple[Any, Any]]:
         """Pairs of tensors to pack: the weights of gate and up, and their scales if there are any.
@@ -185,18 +194,6 @@ class FusedGatedMLP(FusedMLP):
             pairs.append((found.gate.scale, found.up.scale))
             pairs = [pair for pair in pairs if pair[0].nbytes % 16 == 0]  # otherwise up would not be aligned
         return pairs
-
-
-def _local_parameters(module: FusedMLP) -> list[Any]:
-    """The parameters before the activation, including those of later wrappers; of shards, the local part."""
-    layers = [layer for name in module.fused_spec.first if (layer := module._modules.get(name)) is not None]
-    return [getattr(weight, "_local_tensor", weight) for layer in layers for weight in layer.parameters()]
-
-
-def _are_parameters(module: FusedMLP, weights: tuple[Any, Any]) -> bool:
-    """False if a format returns new tensors instead of its parameters, so that packing them would have no effect."""
-    held = {id(parameter) for parameter in _local_parameters(module)}
-    return all(id(weight) in held for weight in weights)
 
 
 class FusedPackedMLP(FusedMLP):
@@ -293,6 +290,8 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
         operands = _operands(module, cls, found)
         if not compiling and ops.gains_nothing(x, operands, len(spec.first)):
             leave_alone(module, cls.original_class, x)
+            if type(module) is not cls:  # another thread has fused it in another form
+                left_alone.pop(id(module), None)
             return None
         out = ops.mlp_if_fits(x, operands)
         if out is not None:
