@@ -104,6 +104,16 @@ def test_the_rule_is_asked_by_the_layers_of_the_original(short_way, monkeypatch)
     assert asked == [2, 1, 1]
 
 
+def test_weights_that_no_kernel_reads_have_no_rule(short_way, monkeypatch):
+    """Every other column of a tensor, for example."""
+    monkeypatch.setattr(dispatch, "find_plan", lambda key: UNFUSED)
+    mlp = next(m for m in fuse_model(tiny_model("gpt_neox")).modules() if isinstance(m, FusedMLP))
+    operands, x = mlp.operands(), torch.randn(3, 64)
+    assert dispatch.gains_nothing(x, operands, 1)
+    up = operands.up._replace(data=torch.randn(256, 128)[:, ::2])
+    assert not dispatch.gains_nothing(x, operands._replace(up=up), 1)
+
+
 def left_alone(model_type, x):
     mlp = next(m for m in fuse_model(tiny_model(model_type)).modules() if isinstance(m, FusedMLP))
     launch_cache.leave_alone(mlp, mlp.original_class, x)

@@ -105,7 +105,7 @@ def problem_key(m: int, operands: MLPOperands, dtype: torch.dtype | None = None)
 
 def gains_nothing(x: Tensor, operands: MLPOperands, up_layers: int) -> bool:
     """True if the original forward, with `up_layers` before the activation, is as fast as the plan in eager mode."""
-    if x.numel() == 0 or operands.batch_invariant:
+    if x.numel() == 0 or operands.storage is None or operands.batch_invariant:
         return False
     key = problem_key(x.numel() // x.shape[-1], operands, x.dtype)
     return gains_nothing_in_eager(key, find_plan(key), up_layers)
