@@ -17,7 +17,7 @@ import typer
 from models import tiny_model
 
 import hf_fused_mlp
-from hf_fused_mlp.bench import experts, generate, headline, host, wrapped, writeup
+from hf_fused_mlp.bench import encoders, experts, generate, headline, host, wrapped, writeup
 from hf_fused_mlp.bench.block import block_table
 from hf_fused_mlp.bench.results import read
 from hf_fused_mlp.bench.tables import lowest_table, markdown_table, speedup_table
@@ -131,8 +131,12 @@ def test_performance_tables_are_the_json():
         "experts": lambda rows: experts.table(
             [row for row in rows if row["routing"] == "uniform" and row["m"] in (1, 16, 256, 4096)]
         ),
+        "experts-max-autotune": experts.table,
+        "experts-eager": generate.table,
         "experts-end-to-end": generate.table,
         "fp8-end-to-end": generate.table,
+        "fp8-prefill": generate.table,
+        "encoders": encoders.table,
         "rule": lowest_table,
         "fp8-experts": experts.table,
     }

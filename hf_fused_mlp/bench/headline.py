@@ -15,6 +15,7 @@ from hf_fused_mlp.bench.results import Header, Row, read
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "docs/benchmarks"
 EXPERTS = "h100-experts-end-to-end.json"
+EXPERTS_EAGER = "h100-experts-eager.json"
 DENSE = "h100-end-to-end.json"
 FP8 = "h100-fp8-end-to-end.json"
 # name and colour of each fused form; the colours read on white and on black
@@ -72,8 +73,9 @@ class Result(NamedTuple):
 # gains, and rows without one, in the order of the README
 LINES = (
     Line(EXPERTS, "qwen3-30b-a3b", "static-compile", "decode", 16, 128),
-    Line(EXPERTS, "qwen3-30b-a3b", "eager", "decode", 1, 128, "fused-norms"),
-    Line(EXPERTS, "qwen3-30b-a3b", "eager", "prefill", 16, 128),
+    Line(EXPERTS_EAGER, "qwen3-30b-a3b", "eager", "decode", 64, 128, "fused-norms"),
+    Line(EXPERTS_EAGER, "qwen3-30b-a3b", "eager", "decode", 1, 128, "fused-norms"),
+    Line(EXPERTS_EAGER, "qwen3-30b-a3b", "eager", "prefill", 1, 4096, "fused-norms"),
     Line(DENSE, "llama-3-8b", "eager", "decode", 1, 128, "fused-norms"),
     Line(DENSE, "llama-3-8b", "eager", "prefill", 1, 2048, "fused-norms"),
     Line(FP8, "llama-3-8b", "static-compile", "decode", 1, 128, "fused-fp8"),
@@ -90,7 +92,7 @@ def results(folder: Path = BENCHMARKS) -> Iterator[Result]:
     Raises:
         KeyError: a file has no row for a line.
     """
-    files = {name: read(folder / name)[1] for name in (EXPERTS, DENSE, FP8)}
+    files = {name: read(folder / name)[1] for name in {line.file for line in LINES}}
     for line in LINES:
         rows = {row["impl"]: row for row in files[line.file] if line.matches(row)}
         original, fused = rows["original"], rows[line.impl]
@@ -134,7 +136,7 @@ def device(folder: Path = BENCHMARKS) -> str:
         names = ("torch", "triton", "transformers")
         return ", ".join((header["device"], *(f"{name} {header[name]}" for name in names)))
 
-    (found,) = {system(read(folder / name)[0]) for name in (EXPERTS, DENSE, FP8)}
+    (found,) = {system(read(folder / name)[0]) for name in {line.file for line in LINES}}
     return found
 
 
