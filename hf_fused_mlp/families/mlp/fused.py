@@ -1,9 +1,9 @@
 """The fused forms of an MLP.
 
-A call takes the first of these paths that applies: run the original forward, if kernels gain nothing for such a call
-(`launch_cache.left_alone`); repeat a remembered launch; run the whole MLP on kernels; run what
-kernels can compute and call the other layers; run the original forward. With few tokens, the original forward also
-runs if kernels could only compute the product.
+A call takes the first of these paths that applies: run the original forward where kernels gain nothing
+(`launch_cache.left_alone`); repeat a remembered launch; run the whole MLP on kernels; run what kernels can compute and
+call the other layers; run the original forward. With few tokens, the original forward also runs if kernels could only
+compute the product.
 """
 
 from collections.abc import Callable
