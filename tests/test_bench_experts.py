@@ -85,7 +85,7 @@ def test_memory_is_in_the_table_where_it_was_measured():
     assert "MB" not in before
     rows[1]["peak_mb"], rows[2]["peak_mb"] = 2.5, 400.0
     head, line, row = experts.table(rows).splitlines()
-    assert head.endswith("| peak, MB | of batched_mm |") and row.endswith("| 10.00x | 2.5 | 400.0 |")
+    assert head.endswith("| peak, MB | batched_mm's peak, MB |") and row.endswith("| 10.00x | 2.5 | 400.0 |")
     assert head.count("|") == line.count("|") == row.count("|")
 
 

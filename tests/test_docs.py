@@ -204,24 +204,34 @@ def test_the_readme_is_the_json(tmp_path):
 
 
 def test_the_readme_says_how_much():
-    """The first screen's figures are those of the table."""
-    found = [(result.line, result.speedup) for result in headline.results()]
-    experts = [speedup for line, speedup in found if line.model == "qwen3-30b-a3b"]
-    eager, compiled = (
-        [
-            speedup
-            for line, speedup in found
-            if (line.model, line.mode, "fp8" in line.impl) == ("llama-3-8b", mode, False)
+    """The first screen's figures are the smallest and the largest of all that were measured."""
+
+    def span(file, impl, **where):
+        rows = [row for row in read(BENCHMARKS / file)[1] if all(row[name] == value for name, value in where.items())]
+        original = {
+            tuple(row[name] for name in generate.PROBLEM): row["median_ms"]
+            for row in rows
+            if row["impl"] == "original"
+        }
+        speedups = [
+            row["paired_speedup"] or original[tuple(row[name] for name in generate.PROBLEM)] / row["median_ms"]
+            for row in rows
+            if row["impl"].startswith(impl)
         ]
-        for mode in ("eager", "static-compile")
-    )
-    in_fp8 = [speedup for line, speedup in found if line.file == headline.FP8]
+        return f"{min(speedups):.2f}x to {max(speedups):.2f}x"
+
+    llama, compiled = {"model": "llama-3-8b"}, {"mode": "static-compile", "phase": "decode"}
     page = " ".join((ROOT / "README.md").read_text().split())
-    spans = [f"{min(speedups):.2f}x to {max(speedups):.2f}x" for speedups in (experts, eager, compiled, in_fp8)]
-    assert f"a mixture of experts, runs {spans[0]} as fast, and Llama-3-8B in eager mode {spans[1]}." in page
-    assert (
-        f"Under `torch.compile` Llama-3-8B runs {spans[2]} as fast in bf16, and {spans[3]} with FP8 weights." in page
-    )
+    for sentence in (
+        f"runs {span(headline.EXPERTS_EAGER, 'fused-norms')} as fast in eager mode with fused norms",
+        f"decodes {span(headline.EXPERTS, 'fused', **compiled)} as fast under `torch.compile`: by default",
+        f"Llama-3-8B runs {span(headline.DENSE, 'fused-norms', **llama)} as fast in eager mode with fused norms.",
+        f"Under `torch.compile` it decodes {span(headline.DENSE, 'fused', **llama, **compiled)} as fast in bf16",
+        f"and {span(headline.FP8, 'fused-fp8', **compiled)} with FP8 weights",
+        f"({span(headline.FP8, 'fused-fp8', phase='prefill', batch=1)} for one prompt of 128 tokens)",
+    ):
+        assert sentence in page
+    assert {row["prompt"] for row in read(BENCHMARKS / headline.FP8)[1]} == {128}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

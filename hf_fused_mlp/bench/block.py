@@ -108,6 +108,8 @@ def verdict(rows: list[Row], device: str) -> str:
             lengths[group].append(str(m))
     if not any(lengths.values()):
         return f"fused and eager were not both measured, so there is no verdict on the claim of {claimed}"
-    parts = [f"{group} at M = {', '.join(ms)}" if ms else f"{group} nowhere" for group, ms in lengths.items()]
+    parts = [f"{group} at M = {', '.join(ms)}" for group, ms in lengths.items() if ms]
+    if not lengths[claimed]:
+        parts.insert(0, f"{claimed} nowhere")
     sizes = ", ".join(dict.fromkeys(f"{row['hidden']} x {row['intermediate']} {row['dtype']}" for row in rows))
     return f"On {device}, of eager's time for an MLP of {sizes}, fusing saves {'; '.join(parts)}."

@@ -260,8 +260,8 @@ def table(rows: list[Row]) -> str:
         if "peak_mb" in row:
             peaks.setdefault(problem, {})[row["impl"]] = row["peak_mb"]
     others = [name for name in EXPERTS_IMPLEMENTATIONS[1:] if any(name in times for times in problems.values())]
-    columns = ["shape", "routing", "M", "floor", "fused", "over floor", *others, "faster than the best"]
-    columns += ["peak, MB", "of batched_mm"] if peaks else []
+    columns = ["shape", "routing", "M", "floor", "fused", "over floor", *others, "over the best"]
+    columns += ["peak, MB", "batched_mm's peak, MB"] if peaks else []
     lines = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * (len(columns) - 2)}"]
     for (shape, kind, m), times in problems.items():
         fused, floor = times["fused"], times["floor"]

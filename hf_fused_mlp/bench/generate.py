@@ -314,10 +314,10 @@ def generate(
 def table(rows: list[Row]) -> str:
     """One line per workload, phase and fused form: times, GPU times and speedups over the original.
 
-    `GPU busy` and `of it MLPs` are the original's. `paired` is the median of the ratios within a round, in eager mode
+    `GPU busy` and `MLPs' share` are the original's. `paired` is the median of the ratios within a round, in eager mode
     only; the speed of the host cancels out in it.
     """
-    columns = ("original, ms", "ms", "tokens/s", "GPU original, ms", "GPU, ms", "GPU busy", "of it MLPs")
+    columns = ("original, ms", "ms", "tokens/s", "GPU original, ms", "GPU, ms", "GPU busy", "MLPs' share")
     head = (*PROBLEM, "impl", *columns, "over original", "paired")
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---:|---:|---|" + "---:|" * 9]
     for problem, original, fused in pairs(rows):

@@ -55,7 +55,7 @@ Numbers in round brackets count modules. Numbers in square brackets say why a cl
 
 Liger {liger_version} lists {liger_count} model types that it patches (`MODEL_TYPE_TO_APPLY_LIGER_FN` in
 `liger_kernel/transformers/monkey_patch.py`): norms, rotary embeddings and losses, and in most of them MLPs, including
-routed experts. This package fuses of them:
+routed experts. Of these, this package fuses:
 
 | here | Liger's model types |
 |---|---|
