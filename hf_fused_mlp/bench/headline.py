@@ -22,7 +22,7 @@ FP8 = "h100-fp8-end-to-end.json"
 FORMS = {
     "fused": ("MLPs", "#3B82C4"),
     "fused-norms": ("MLPs + norms", "#8DB9DF"),
-    "fused-fp8-mlps": ("MLPs (FP8)", "#C9803B"),
+    "fused-fp8-mlps": ("MLPs (FP8)", "#E3B27F"),
     "fused-fp8": ("all linear layers (FP8)", "#C9803B"),
 }
 FP8_NOTE = (
