@@ -98,10 +98,19 @@ def test_the_rule_is_asked_by_the_layers_of_the_original(short_way, monkeypatch)
     asked = []
     monkeypatch.setattr(ops.dense, "runs_now", lambda x: True)
     monkeypatch.setattr(dispatch, "gains_nothing_in_eager", lambda key, plan, layers: asked.append(layers) or True)
-    for model_type in ("llama", "phi3", "gpt_neox"):
-        mlp = next(m for m in fuse_model(tiny_model(model_type)).modules() if isinstance(m, FusedMLP))
+    monkeypatch.setattr(dispatch, "mlp_cuda", lambda x, operands: ANSWER)
+
+    def call(model_type, **sizes):
+        mlp = next(m for m in fuse_model(tiny_model(model_type, **sizes)).modules() if isinstance(m, FusedMLP))
         mlp(torch.randn(3, 64))
-    assert asked == [2, 1, 1]
+
+    for model_type in ("llama", "phi3", "gpt_neox"):
+        call(model_type)
+    call("gpt2", activation_function="gelu")
+    assert asked == [2, 1, 1, 1]
+    call("gpt2", activation_function="gelu_new")
+    call("gpt_neox", hidden_act="gelu_python")
+    assert asked == [2, 1, 1, 1], "the original takes many kernels for such an activation"
 
 
 def test_weights_that_no_kernel_reads_have_no_rule(short_way, monkeypatch):

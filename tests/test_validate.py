@@ -449,6 +449,9 @@ def test_kernels_of_compiled_code_are_judged_where_eager_calls_leave_them_alone(
         if isinstance(module, FusedMLP):
             leave_alone(module, module.original_class, torch.empty(60, 64))
     assert validate(model, IDS, new_tokens=0).passed
+    hook = model.model.layers[0].mlp.gate_up_proj.register_forward_hook(lambda *_: None)
+    assert validate(model, IDS, new_tokens=0).passed, "a layer that must be called has no operands"
+    hook.remove()
     operator = ops.mlp
     monkeypatch.setattr(ops, "mlp", lambda x, *rest, **kwargs: operator(x, *rest, **kwargs) * (x.numel() < 60 * 64))
     report = validate(model, IDS, new_tokens=0)

@@ -55,7 +55,8 @@ def _judge(name: str, module: Fused, twin: nn.Module, inputs: tuple[Tensor, ...]
     answer = module.by_operator if path == "operator" else module.forward
     tokens = inputs[0].shape[:-1].numel()
     calls = [(tokens, inputs, output)]
-    if path == "operator" or id(module) in left_alone:  # eager calls run the original forward; compiled code does not
+    # of a module that is left alone, eager calls run the original forward, and compiled code runs the operator
+    if path == "operator" or (path == "fused" and id(module) in left_alone):
         calls.append((tokens, inputs, module.by_operator(*inputs)))
     if path != "original forward":
         few = tuple(map(_first_tokens, inputs))

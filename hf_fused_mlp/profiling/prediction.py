@@ -3,6 +3,7 @@
 from torch import nn
 
 from hf_fused_mlp.families import problem_of
+from hf_fused_mlp.families.mlp.checks import has_slow_activation
 from hf_fused_mlp.profiling.estimates import amdahl
 from hf_fused_mlp.profiling.report import Bound, Prediction
 from hf_fused_mlp.profiling.trace import Breakdown
@@ -62,6 +63,7 @@ def _gain_alone(module: Fused, m: int) -> float | None:
     alone = (
         isinstance(key, ProblemKey)
         and isinstance(tuned.plan, Plan)
+        and not has_slow_activation(module, module.fused_spec)
         and gains_nothing_in_eager(key, tuned.plan, len(module.fused_spec.first))
     )
     return 1.0 if alone else tuned.other_us / tuned.plan_us

@@ -30,6 +30,9 @@ _HELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
     HF + "AccurateGELUActivation": ("precomputed_constant", lambda constant: constant == math.sqrt(2 / math.pi)),
 }
 
+# classes that write GELU as a formula
+_SPELLED_OUT = {HF + name for name in ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation")}
+
 
 # for classes that alone decide the activation; the modules of these classes keep them alive anyway
 _names: dict[type, str] = {}
@@ -60,3 +63,8 @@ def _is_method_of(function: Any, module: nn.Module) -> bool:
     """True if `function` is a method of the module's own class, which `use_gelu_python` puts there."""
     own = getattr(function, "__func__", None)
     return own is not None and function.__self__ is module and own is getattr(type(module), own.__name__, None)
+
+
+def is_spelled_out(module: nn.Module) -> bool:
+    """Whether PyTorch launches five to eight kernels for this GELU, where `F.gelu` is one."""
+    return class_path(type(module)) in _SPELLED_OUT or _is_method_of(getattr(module, "act", None), module)

@@ -10,7 +10,7 @@ from hf_fused_mlp.activations import ACTIVATIONS
 from hf_fused_mlp.calls import OWN_FORWARD, has_own_forward, is_hooked, is_wrapped
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.originals import IDENTITIES, LINEAR, why_functions_are_not_own
-from hf_fused_mlp.reading.activations import find_activation
+from hf_fused_mlp.reading.activations import find_activation, is_spelled_out
 from hf_fused_mlp.reading.mlp import MLPKind, MLPSpec, patched_reason, was_patched_since
 from hf_fused_mlp.types import ABSENT, Matrix
 from hf_fused_mlp.weights.blocks import unusable_scales
@@ -189,6 +189,11 @@ def _fits(spec: MLPSpec, *shapes: torch.Size) -> bool:
     (*_, up) = first = shapes[: len(spec.first)]
     halves = 2 if spec.kind is MLPKind.PACKED else 1
     return first[0] == up and all(up[0] == halves * down[1] for down in shapes[len(first) :])
+
+
+def has_slow_activation(module: Any, spec: MLPSpec) -> bool:
+    """Whether the original's activation takes many kernels, so that one of ours always gains something."""
+    return spec.activation is not None and is_spelled_out(module._modules[spec.activation])
 
 
 def local_parameters(module: Any) -> list[Any]:

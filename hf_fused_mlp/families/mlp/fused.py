@@ -23,6 +23,7 @@ from hf_fused_mlp.families.mlp.checks import (
     are_parameters,
     called_reason,
     can_call,
+    has_slow_activation,
     local_parameters,
     must_call,
     read_projections,
@@ -288,7 +289,7 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
     found = read_projections(module, spec)
     if found.all_are_read and not autocasts and not training and found.up.data.dtype != torch.float64:
         operands = _operands(module, cls, found)
-        if not compiling and ops.gains_nothing(x, operands, len(spec.first)):
+        if not (compiling or has_slow_activation(module, spec)) and ops.gains_nothing(x, operands, len(spec.first)):
             leave_alone(module, cls.original_class, x)
             if type(module) is not cls:  # another thread has fused it in another form
                 left_alone.pop(id(module), None)
