@@ -208,15 +208,10 @@ def test_the_readme_says_how_much():
 
     def span(file, impl, **where):
         rows = [row for row in read(BENCHMARKS / file)[1] if all(row[name] == value for name, value in where.items())]
-        original = {
-            tuple(row[name] for name in generate.PROBLEM): row["median_ms"]
-            for row in rows
-            if row["impl"] == "original"
-        }
         speedups = [
-            row["paired_speedup"] or original[tuple(row[name] for name in generate.PROBLEM)] / row["median_ms"]
-            for row in rows
-            if row["impl"].startswith(impl)
+            fused["paired_speedup"] or original["median_ms"] / fused["median_ms"]
+            for _, original, fused in generate.pairs(rows)
+            if fused["impl"].startswith(impl)
         ]
         return f"{min(speedups):.2f}x to {max(speedups):.2f}x"
 

@@ -63,8 +63,8 @@ def test_where_the_gpu_waits_for_the_host_the_original_runs_in_eager_mode(monkey
     plain = problem(512, 768, 3072, gated=False)
     for other in (problem(512, 768, 1152, dtype=torch.float32), replace(plain, storage="fp8")):
         assert not gains_nothing(other)
-    gpt2 = replace(plain, storage="transposed")
-    assert gains_nothing(gpt2) and gains_nothing_in_eager(gpt2, UNFUSED, 1)
+    conv1d = replace(plain, storage="transposed")
+    assert gains_nothing(conv1d) and gains_nothing_in_eager(conv1d, UNFUSED, 1)
     half = replace(plain, out=0)
     assert gains_nothing(half) and gains_nothing_in_eager(half, UNFUSED, 1)
     # larger ones take the GPU longer than Python

@@ -207,7 +207,7 @@ def implementation(impl: str, module: nn.Module) -> Callable[..., Tensor]:
         return call
     from transformers.integrations.moe import batched_mm_experts_forward
 
-    torch._dynamo.reset()  # else it gives up after eight shapes
+    torch._dynamo.reset()  # torch stops compiling a function after eight shapes
     options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
     compiled = torch.compile(batched_mm_experts_forward, options=options, dynamic=False)
     return lambda *inputs: compiled(module, *inputs)

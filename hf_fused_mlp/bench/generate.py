@@ -289,8 +289,7 @@ def gpu_work(
         whole = record(partial(generate, model, prompt, 1 + NEW_TOKENS, workload), 1, mlps, on_gpu=True)
         return [prefill, ((whole.busy_us - first.busy_us) / NEW_TOKENS / 1e3, 0.0)]
     request = make_request(model, workload.batch, workload.prompt, PROFILED, 1)
-    step = request.decoding()
-    with request.for_decoding():
+    with request.decoding() as step:
         token = record(step, PROFILED, mlps, on_gpu=True)
     return [prefill, (token.busy_us / 1e3, token.mlp_us / 1e3)]
 

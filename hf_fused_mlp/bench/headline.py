@@ -84,6 +84,7 @@ LINES = (
     Line(DENSE, "llama-3-8b", "static-compile", "decode", 8, 128),
     Line(DENSE, "pythia-6.9b", "eager", "decode", 1, 128),
 )
+FILES = {line.file for line in LINES}
 
 
 def results(folder: Path = BENCHMARKS) -> Iterator[Result]:
@@ -92,7 +93,7 @@ def results(folder: Path = BENCHMARKS) -> Iterator[Result]:
     Raises:
         KeyError: a file has no row for a line.
     """
-    files = {name: read(folder / name)[1] for name in {line.file for line in LINES}}
+    files = {name: read(folder / name)[1] for name in FILES}
     for line in LINES:
         rows = {row["impl"]: row for row in files[line.file] if line.matches(row)}
         original, fused = rows["original"], rows[line.impl]
@@ -136,7 +137,7 @@ def device(folder: Path = BENCHMARKS) -> str:
         names = ("torch", "triton", "transformers")
         return ", ".join((header["device"], *(f"{name} {header[name]}" for name in names)))
 
-    (found,) = {system(read(folder / name)[0]) for name in {line.file for line in LINES}}
+    (found,) = {system(read(folder / name)[0]) for name in FILES}
     return found
 
 

@@ -97,9 +97,8 @@ def time_forms(request: Request, forms: Forms, timed: Sequence[str], tell: Tell)
         for form in (*timed[first:], *timed[:first]):
             tell(f"{LABELS[form]}, round {round_} of {request.rounds}" if round_ else f"{LABELS[form]}, warm-up")
             forms.apply(form)
-            state = request.prefill()  # the first calls after a change look up plans
-            with request.for_decoding():
-                request.step(*state)
+            with request.decoding() as step:
+                step()  # the first calls after a change look up plans
             start = _now(request)
             state = request.prefill()
             middle = _now(request)
@@ -128,9 +127,9 @@ def profile_forms(
     for form in timed:
         tell(f"{LABELS[form]}, profiler")
         forms.apply(form)
-        for phase, step in (("prefill", request.prefill), ("decode", request.decoding())):
+        for phase in PROFILED_STEPS:
             file = folder and folder / f"{phase}-{form}.json"
             count = min(PROFILED_STEPS[phase], request.new_tokens)
-            with request.for_decoding() if phase == "decode" else nullcontext():
+            with request.decoding() if phase == "decode" else nullcontext(request.prefill) as step:
                 steps[phase][form] = record(step, count, forms.mlps, request.ids.is_cuda, file)
     return steps

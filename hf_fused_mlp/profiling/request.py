@@ -1,8 +1,8 @@
 """The work that an audit times: one greedy request, prefill and decode."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,15 +46,17 @@ class Request:
         kept = next(getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
         return output.logits[:, -1:].argmax(-1), kept
 
-    def decoding(self) -> Callable[[], None]:
-        """Runs a prefill, and returns a function that takes one more step at each call."""
+    @contextmanager
+    def decoding(self) -> Iterator[Callable[[], None]]:
+        """Runs a prefill, and gives a function that takes one more step at each call, as `generate` does."""
         state = self.prefill()
 
         def step() -> None:
             nonlocal state
             state = self.step(*state)
 
-        return step
+        with self.for_decoding():
+            yield step
 
 
 def make_request(

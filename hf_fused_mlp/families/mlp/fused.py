@@ -72,8 +72,8 @@ class FusedMLP(Fused):
             type.__setattr__(cls, "_reading", reading if reading is not None and reading.meanings else None)
 
     def forward(self, *args, **kwargs):
-        # no attribute of the module is read before this: the rest of the model fills the processor's caches, so that
-        # each costs a lot
+        # no attribute of the module is read before this, because each read costs a lot when the rest of the model has
+        # filled the processor's caches
         if not is_dynamo_compiling() and (alone := left_alone.get(id(self))) is not None:
             original, sizes, _ = alone
             x = args[0] if args else next(iter(kwargs.values()), None)
@@ -279,7 +279,7 @@ def _slow_path(module: FusedMLP, cls: type[FusedMLP], x: Tensor) -> Tensor | Non
     spec = cls.fused_spec
     if modes.no_kernels(x.device, x.dtype) is not None:  # on a CPU nothing else is checked
         return None
-    compiling, autocasts, training = torch.compiler.is_compiling(), modes.autocasts(), module.training
+    compiling, autocasts, training = is_compiling(), modes.autocasts(), module.training
     if not (hf_fused_mlp_keeps_forward(cls.original_class) if compiling else _keeps_forward(cls)):
         return None
     if not functions_are_own() and (compiling or why_functions_are_not_own() is not None):
