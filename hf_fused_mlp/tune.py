@@ -13,14 +13,14 @@ from hf_fused_mlp.families import problem_of
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.swap import Fused
 from hf_fused_mlp.threads import LOCK
+from hf_fused_mlp.tuning.buckets import COUNTS
 from hf_fused_mlp.types import GPU, ProblemKey
 
 if TYPE_CHECKING:
     from hf_fused_mlp.tuning.plan_files import TunedPlan
 
 TRIED = 6  # how many of our configurations to try for each launch; `hf-fused-mlp tune` tries all
-# each covers the counts up to it; beyond the last, the rule chooses
-TOKENS = tuple(2**i for i in range(13))
+TOKENS = tuple(count for count in COUNTS if count <= 4096)  # beyond the last, the rule chooses
 
 
 def unmeasured(model: nn.Module) -> dict[ProblemKey, torch.device]:

@@ -1,8 +1,8 @@
 """Values that cross function boundaries. They are frozen, hashable, and independent of `nn.Module` and Triton."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -227,7 +227,7 @@ class LinearKey:
 
     `x` is `[m, k]`, `weight` and `gate` `[n, k]`, stored as `storage` says (`storage_of`). `one_block` says that gate
     and weight, and their scales, are adjacent in memory (trivially so without a gate) and 16-byte aligned, so that one
-    tensor descriptor can address both.
+    tensor descriptor can address both. `bias` says that the MLP has biases.
     """
 
     m: int
@@ -239,6 +239,7 @@ class LinearKey:
     one_block: bool
     gpu: GPU
     storage: str = "float"
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ class LinearCall:
 class ProblemKey:
     """The key of a plan for an MLP.
 
-    `m` is the token count, a power of two in measured plans (`bucket`); up is `[intermediate, hidden]`, down
+    `m` is the token count, in measured plans one of a list (`tuning.buckets`); up is `[intermediate, hidden]`, down
     `[out, intermediate]`; without down, `out` is 0.
     `bias` is true if any projection has one; `one_block` is about the weights of both launches. `dtype` is that of
     `x`, of the output and, unless `storage` says otherwise, of the weights.
@@ -299,7 +300,8 @@ class ProblemKey:
         return self._launch(self.out, self.intermediate, False, "identity")
 
     def _launch(self, n: int, k: int, gated: bool, activation: str) -> LinearKey:
-        return LinearKey(self.m, n, k, gated, activation, self.dtype, self.one_block, self.gpu, self.storage)
+        alike = self.dtype, self.one_block, self.gpu, self.storage, self.bias
+        return LinearKey(self.m, n, k, gated, activation, *alike)
 
 
 @dataclass(frozen=True)
@@ -389,11 +391,3 @@ UNFUSED = Plan(TORCH, TORCH)
 def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length() if n > 1 else 1
-
-
-Key = TypeVar("Key", bound="ProblemKey | ExpertsKey")
-
-
-def bucket(key: Key) -> Key:
-    """The problem whose measured plan applies to `key`: token counts up to the same power of two share one."""
-    return replace(key, m=next_power_of_two(key.m))

@@ -61,6 +61,7 @@ ENCODERS = {
     ),
     "modernbert-base": Encoder("ModernBertModel", "ModernBertConfig"),
     "pythia-160m": Encoder("GPTNeoXModel", "GPTNeoXConfig", _PYTHIA),
+    "gpt2": Encoder("GPT2Model", "GPT2Config", {"use_cache": False}),
 }
 
 

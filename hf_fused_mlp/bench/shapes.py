@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ SHAPES = {
         Shape("pythia-2.8b", "gpt_neox.GPTNeoXMLP", 2560, 10240, "gelu"),
         Shape("pythia-12b", "gpt_neox.GPTNeoXMLP", 5120, 20480, "gelu"),
         Shape("phi-2", "phi.PhiMLP", 2560, 10240, "gelu_new"),
+        Shape("gpt2", "gpt2.GPT2MLP", 768, 3072, "gelu_new"),
+        Shape("gpt2-xl", "gpt2.GPT2MLP", 1600, 6400, "gelu_new"),
         Shape("starcoder2-3b", "starcoder2.Starcoder2MLP", 3072, 12288, "gelu_pytorch_tanh"),
         Shape("starcoder2-7b", "starcoder2.Starcoder2MLP", 4608, 18432, "gelu_pytorch_tanh"),
         Shape("minitron-4b", "nemotron.NemotronMLP", 3072, 9216, "relu2"),
@@ -95,14 +98,18 @@ def build(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
         intermediate_size=shape.intermediate,
         hidden_act=shape.activation,
         hidden_activation=shape.activation,
+        activation_function=shape.activation,
         num_attention_heads=1,  # which must divide the hidden size
         num_key_value_heads=1,
     )
     mlp_class = getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), class_name)
     with torch.device(device):
-        mlp = mlp_class(config).to(dtype).eval()
-    for parameter in mlp.parameters():
-        nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
+        is_gpt2 = "intermediate_size" in signature(mlp_class).parameters
+        mlp = (mlp_class(shape.intermediate, config) if is_gpt2 else mlp_class(config)).to(dtype).eval()
+    for layer in mlp.children():
+        for parameter in layer.parameters():
+            fan_in = getattr(layer, "nx", parameter.shape[-1])  # `Conv1D` stores `[in, out]`
+            nn.init.normal_(parameter, std=2 * fan_in**-0.5)
     return mlp
 
 

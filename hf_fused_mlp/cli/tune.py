@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, TileConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
-POWERS_OF_TWO = ",".join(str(2**i) for i in range(15))
 
 
 def tune(
@@ -29,9 +28,12 @@ def tune(
             help="A directory or hub id; a shape of `bench mlp` or `bench experts`, or 'all' or 'all-experts'."
         ),
     ],
-    m: Annotated[str, typer.Option(help="Token counts, comma-separated; each is rounded up to a power of two.")] = (
-        POWERS_OF_TWO
-    ),
+    m: Annotated[
+        str | None,
+        typer.Option(
+            help="Token counts, comma-separated, rounded up to counts that have plans; default: those up to 16384."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"auto (the model's own) or {', '.join(DTYPES)}.")] = "auto",
     fp8: Annotated[bool, typer.Option("--fp8", help="For FP8 weights with a scale for each block.")] = False,
     file: Annotated[
@@ -47,14 +49,15 @@ def tune(
 
     Weights are not needed.
     """
-    counts = token_counts(m)
+    counts = None if m is None else token_counts(m)
     if dtype != "auto" and dtype not in DTYPES:
         fail(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
 
     import torch
 
     from hf_fused_mlp.modes import COMPLETE, FIRST, no_kernels_on
-    from hf_fused_mlp.types import GPU, ProblemKey, next_power_of_two
+    from hf_fused_mlp.tuning.buckets import COUNTS, bucket
+    from hf_fused_mlp.types import GPU, ProblemKey
 
     keys = problems_of(model, None if dtype == "auto" else getattr(torch, dtype), fp8)
     if not torch.cuda.is_available():
@@ -69,8 +72,8 @@ def tune(
 
     path = keep([], gpu, file)  # find out before measuring whether it can be written
     tuned = []
-    tokens = sorted({next_power_of_two(count) for count in counts})
-    problems = [replace(key, m=m, gpu=gpu) for key in keys for m in tokens]
+    counts = sorted(counts or COUNTS)
+    problems = list(dict.fromkeys(bucket(replace(key, m=count, gpu=gpu)) for key in keys for count in counts))
     for key in progress(problems, "tuning"):
         try:
             tuned.append(tuner.tune(key) if isinstance(key, ProblemKey) else experts.tune(key))

@@ -7,7 +7,8 @@ from hf_fused_mlp.families.fp8_linear import FP8LinearFamily
 from hf_fused_mlp.families.mlp import MLPFamily
 from hf_fused_mlp.families.norm import NormFamily
 from hf_fused_mlp.swap import Fused
-from hf_fused_mlp.types import GPU, ProblemKey, bucket
+from hf_fused_mlp.tuning.buckets import bucket
+from hf_fused_mlp.types import GPU, ProblemKey
 
 __all__ = ["FAMILIES", "Family", "problem_of"]
 

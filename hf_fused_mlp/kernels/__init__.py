@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_fused_mlp.kernels import (
     elementwise,
+    epilogue,
     fp8_dequantized,
     fp8_gemm,
     fp8_gemv,
@@ -31,7 +32,7 @@ from hf_fused_mlp.types import ABSENT, GPU, TORCH, LinearCall, Matrix, MLPOperan
 KERNELS: dict[str, ModuleType] = {
     kernel.__name__.rpartition(".")[2]: kernel
     for kernel in (
-        *(gemv, skinny, gemm, wide, elementwise),
+        *(gemv, skinny, gemm, wide, elementwise, epilogue),
         *(transposed_gemv, transposed_skinny),
         *(fp8_gemv, fp8_skinny, fp8_gemm, fp8_dequantized),
     )

@@ -17,8 +17,9 @@ from platformdirs import user_cache_dir
 
 from hf_fused_mlp.launch_cache import left_alone, remembered
 from hf_fused_mlp.logs import logger
+from hf_fused_mlp.tuning.buckets import bucket
 from hf_fused_mlp.tuning.plan_files import TunedPlan, read, write
-from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, bucket
+from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey
 
 # the keys of plans
 Key = ProblemKey | ExpertsKey

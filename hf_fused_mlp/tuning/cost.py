@@ -44,6 +44,8 @@ def expected_us(key: LinearKey, config: TileConfig) -> float:
         return _gemm(key, config)
     if config.kernel == "wide":
         return _library(key, planes * n) + _elementwise(key, planes + 1)
+    if config.kernel == "epilogue":
+        return _library(key, n)
     products = planes * _library(key, n)
     if config.kernel == "elementwise":
         return products + _elementwise(key, 3)
@@ -101,11 +103,11 @@ def _skinny(key: LinearKey, config: TileConfig) -> float:
 
 
 def _gemm(key: LinearKey, config: TileConfig) -> float:
-    """Tiles in rounds; a last one that fills less than half of the GPU is halved."""
+    """Tiles in rounds; with a gate, a last one that fills less than half of the GPU takes half of the time."""
     m, n, k, size = key.m, key.n, key.k, key.dtype.itemsize
     rows = config.block_n * (2 if key.gated else 1)
     whole, rest = divmod(-(-m // config.block_m) * -(-n // config.block_n), key.gpu.num_sms)
-    last = 0.0 if rest == 0 else 0.55 if whole and 2 * rest <= key.gpu.num_sms else 1.0
+    last = 0.0 if rest == 0 else 0.55 if key.gated and whole and 2 * rest <= key.gpu.num_sms else 1.0
     is_large = config.block_m * rows >= 128 * 256
     compute = (whole + last) * 2 * config.block_m * rows * k / (FLOPS if is_large else SMALL_FLOPS)
     return GEMM_START + _together(compute, (_weight_bytes(key) + m * (k + n) * size) / _scaled(READ, key))

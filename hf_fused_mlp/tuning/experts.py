@@ -17,7 +17,7 @@ from hf_fused_mlp.logs import logger
 from hf_fused_mlp.reference import experts_ref, fp8_experts_ref
 from hf_fused_mlp.tuning.plan_files import TunedPlan
 from hf_fused_mlp.tuning.timing import GRAPHS_UP_TO
-from hf_fused_mlp.tuning.tuner import WHOLE_ROUNDS, Calls, fastest, measure, runnable, spread
+from hf_fused_mlp.tuning.tuner import LAST_ROUNDS, Calls, fastest, measure, runnable, spread
 from hf_fused_mlp.types import FP8, ExpertsCall, ExpertsKey, ExpertsPlan, Matrix, scale_blocks
 from hf_fused_mlp.validation import RELATIVE_RMS, Errors, inaccuracy
 
@@ -50,7 +50,7 @@ def tune(key: ExpertsKey, device: torch.device | str = "cuda") -> TunedPlan:
     best = best_of([best, *(replace(best, up=tile) for tile in choices.tiles(problem.call, best, "up"))])
     best = best_of([best, *(replace(best, down=tile) for tile in choices.tiles(problem.call, best, "down"))])
     # the luckiest of many may not be the fastest of two
-    timings = measure({plan: problem.calls(plan) for plan in (rule, best)}, key.m, WHOLE_ROUNDS)
+    timings = measure({plan: problem.calls(plan) for plan in (rule, best)}, key.m, LAST_ROUNDS)
     plan = min(timings, key=lambda plan: timings[plan].median_us)
     return TunedPlan(key, plan, timings[plan].median_us, timings[rule].median_us)
 

@@ -7,8 +7,9 @@ GPU that can run them; `gemm` is one on Hopper only, and Turing multiplies no ti
 
 from collections.abc import Iterator
 
-from hf_fused_mlp.kernels import fp8_gemm, fp8_skinny, gemm, skinny, transposed_gemv, wide
+from hf_fused_mlp.kernels import epilogue, fp8_gemm, fp8_skinny, gemm, skinny, transposed_gemv, wide
 from hf_fused_mlp.modes import no_kernels_on
+from hf_fused_mlp.tuning.buckets import bucket
 from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.types import (
     SCALE_BLOCK,
@@ -18,7 +19,6 @@ from hf_fused_mlp.types import (
     Plan,
     ProblemKey,
     TileConfig,
-    bucket,
     next_power_of_two,
 )
 
@@ -78,7 +78,7 @@ def _margin(key: LinearKey, config: TileConfig) -> float:
     Predictions are off by a few percent. The margins come from 49 shapes on an H100 (docs/benchmarks/h100-rule.json).
     """
     if key.gated:
-        return 1.06 if 128 < key.m <= MANY else 1.02
+        return 1.06 if 128 < key.m <= MANY else 1.02 if key.m <= MANY else 1.0
     if config.kernel == "gemv":
         return 1.15
     return 1.1 if config.kernel == "skinny" and key.m > 32 else 1.05
@@ -100,6 +100,8 @@ def _gemv(key: LinearKey) -> TileConfig:
 def _by_library(key: LinearKey) -> list[TileConfig]:
     """The configurations that use PyTorch's GEMMs. With a gate, one kernel is never slower than two."""
     if not key.gated:
+        if epilogue.supports(key) is None:  # as fast as PyTorch's GEMM without an activation
+            return [TileConfig("epilogue")]
         is_aligned = key.k % 16 == 0 and key.n % 16 == 0
         if wide.supports(key) is not None or not is_aligned or key.m <= 2:
             return [TORCH]
@@ -122,7 +124,9 @@ def _ours(key: LinearKey) -> Iterator[TileConfig]:
         for block_m, rows in ((128, 256), (64, 256), (128, 128)):
             # without a gate nothing but the activation is saved, which a short K's first loads outweigh
             if key.m > FEW if key.gated else key.m >= MANY and key.k >= 2048 and block_m * rows == 128 * 256:
-                yield TileConfig("gemm", block_m, rows // planes, 64, num_warps=8, num_stages=4, group_m=8)
+                # a last group of few tiles reads its weights once more
+                group_m = 16 if 8 < -(-key.m // block_m) <= 16 else 8
+                yield TileConfig("gemm", block_m, rows // planes, 64, num_warps=8, num_stages=4, group_m=group_m)
 
 
 def _skinny(key: LinearKey) -> Iterator[TileConfig]:
@@ -141,18 +145,20 @@ def _skinny(key: LinearKey) -> Iterator[TileConfig]:
 
 
 def _transposed(key: LinearKey, half: bool) -> TileConfig:
-    """For floats stored as `[K, N]`; nothing was measured for these yet (docs/notes-kernels.md)."""
+    """For floats stored as `[K, N]`; in fp32 and for Turing nothing was measured."""
     if key.gated:
         return TileConfig("elementwise")
-    if transposed_gemv.supports(key) is None:
+    if epilogue.supports(key) is None:
+        return TileConfig("epilogue")
+    if not half and transposed_gemv.supports(key) is None:
         narrowest, *_, block_n = (row_bytes // key.dtype.itemsize for row_bytes in transposed_gemv.ROW_BYTES)
         while block_n > narrowest and -(-key.n // block_n) < key.gpu.num_sms:
             block_n //= 2
         block_k = max(128, next_power_of_two(-(-key.k // transposed_gemv.MOST_STEPS)))
         return TileConfig("transposed_gemv", block_n=block_n, block_k=block_k, num_warps=8 if block_k == 128 else 16)
-    if half and key.m <= (64 if key.activation == "identity" else 32):
-        return _few_tokens(key)
-    return TORCH
+    # more tokens than a tile of 16 pay where all tiles of four parts of K run at once
+    is_narrow = key.activation == "identity" and 4 * -(-key.n // 64) <= key.gpu.num_sms
+    return _few_tokens(key) if half and key.m <= (64 if is_narrow else 16) else TORCH
 
 
 def _fp8(key: LinearKey) -> TileConfig:

@@ -27,7 +27,8 @@ from hf_fused_mlp import kernels
 from hf_fused_mlp.files import replace_file
 from hf_fused_mlp.kernels.experts import choices
 from hf_fused_mlp.logs import logger
-from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, TileConfig, next_power_of_two
+from hf_fused_mlp.tuning.buckets import bucket
+from hf_fused_mlp.types import GPU, ExpertsKey, ExpertsPlan, Plan, ProblemKey, TileConfig
 
 FORMAT = 1
 VERSIONS = ("torch", "triton")
@@ -294,8 +295,8 @@ def _to_json(kind: Kind, tuned: TunedPlan) -> dict[str, Any]:
 def _from_json(kind: Kind, entry: dict[str, Any], gpu: GPU, hashes: dict[str, str]) -> TunedPlan:
     """Raises one of several exceptions where anything but a plan for its problem comes out."""
     key: Any = _typed(kind.key, entry["problem"], gpu=gpu)
-    if next_power_of_two(key.m) != key.m:
-        raise ValueError(f"m {shown(key.m)}: expected a power of two")
+    if (counted := bucket(key).m) != key.m:
+        raise ValueError(f"m {shown(key.m)}: expected a count that plans are measured for, such as {counted}")
     plan: Any = _typed(kind.plan, entry["plan"])
     if reason := kind.unsupported(key, plan):
         raise ValueError(reason)

@@ -43,7 +43,8 @@ from hf_fused_mlp.validation import inaccuracy
 
 # of each launch: rounds, how many go on to the next stage, and how much slower than the fastest they may be
 STAGES = ((2, 8, 1.5), (6, 3, 1.05))
-WHOLE_ROUNDS = 20
+# of whole MLPs: rounds of all plans, then of the fastest and PyTorch's
+WHOLE_ROUNDS, LAST_ROUNDS = 10, 20
 LONG = 4096  # tokens, from which on one call a turn is enough
 CHECKED_ROWS = 256  # of the output; at up to 16384 tokens every tile of 64 rows has one of them
 
@@ -100,7 +101,7 @@ def tune(key: ProblemKey, device: torch.device | str = "cuda", most: int | None 
     calls = {plan: mlp_calls(up, down, plan) for plan in (*plans, UNFUSED)}
     best = _fastest(measure(calls, key.m, WHOLE_ROUNDS))
     # the luckiest of many may not be the fastest of two
-    timings = measure({plan: calls[plan] for plan in (best, UNFUSED)}, key.m, WHOLE_ROUNDS)
+    timings = measure({plan: calls[plan] for plan in (best, UNFUSED)}, key.m, LAST_ROUNDS)
     plan = _fastest(timings)
     return TunedPlan(key, plan, timings[plan].median_us, timings[UNFUSED].median_us)
 
