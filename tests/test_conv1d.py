@@ -33,6 +33,7 @@ CONFIGS = {
     "gemv": TileConfig("transposed_gemv", block_n=16, block_k=32),
     "skinny": TileConfig("transposed_skinny", block_m=16, block_n=32, block_k=64, num_stages=3),
     "split": TileConfig("transposed_skinny", block_m=16, block_n=32, block_k=32, num_stages=3, split_k=3),
+    "epilogue": TileConfig("epilogue"),
 }
 H, I = 32, 48
 
@@ -56,11 +57,14 @@ def tokens(m, hidden, dtype, device):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", [(72, 104), (100, 72), (33, 7), (128, 256)], ids=str)
-@pytest.mark.parametrize("family, M", [("gemv", 1), *((f, M) for f in ("skinny", "split") for M in (1, 2, 5, 17))])
+@pytest.mark.parametrize(
+    "family, M", [("gemv", 1), *((f, M) for f in ("skinny", "split", "epilogue") for M in (1, 2, 5, 17))]
+)
 def test_kernels(family, M, shape, bias, device):
     operands = transposed_mlp(*shape, False, bias, torch.float16, device)
     x = tokens(M, shape[0], torch.float16, device)
-    out = run_plan(Plan(CONFIGS[family], CONFIGS[family]), x, *operands, "gelu_tanh")
+    down = TORCH if family == "epilogue" else CONFIGS[family]
+    out = run_plan(Plan(CONFIGS[family], down), x, *operands, "gelu_tanh")
     expected, oracle = mlp_ref(x, *operands, "gelu_tanh"), oracle_of(x, operands, "gelu_tanh")
     assert_accurate(out, expected, oracle)
 
@@ -79,9 +83,9 @@ def test_a_launch_serves_strided_tokens(family, device):
     weight = stored_transposed(random_mlp(72, 104, False, False, torch.float16, device)[1])
     wide = tokens(5, 80, torch.float16, device)[: 1 if family == "gemv" else 5]
     x, config = wide[:, :72], CONFIGS[family]
-    run = LAUNCHERS[config.kernel](describe_launch(x, weight, False, "silu"), config)
+    run = LAUNCHERS[config.kernel](describe_launch(x, weight, False, "relu"), config)
     out = run(x, Matrix(weight, None, None), ABSENT)
-    torch.testing.assert_close(out, nn.functional.silu(x @ weight.t()), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(out, nn.functional.relu(x @ weight.t()), atol=5e-3, rtol=5e-3)
     assert torch.equal(out, run(x, Matrix(weight, None, None), ABSENT))
 
 
@@ -156,7 +160,7 @@ def test_plans_fit_the_problem():
         for launch, config in ((key.up, plan.up), (key.down, plan.down)):
             for kernel in {config.kernel, *(config.kernel for config in candidates(launch))} - {"torch"}:
                 assert KERNELS[kernel].supports(launch) is None
-                assert kernel.startswith("transposed") or kernel == "elementwise"
+                assert kernel.startswith("transposed") or kernel in ("elementwise", "epilogue")
 
 
 def test_a_tuner_measures_weights_that_are_stored_so(monkeypatch):
@@ -245,8 +249,8 @@ def test_a_module_by_interpreted_kernels(family, device):
     x = tokens(1 if family == "gemv" else 5, H, torch.float16, device)
     expected, exact = mlp(x), copy.deepcopy(mlp).double()(x.double())
     fuse_model(nn.ModuleList([mlp]), strict=True)
-    config = CONFIGS[family]
-    assert_accurate(run_plan(Plan(config, config), x, *mlp.operands().flat()), expected, exact)
+    plan = Plan(CONFIGS[family], TORCH if family == "epilogue" else CONFIGS[family])
+    assert_accurate(run_plan(plan, x, *mlp.operands().flat()), expected, exact)
 
 
 def saved(model, directory):

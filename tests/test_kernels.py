@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_fused_mlp.activations import ACTIVATIONS
-from hf_fused_mlp.kernels import KERNELS, LAUNCHERS, _launch, describe_launch, gemm
+from hf_fused_mlp.kernels import KERNELS, LAUNCHERS, _launch, describe_launch, epilogue, gemm
 from hf_fused_mlp.kernels._launch import allocator, launcher
 from hf_fused_mlp.ops.dispatch import act_mul_backward_cuda, act_mul_cuda
 from hf_fused_mlp.reference import act_mul_ref, mlp_ref
@@ -27,6 +27,7 @@ SMALL = {
     "gemm": TileConfig("gemm", block_m=64, block_n=64, block_k=64, num_stages=3, group_m=2),
     "wide": TileConfig("wide"),
     "elementwise": TileConfig("elementwise"),
+    "epilogue": TileConfig("epilogue"),
 }
 KINDS = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 
@@ -69,8 +70,11 @@ def test_any_hidden_and_intermediate_size(family, M, shape, device):
     check(family, M, *shape, device)
 
 
-@pytest.mark.parametrize("family, M", [("gemv", 2), ("skinny", 3), ("gemm", 3), ("wide", 3)])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "family, M, activation",
+    [(f, M, a) for f, M in (("gemv", 2), ("skinny", 3), ("gemm", 3), ("wide", 3)) for a in ACTIVATIONS]
+    + [("epilogue", 3, activation) for activation in epilogue.ACTIVATIONS],
+)
 def test_activations_of_extreme_values(activation, family, M, device):
     """Infinities, NaN and the ends of the range give what PyTorch gives."""
     ends = torch.tensor([float("inf"), -float("inf"), float("nan"), 65504.0, -65504.0, 0.0, -0.0, 6e-8] * 9)
@@ -81,6 +85,36 @@ def test_activations_of_extreme_values(activation, family, M, device):
     with torch.backends.mkldnn.flags(enabled=False):
         expected = ACTIVATIONS[activation].function(bias).expand(M, -1)
     torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("lead", [(), (1,), (17,), (2, 3), (1, 1, 300)], ids=str)
+@pytest.mark.parametrize("activation", epilogue.ACTIVATIONS)
+def test_epilogue(activation, lead, bias, device):
+    operands = random_mlp(72, 104, False, bias, torch.float16, device)
+    x = torch.randn(*lead, 72, generator=torch.Generator().manual_seed(1)).to(device, torch.float16)
+    out = run_plan(Plan(TileConfig("epilogue"), TORCH), x, *operands, activation)
+    assert_accurate(out, mlp_ref(x, *operands, activation), oracle_of(x, operands, activation))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 33, 300, 2048])
+@pytest.mark.parametrize("activation", epilogue.ACTIVATIONS)
+def test_epilogue_of_the_library(activation, m, dtype):
+    """In sizes for which the library has its own epilogue, one kernel runs."""
+    device = torch.device("cuda", 0)
+    operands = random_mlp(768, 3072, False, True, dtype, device)
+    x = torch.randn(m, 768, device=device, dtype=dtype)
+    plan = Plan(TileConfig("epilogue"), TORCH)
+    assert_accurate(
+        run_plan(plan, x, *operands, activation), mlp_ref(x, *operands, activation), oracle_of(x, operands, activation)
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        linear(x, operands[1], operands[4], None, None, activation, TileConfig("epilogue"))
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if "Memset" not in event.name]
+    assert not any("elementwise" in name for name in kernels), kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -18,9 +18,10 @@ from hf_fused_mlp.kernels.experts import choices
 from hf_fused_mlp.ops import dispatch
 from hf_fused_mlp.reference import mlp_ref
 from hf_fused_mlp.tuning import cache
+from hf_fused_mlp.tuning.buckets import bucket
 from hf_fused_mlp.tuning.heuristics import heuristic_plan
 from hf_fused_mlp.tuning.plan_files import TunedPlan, kernel_code, kernel_hashes, read, write
-from hf_fused_mlp.types import GPU, TORCH, UNFUSED, MLPOperands, Plan, ProblemKey, TileConfig, bucket
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, MLPOperands, Plan, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 KEY = ProblemKey(16, 576, 1536, 576, True, "silu", torch.bfloat16, False, True, H100)
@@ -121,7 +122,7 @@ WRONG = {
     "group_m is -1": lambda entry: entry["plan"]["up"].update(group_m=-1),
     "num_warps 64: expected 1 to 32": lambda entry: entry["plan"]["up"].update(num_warps=64),
     "block_k is missing": lambda entry: entry["plan"]["up"].pop("block_k"),
-    "m 15: expected a power of two": lambda entry: entry["problem"].update(m=15),
+    "m 15: expected a count that plans are measured for, such as 16": lambda entry: entry["problem"].update(m=15),
     "block_n 48: expected a power of two": lambda entry: entry["plan"]["up"].update(block_n=48),
     "made for M of 2 to 128": lambda entry: entry["problem"].update(m=512),
     "not one aligned block": lambda entry: (

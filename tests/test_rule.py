@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hf_fused_mlp.tuning import heuristics
+from hf_fused_mlp.tuning.buckets import bucket
 from hf_fused_mlp.tuning.cost import expected_us
 from hf_fused_mlp.tuning.heuristics import HOST_BOUND, gains_nothing_in_eager, heuristic_plan
-from hf_fused_mlp.types import GPU, TORCH, UNFUSED, ProblemKey, TileConfig
+from hf_fused_mlp.types import GPU, TORCH, UNFUSED, ExpertsKey, ProblemKey, TileConfig
 
 H100 = GPU("NVIDIA H100 80GB HBM3", 132, (9, 0), 232448)
 A100 = GPU("NVIDIA A100", 108, (8, 0), 166912)
@@ -44,6 +45,33 @@ def test_rows_that_are_not_aligned_are_left_to_the_library(m, gated):
     assert plan.up.kernel == ("wide" if gated else "torch")
     assert plan.down == TORCH
     assert heuristic_plan(problem(m, 1000, 2730, True, one_block=False)).up.kernel == "elementwise"
+
+
+def test_the_librarys_epilogue_where_it_has_the_activation():
+    """SigLIP, Starcoder2 and GPT-2, unless the kernels for few tokens read the weights faster; OPT's ReLU likewise."""
+    plain = {"gated": False, "activation": "gelu_tanh", "bias": True}
+    for m in COUNTS[8:]:
+        for changes in ({}, {"activation": "relu"}, {"gpu": A100}, {"dtype": torch.float16}):
+            assert heuristic_plan(problem(m, 4608, 18432, **(plain | changes))).up == TileConfig("epilogue")
+    for m in COUNTS:
+        assert heuristic_plan(problem(m, 768, 3072, storage="transposed", **plain)).up == TileConfig("epilogue")
+    assert [heuristic_plan(problem(m, 3072, 12288, **plain)).up.kernel for m in (1, 16)] == ["gemv", "skinny"]
+    for other in ({"activation": "gelu"}, {"bias": False}, {"dtype": torch.float32}, {"gated": True}):
+        assert heuristic_plan(problem(512, 4608, 18432, **(plain | other))).up.kernel != "epilogue"
+
+
+def test_conv1d_on_an_h100():
+    """Measured for GPT-2 and GPT-2 XL, and one as large as Starcoder2-3B, whose 48 tiles are too many to be split."""
+    downs = {
+        (m, hidden): heuristic_plan(
+            problem(m, hidden, 4 * hidden, gated=False, activation="gelu_tanh", bias=True, storage="transposed")
+        ).down.kernel
+        for m in (1, 16, 33, 64, 100)
+        for hidden in (768, 1600, 3072)
+    }
+    few = {(m, hidden) for m, hidden in downs if m <= 16 or (m <= 64 and hidden < 3072)}
+    assert {problem for problem, kernel in downs.items() if kernel == "transposed_skinny"} == few
+    assert {kernel for problem, kernel in downs.items() if problem not in few} == {"torch"}
 
 
 def test_where_the_gpu_waits_for_the_host_the_original_runs_in_eager_mode(monkeypatch):
@@ -102,3 +130,16 @@ def test_costs_grow_with_the_problem():
     # weights of 350 MB at 3 TB/s
     key = problem(1, 4096, 14336)
     assert 100 < sum(expected_us(launch, TileConfig("gemv")) for launch in (key.up, key.down)) < 130
+
+
+def test_a_plan_serves_counts_that_have_as_many_rounds_of_tiles():
+    """Up to 128 tokens, powers of two; then no count is more than half as many again as the one before."""
+    of = {m: bucket(problem(m, 64, 64)).m for m in range(1, 20000)}
+    assert all(of[m] >= m and of[of[m]] == of[m] for m in of if m <= 16384)
+    assert [of[m] for m in (1, 3, 100, 129, 193, 300, 600, 1100, 3000, 16384)] == [
+        *(1, 4, 128, 192, 256, 320, 640, 1280, 3072, 16384)
+    ]
+    assert all(-(-of[m] // 128) == -(-m // 128) for m in range(1, 385)), "as many tiles of 128 tokens"
+    assert of[16385] == 32768, "beyond the counts that ship, a user may measure powers of two"
+    experts = ExpertsKey(96, 8, 2, 64, 64, "planes", True, "silu", torch.bfloat16, False, H100)
+    assert bucket(replace(experts, m=300)).m == 512

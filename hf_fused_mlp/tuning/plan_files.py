@@ -39,6 +39,8 @@ REMEDY = "measure it again with `hf-fused-mlp tune`"
 
 T = TypeVar("T")
 
+_types_of = cache(get_type_hints)
+
 _quote = reprlib.Repr()
 _quote.maxstring = _quote.maxother = _quote.maxlong = 100
 shown = _quote.repr  # limits for the contents of a file, which may be long or deep
@@ -281,7 +283,7 @@ def _stale_reason(document: Any, gpu: GPU, ignored: tuple[str, ...]) -> str | No
 
 
 def _to_json(kind: Kind, tuned: TunedPlan) -> dict[str, Any]:
-    key = {name: getattr(tuned.key, name) for name in get_type_hints(kind.key) if name != "gpu"}
+    key = {name: getattr(tuned.key, name) for name in _types_of(kind.key) if name != "gpu"}
     if key.get("storage") == "float":
         del key["storage"]  # as in files that are older than FP8
     return {
@@ -312,7 +314,7 @@ def _from_json(kind: Kind, entry: dict[str, Any], gpu: GPU, hashes: dict[str, st
 
 def _config(values: dict[str, Any]) -> TileConfig:
     config = _typed(TileConfig, values)
-    for name, value in asdict(config).items():
+    for name, value in vars(config).items():
         if name not in values:
             raise ValueError(f"{name} is missing")
         if name.startswith(("block_", "num_warps")) and value.bit_count() != 1:
@@ -329,7 +331,7 @@ def _typed(cls: type[T], values: dict[str, Any], **given: Any) -> T:
     """An instance of the dataclass `cls` from JSON; every field must be known, and of exactly its type."""
     if not isinstance(values, dict):
         raise TypeError(f"{cls.__name__} is {shown(values)}, expected an object")
-    types = get_type_hints(cls)
+    types = _types_of(cls)
     arguments = dict(given)
     for name, value in values.items():
         if name not in types or name in given:
