@@ -51,6 +51,8 @@ class Encoder:
 
 _PYTHIA: dict[str, Any] = {"vocab_size": 50304, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _PYTHIA |= {"num_attention_heads": 12, "use_cache": False}
+_QWEN: dict[str, Any] = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "use_cache": False}
+_QWEN |= {"num_attention_heads": 14, "num_key_value_heads": 2}
 ENCODERS = {
     "bert-base": Encoder("BertModel", "BertConfig"),
     "vit-base": Encoder("ViTModel", "ViTConfig", reads_pixels=True),
@@ -62,6 +64,7 @@ ENCODERS = {
     "modernbert-base": Encoder("ModernBertModel", "ModernBertConfig"),
     "pythia-160m": Encoder("GPTNeoXModel", "GPTNeoXConfig", _PYTHIA),
     "gpt2": Encoder("GPT2Model", "GPT2Config", {"use_cache": False}),
+    "qwen2.5-0.5b": Encoder("Qwen2Model", "Qwen2Config", _QWEN),
 }
 
 

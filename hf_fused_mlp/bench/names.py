@@ -24,7 +24,7 @@ WRAPPINGS = (
 # of `encoders.ENCODERS`
 ENCODERS = (
     *("bert-base", "vit-base", "clip-base-vision", "siglip-base-vision", "t5-base-encoder", "modernbert-base"),
-    "pythia-160m",
+    *("pythia-160m", "gpt2", "qwen2.5-0.5b"),
 )
 
 # of `experts.SHAPES`

@@ -331,7 +331,7 @@ def _typed(cls: type[T], values: dict[str, Any], **given: Any) -> T:
     """An instance of the dataclass `cls` from JSON; every field must be known, and of exactly its type."""
     if not isinstance(values, dict):
         raise TypeError(f"{cls.__name__} is {shown(values)}, expected an object")
-    types = _types_of(cls)
+    types = _types_of(cls)  # type: ignore[arg-type]
     arguments = dict(given)
     for name, value in values.items():
         if name not in types or name in given:
