@@ -16,7 +16,6 @@ PLANS = (
     (129, TileConfig("elementwise")),
     (129, TileConfig("wide")),
     (129, TileConfig("gemm", 64, 64, 64, num_warps=4, num_stages=3, group_m=2)),
-    (1, TileConfig("transposed_gemv", block_n=32, block_k=64)),
     (17, TileConfig("transposed_skinny", 32, 64, 64, num_stages=3, split_k=2)),
 )
 

@@ -30,7 +30,6 @@ from hf_fused_mlp.types import ABSENT, GPU, TORCH, Matrix, MLPOperands, Plan, Pr
 from hf_fused_mlp.weights import formats
 
 CONFIGS = {
-    "gemv": TileConfig("transposed_gemv", block_n=16, block_k=32),
     "skinny": TileConfig("transposed_skinny", block_m=16, block_n=32, block_k=64, num_stages=3),
     "split": TileConfig("transposed_skinny", block_m=16, block_n=32, block_k=32, num_stages=3, split_k=3),
     "epilogue": TileConfig("epilogue"),
@@ -58,7 +57,7 @@ def tokens(m, hidden, dtype, device):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", [(72, 104), (100, 72), (33, 7), (128, 256)], ids=str)
 @pytest.mark.parametrize(
-    "family, M", [("gemv", 1), *((f, M) for f in ("skinny", "split", "epilogue") for M in (1, 2, 5, 17))]
+    "family, M", [(family, M) for family in ("skinny", "split", "epilogue") for M in (1, 2, 5, 17)]
 )
 def test_kernels(family, M, shape, bias, device):
     operands = transposed_mlp(*shape, False, bias, torch.float16, device)
@@ -70,18 +69,17 @@ def test_kernels(family, M, shape, bias, device):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("family, M, dtype", [("gemv", 1, torch.float32), ("skinny", 3, torch.float16)])
-def test_activations(family, M, dtype, activation, device):
-    operands = transposed_mlp(72, 104, False, True, dtype, device)
-    x = tokens(M, 72, dtype, device)
-    out = run_plan(Plan(CONFIGS[family], CONFIGS[family]), x, *operands, activation)
+def test_activations(activation, device):
+    operands = transposed_mlp(72, 104, False, True, torch.float16, device)
+    x = tokens(3, 72, torch.float16, device)
+    out = run_plan(Plan(CONFIGS["skinny"], CONFIGS["skinny"]), x, *operands, activation)
     assert_accurate(out, mlp_ref(x, *operands, activation), oracle_of(x, operands, activation))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_launch_serves_strided_tokens(family, device):
     weight = stored_transposed(random_mlp(72, 104, False, False, torch.float16, device)[1])
-    wide = tokens(5, 80, torch.float16, device)[: 1 if family == "gemv" else 5]
+    wide = tokens(5, 80, torch.float16, device)
     x, config = wide[:, :72], CONFIGS[family]
     run = LAUNCHERS[config.kernel](describe_launch(x, weight, False, "relu"), config)
     out = run(x, Matrix(weight, None, None), ABSENT)
@@ -246,7 +244,7 @@ def test_a_model_matches(by_kernels):
 @torch.no_grad()
 def test_a_module_by_interpreted_kernels(family, device):
     mlp = gpt2_mlp().half().to(device)
-    x = tokens(1 if family == "gemv" else 5, H, torch.float16, device)
+    x = tokens(5, H, torch.float16, device)
     expected, exact = mlp(x), copy.deepcopy(mlp).double()(x.double())
     fuse_model(nn.ModuleList([mlp]), strict=True)
     plan = Plan(CONFIGS[family], TORCH if family == "epilogue" else CONFIGS[family])

@@ -21,7 +21,6 @@ from hf_fused_mlp.kernels import (
     gemm,
     gemv,
     skinny,
-    transposed_gemv,
     transposed_skinny,
     wide,
 )
@@ -32,8 +31,7 @@ from hf_fused_mlp.types import ABSENT, GPU, TORCH, LinearCall, Matrix, MLPOperan
 KERNELS: dict[str, ModuleType] = {
     kernel.__name__.rpartition(".")[2]: kernel
     for kernel in (
-        *(gemv, skinny, gemm, wide, elementwise, epilogue),
-        *(transposed_gemv, transposed_skinny),
+        *(gemv, skinny, gemm, wide, elementwise, epilogue, transposed_skinny),
         *(fp8_gemv, fp8_skinny, fp8_gemm, fp8_dequantized),
     )
 }

@@ -7,7 +7,7 @@ GPU that can run them; `gemm` is one on Hopper only, and Turing multiplies no ti
 
 from collections.abc import Iterator
 
-from hf_fused_mlp.kernels import epilogue, fp8_gemm, fp8_skinny, gemm, skinny, transposed_gemv, wide
+from hf_fused_mlp.kernels import epilogue, fp8_gemm, fp8_skinny, gemm, skinny, transposed_skinny, wide
 from hf_fused_mlp.modes import no_kernels_on
 from hf_fused_mlp.tuning.buckets import bucket
 from hf_fused_mlp.tuning.cost import expected_us
@@ -61,7 +61,7 @@ def _linear(key: LinearKey) -> TileConfig:
     if key.storage == "fp8":
         return _fp8(key)
     if key.storage == "transposed":
-        return _transposed(key, key.dtype.itemsize == 2)
+        return _transposed(key)
     if key.m == 1:
         return _gemv(key)
     if key.dtype.itemsize > 2:  # fp32 without tf32 is what the library is best at
@@ -89,7 +89,7 @@ def _without_dot(key: LinearKey) -> TileConfig:
     if key.storage == "fp8":
         return TORCH
     if key.storage == "transposed":
-        return _transposed(key, half=False)
+        return _transposed(key)
     return _gemv(key) if key.m <= 2 else _by_library(key)[0]
 
 
@@ -144,21 +144,15 @@ def _skinny(key: LinearKey) -> Iterator[TileConfig]:
                 yield TileConfig("skinny", block_m, block_n, block_k, num_stages=stages, split_k=split_k)
 
 
-def _transposed(key: LinearKey, half: bool) -> TileConfig:
-    """For floats stored as `[K, N]`; in fp32 and for Turing nothing was measured."""
+def _transposed(key: LinearKey) -> TileConfig:
+    """For floats stored as `[K, N]`."""
     if key.gated:
         return TileConfig("elementwise")
-    if epilogue.supports(key) is None:
-        return TileConfig("epilogue")
-    if not half and transposed_gemv.supports(key) is None:
-        narrowest, *_, block_n = (row_bytes // key.dtype.itemsize for row_bytes in transposed_gemv.ROW_BYTES)
-        while block_n > narrowest and -(-key.n // block_n) < key.gpu.num_sms:
-            block_n //= 2
-        block_k = max(128, next_power_of_two(-(-key.k // transposed_gemv.MOST_STEPS)))
-        return TileConfig("transposed_gemv", block_n=block_n, block_k=block_k, num_warps=8 if block_k == 128 else 16)
     # more tokens than a tile of 16 pay where all tiles of four parts of K run at once
     is_narrow = key.activation == "identity" and 4 * -(-key.n // 64) <= key.gpu.num_sms
-    return _few_tokens(key) if half and key.m <= (64 if is_narrow else 16) else TORCH
+    if transposed_skinny.supports(key) is None and key.m <= (64 if is_narrow else 16):
+        return _few_tokens(key)
+    return TileConfig("epilogue") if epilogue.supports(key) is None else TORCH
 
 
 def _fp8(key: LinearKey) -> TileConfig:
