@@ -235,7 +235,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
         weight: `[H]`, of the same dtype and device.
 
     Returns:
-        `[..., H]`, contiguous.
+        `[..., H]`, dense, with its dimensions in the order in which those of `x` lie in memory.
     """
     out = answer((form, eps), (x, weight), (x, weight))
     if out is None:
@@ -247,10 +247,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor | None:
 def _first_norm(x, weight, eps, form):
     """Finds the launch for norms like this one, and remembers it or its absence."""
     run, out = _no_norm, NotImplemented
-    if norm.supports(x, weight):
-        rows = x if has_rows(x) else x.contiguous()
+    if norm.supports(x, weight) and (order := _memory_order(x)) is not None:
+        rows = x.permute(order)
+        rows = rows if has_rows(rows) else rows.contiguous()
         launch = norm.rms_norm(describe_launch(rows, weight[None], False, "identity"), eps, form)
-        run = launch if rows is x else lambda x, weight: launch(x.contiguous(), weight)
+        run = launch if has_rows(x) else _in_order(launch, order)
         try:
             out = run(x, weight)
         except TritonError as error:
@@ -258,6 +259,30 @@ def _first_norm(x, weight, eps, form):
             run = _no_norm
     remember((form, eps), (x, weight), run)
     return out
+
+
+def _memory_order(x: Tensor) -> list[int] | None:
+    """The dimensions of `x` as they lie in memory, the outermost first; PyTorch's operations keep this order.
+
+    None if the last one is not the innermost, or if elements share memory.
+    """
+    *lead, last = range(x.dim())
+    if has_rows(x):
+        return [*lead, last]
+    if x.stride(last) != 1 or any(x.stride(dim) == 0 for dim in lead if x.shape[dim] > 1):
+        return None
+    return [*sorted(lead, key=lambda dim: -x.stride(dim)), last]
+
+
+def _in_order(launch: Callable[[Tensor, Tensor], Tensor], order: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """`launch` for tensors whose dimensions lie in memory in this order, and so do those of its output."""
+    back = sorted(order, key=order.__getitem__)
+
+    def run(x, weight):
+        rows = x.permute(order)
+        return launch(rows if has_rows(rows) else rows.contiguous(), weight).permute(back)
+
+    return run
 
 
 def _no_norm(x, weight):
