@@ -138,6 +138,18 @@ def test_a_gpu_without_kernels(gpu, monkeypatch):
     assert "no kernels for torch.bfloat16 on Tesla T4; load as float16" in invoke("phi-3-mini").output
 
 
+def test_problems_without_kernels_are_left_out(gpu, monkeypatch):
+    """On a T4, which runs some kernels for MLPs in fp16 and none for experts."""
+    monkeypatch.setattr(GPU, "of", lambda device: GPU("Tesla T4", 40, (7, 5), 65536))
+    mlps, experts = (problems_of(name, torch.float16) for name in ("phi-3-mini", "qwen3-30b-a3b"))
+    monkeypatch.setattr("hf_fused_mlp.cli.tune.problems_of", lambda *args: [*experts, *mlps])
+    result = invoke("phi-3-mini", "--m", "1")
+    assert result.exit_code == 0 and "1 of 1 problems tuned" in result.stdout
+    assert "left out: 128 experts" in result.output and "Tesla T4" in result.output
+    monkeypatch.setattr("hf_fused_mlp.cli.tune.problems_of", lambda *args: experts)
+    assert invoke("qwen3-30b-a3b").exit_code == 2
+
+
 def test_every_shape_is_found():
     assert len(problems_of("all", None)) == len(SHAPES) - 1  # Llama 3.2 3B's is Phi-3-mini's
     sizes = 1, 3072, 8192, 3072, True, "silu", torch.float16, False, True

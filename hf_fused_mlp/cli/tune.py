@@ -63,17 +63,21 @@ def tune(
     if not torch.cuda.is_available():
         fail("tune needs a CUDA GPU, and PyTorch finds none; kernels chosen by rule need no tuning")
     gpu = GPU.of(torch.device("cuda", torch.cuda.current_device()))
-    for key in keys:
-        least = FIRST if isinstance(key, ProblemKey) else COMPLETE
-        if reason := no_kernels_on(gpu, key.dtype, least):
-            fail(reason)
+    reasons = {key: no_kernels_on(gpu, key.dtype, FIRST if isinstance(key, ProblemKey) else COMPLETE) for key in keys}
+    if all(reasons.values()):
+        fail(next(filter(None, reasons.values())))
+    for key, reason in reasons.items():
+        if reason:
+            console.print(f"left out: {describe_problem(key)}: {reason}", soft_wrap=True, markup=False)
 
     from hf_fused_mlp.tuning import experts, tuner  # imports Triton
 
     path = keep([], gpu, file)  # find out before measuring whether it can be written
     tuned = []
     counts = sorted(counts or COUNTS)
-    problems = list(dict.fromkeys(bucket(replace(key, m=count, gpu=gpu)) for key in keys for count in counts))
+    problems = list(
+        dict.fromkeys(bucket(replace(key, m=count, gpu=gpu)) for key in keys if not reasons[key] for count in counts)
+    )
     for key in progress(problems, "tuning"):
         try:
             tuned.append(tuner.tune(key) if isinstance(key, ProblemKey) else experts.tune(key))
