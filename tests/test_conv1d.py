@@ -164,7 +164,7 @@ def test_plans_fit_the_problem():
 def test_a_tuner_measures_weights_that_are_stored_so(monkeypatch):
     monkeypatch.setattr("hf_fused_mlp.tuning.tuner.weight_copies", lambda nbytes: 3)
     key = ProblemKey(1, 64, 96, 64, False, "gelu_tanh", torch.float32, True, True, GPU("", 1, (9, 0), 0), "transposed")
-    launch = Launch.random(key.up, True, "cpu")
+    launch = Launch.random(key.up, "cpu")
     assert [storage_of(*copy) for copy in launch.copies] == ["transposed"] * 3
     assert launch.copies[0][0].data.shape == (96, 64)
     assert 0.05 < launch.run(launch.x, 0, TORCH).std() < 2

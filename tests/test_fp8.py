@@ -204,7 +204,7 @@ def test_the_rule_is_right(m, gated, device, gemm_of, monkeypatch):
             if device.type == "cuda"
             else {"m": min(launch.m, 20), "n": 32 if m == 1 else 128}
         )
-        launch = Launch.random(replace(launch, **sizes), bias=True, device=device)
+        launch = Launch.random(replace(launch, bias=True, **sizes), device)
         assert correct(launch, [config]) == [config]
 
 

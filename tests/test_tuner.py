@@ -127,6 +127,20 @@ def test_the_rule_wins_if_its_pair_is_faster(clock):
     assert tuner.tune(problem(), CPU).plan == Plan(GOOD[0], TORCH)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_candidates_are_timed_with_the_biases_of_the_problem(clock, bias, monkeypatch):
+    """`epilogue` is made for biases; without them it fills one with zeros in each call."""
+    given = set()
+
+    def launcher(call, config):
+        return lambda x, weight, gate: given.add(weight.bias is not None) or x.new_zeros(call.n)
+
+    monkeypatch.setitem(LAUNCHERS, "torch", launcher)
+    monkeypatch.setattr(tuner, "candidates", lambda key: [TORCH])
+    tuner.time_candidates(problem(gated=False, bias=bias).up, device=CPU)
+    assert given == {bias}
+
+
 @pytest.fixture
 def bfloat16_by_default():
     torch.set_default_dtype(torch.bfloat16)
@@ -136,7 +150,7 @@ def bfloat16_by_default():
 
 def test_the_default_dtype_is_the_callers(bfloat16_by_default):
     """Bf16 has no number between 4080 and 4096."""
-    launch = tuner.Launch.random(problem(m=4095, hidden=16, intermediate=16).up, False, CPU)
+    launch = tuner.Launch.random(problem(m=4095, hidden=16, intermediate=16).up, CPU)
     assert tuner.correct(launch, [TORCH]) == [TORCH]
 
 

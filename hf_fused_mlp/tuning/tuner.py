@@ -91,7 +91,7 @@ def tune(key: ProblemKey, device: torch.device | str = "cuda", most: int | None 
         torch.OutOfMemoryError: the GPU has no room for the problem.
     """
     rule = heuristic_plan(key)
-    up, down = Launch.random(key.up, key.bias, device), Launch.random(key.down, key.bias, device)
+    up, down = Launch.random(key.up, device), Launch.random(key.down, device)
     ups = correct(up, dict.fromkeys((*candidates(key.up, most), rule.up)))
     downs = correct(down, dict.fromkeys((*candidates(key.down, most), rule.down)))
 
@@ -107,9 +107,9 @@ def tune(key: ProblemKey, device: torch.device | str = "cuda", most: int | None 
 
 
 @torch.no_grad()
-def time_candidates(key: LinearKey, rounds: int = 10) -> dict[TileConfig, Timing]:
+def time_candidates(key: LinearKey, rounds: int = 10, device: torch.device | str = "cuda") -> dict[TileConfig, Timing]:
     """Times `candidates(key)` in turn on random data; a configuration that the GPU has no room for is left out."""
-    launch = Launch.random(key, bias=False, device="cuda")
+    launch = Launch.random(key, device)
     return measure({config: launch.calls(config) for config in runnable(launch, candidates(key))}, key.m, rounds)
 
 
@@ -130,7 +130,7 @@ class Launch:
     copies: list[tuple[Matrix, Matrix]]
 
     @staticmethod
-    def random(key: LinearKey, bias: bool, device: torch.device | str) -> "Launch":
+    def random(key: LinearKey, device: torch.device | str) -> "Launch":
         """Tokens of N(0, 1), weights over sqrt(fan_in), so that what comes out is of the order of one.
 
         FP8 weights are of N(0, 1), and their scales do the rest.
@@ -153,7 +153,7 @@ class Launch:
         blocks = [block]
         if key.m <= GRAPHS_UP_TO:
             blocks += [blocks[0].clone() for _ in range(weight_copies(blocks[0].nbytes) - 1)]
-        biases = normal(planes, key.n).mul_(0.5) if bias else [None, None]
+        biases = normal(planes, key.n).mul_(0.5) if key.bias else [None, None]
         copies = [
             (
                 Matrix(block[-1], scales[-1], biases[-1]),
