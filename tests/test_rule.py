@@ -130,13 +130,15 @@ def test_costs_grow_with_the_problem():
 
 
 def test_a_plan_serves_counts_that_have_as_many_rounds_of_tiles():
-    """Up to 128 tokens, powers of two; then no count is more than half as many again as the one before."""
+    """Up to 128 tokens and from 4096 on, powers of two; between, no count is more than 1.5 times the one before."""
     of = {m: bucket(problem(m, 64, 64)).m for m in range(1, 20000)}
     assert all(of[m] >= m and of[of[m]] == of[m] for m in of if m <= 16384)
     assert [of[m] for m in (1, 3, 100, 129, 193, 300, 600, 1100, 3000, 16384)] == [
         *(1, 4, 128, 192, 256, 320, 640, 1280, 3072, 16384)
     ]
     assert all(-(-of[m] // 128) == -(-m // 128) for m in range(1, 385)), "as many tiles of 128 tokens"
+    counts = sorted({of[m] for m in range(128, 4097)})
+    assert all(after <= 1.5 * before for before, after in itertools.pairwise(counts))
     assert of[16385] == 32768, "beyond the counts that ship, a user may measure powers of two"
     experts = ExpertsKey(96, 8, 2, 64, 64, "planes", True, "silu", torch.bfloat16, False, H100)
     assert bucket(replace(experts, m=300)).m == 512

@@ -1,8 +1,8 @@
 """``out = act(x @ weight.T)`` for a few tokens and weights stored as `[K, N]`, as `Conv1D` has them.
 
-Picked at M = 2 to 64, for the up and the down launch, in fp16 and bf16. Like `skinny`, but the rows of a tile of
-the weights are columns of what is stored, so neighbouring threads read along N. The tensor cores take the left operand
-in either order.
+Picked in fp16 and bf16 at up to 16 tokens, and for narrow down launches at up to 64. Like `skinny`, but the rows of a
+tile of the weights are columns of what is stored, so neighbouring threads read along N. The tensor cores take the left
+operand in either order.
 Launches: 1, or 2 with `split_k`. Bytes: the weights once for every `block_m` tokens.
 """
 
