@@ -247,8 +247,8 @@ class LinearCall:
     """One launch, without the addresses of its tensors.
 
     `x` is `[*lead, k]`, `m` tokens whose rows are `stride_xm` elements apart, each contiguous; `weight` and `gate` are
-    `[n, k]`, stored as the kernel reads them. With `overlap` it may start while the launch before, ours or a GEMM of
-    the library's, is finishing.
+    `[n, k]`, stored as the kernel reads them. With `overlap` it may start while the launch before, which must be one
+    of ours, is finishing.
     `reads_fp8` and `gives_fp8` say that `x` or the output is quantized: e4m3 data, and a scale for each `SCALE_BLOCK`
     elements of a row.
     """

@@ -26,7 +26,7 @@ from hf_fused_mlp.kernels import (
 )
 from hf_fused_mlp.kernels._launch import Linear
 from hf_fused_mlp.reference import dequantize, linear_ref
-from hf_fused_mlp.types import ABSENT, GPU, TORCH, LinearCall, Matrix, MLPOperands, Plan, TileConfig
+from hf_fused_mlp.types import ABSENT, GPU, LinearCall, Matrix, MLPOperands, Plan, TileConfig
 
 KERNELS: dict[str, ModuleType] = {
     kernel.__name__.rpartition(".")[2]: kernel
@@ -35,6 +35,8 @@ KERNELS: dict[str, ModuleType] = {
         *(fp8_gemv, fp8_skinny, fp8_gemm, fp8_dequantized),
     )
 }
+# those whose last launch is PyTorch's, which nothing of ours overlaps with
+LIBRARY = frozenset(("torch", "epilogue"))
 # of which, if it runs both launches of an MLP, the first gives FP8 to the second
 HANDS_OVER_FP8 = "fp8_gemm"
 
@@ -92,7 +94,7 @@ def prepare(plan: Plan, x: Tensor, operands: MLPOperands) -> MLP:
         return lambda x, gate, up, down: run_up(x, up, gate)
 
     # down may load its weights before h is ready: whatever wrote them had finished when up began
-    overlap = plan.up != TORCH and GPU.of(x.device).can_overlap
+    overlap = plan.up.kernel not in LIBRARY and GPU.of(x.device).can_overlap
     n = down.data.shape[0]
     sizes = call.lead, call.m, n, call.n, call.n
     call = LinearCall(*sizes, False, "identity", x.dtype, x.device, overlap, reads_fp8=hands_over)

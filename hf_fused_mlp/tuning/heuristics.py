@@ -23,8 +23,9 @@ from hf_fused_mlp.types import (
 )
 
 SMALL_GEMM = 30.0  # microseconds, up to which a GEMM without a bias and one kernel of ours beat PyTorch's two launches
-# microseconds of an original MLP, up to which eager mode waits for the host, which takes 250 to 550 for a layer: encoders
-# of 86 to 150 M parameters on an H100 were 0.86x to 0.97x with kernels that save the GPU up to 15 (docs/notes-kernels.md)
+# microseconds of an original MLP, up to which eager mode waits for the host, which takes 250 to 550 for a layer:
+# encoders of 86 to 150 M parameters on an H100 were 0.86x to 0.97x with kernels that save the GPU up to 15
+# (docs/notes-kernels.md)
 HOST_BOUND = 200.0
 DECODED = 32  # tokens at once, as in decoding, for which our launches take the host no longer than the original
 MANY = 512
