@@ -377,7 +377,7 @@ def test_table_by_rule(tmp_path):
         "bench", "mlp", "--by-rule", "--table", tmp_path / "run.json", "--shapes", "all", "--m", "1,3"
     ).stdout
     assert printed.strip().splitlines() == [
-        "| fused over eager, by rule | mean | lowest | M = 1 |",
+        "| fused over eager | mean | lowest | M = 1 |",
         "|---|---:|---:|---:|",
         "| phi-3-mini | 1.20x | 0.96x at 3 | 1.50x |",
         "| gemma-2b | 1.12x | 1.00x at 3 | 1.25x |",

@@ -93,7 +93,7 @@ def test_where_the_gpu_waits_for_the_host_the_original_runs_in_eager_mode(monkey
     half = replace(plain, out=0)
     assert gains_nothing(half) and gains_nothing_in_eager(half, UNFUSED, 1)
     # larger ones take the GPU longer than Python
-    assert not gains_nothing(problem(1024, 3072, 8192)) and not gains_nothing(problem(4096, 2048, 8192, gated=False))
+    assert not gains_nothing(problem(512, 3072, 8192)) and not gains_nothing(problem(4096, 2048, 8192, gated=False))
     assert heuristic_plan(problem(16384, 768, 3072, gated=False)).up == TORCH
     # of three kernels that PyTorch takes for the activation, one is left at any size
     many = problem(16384, 768, 3072, gated=False, activation="quick_gelu")

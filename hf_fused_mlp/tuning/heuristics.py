@@ -23,11 +23,12 @@ from hf_fused_mlp.types import (
 )
 
 SMALL_GEMM = 30.0  # microseconds, up to which a GEMM without a bias and one kernel of ours beat PyTorch's two launches
-# microseconds of an original MLP, up to which eager mode waits for the host, which takes 250 to 550 for a layer:
-# encoders of 86 to 150 M parameters on an H100 were 0.86x to 0.97x with kernels that save the GPU up to 15
-# (docs/notes-kernels.md)
-HOST_BOUND = 200.0
+# microseconds of an original MLP, up to which eager mode waits for the host: encoders of 86 to 150 M parameters on an
+# H100 were 0.86x to 0.97x with kernels that save the GPU a few microseconds (docs/notes-kernels.md). Twice as many
+# without a gate, where kernels save no launch
+HOST_BOUND = 100.0
 DECODED = 32  # tokens at once, as in decoding, for which our launches take the host no longer than the original
+FEW = 64  # tokens, from which on a tile of `gemm` is worth its padding; without a gate later
 MANY = 512
 
 
@@ -50,7 +51,8 @@ def gains_nothing_in_eager(key: ProblemKey, plan: Plan, up_layers: int) -> bool:
         return True
     if up_layers > 1 or key.m <= DECODED or key.dtype.itemsize != 2:
         return False
-    return expected_us(key.up, TORCH) + (expected_us(key.down, TORCH) if key.out else 0.0) < HOST_BOUND
+    limit = HOST_BOUND if key.gated else 2 * HOST_BOUND
+    return expected_us(key.up, TORCH) + (expected_us(key.down, TORCH) if key.out else 0.0) < limit
 
 
 def _linear(key: LinearKey) -> TileConfig:
@@ -75,13 +77,10 @@ def _linear(key: LinearKey) -> TileConfig:
 def _margin(key: LinearKey, config: TileConfig) -> float:
     """How many times faster than PyTorch's GEMMs a kernel must be expected to be.
 
-    Predictions are off by a few percent. With these margins the rule agrees best with the measured plans of 36 MLPs on
-    an H100, and no kernel that was slower than PyTorch's is picked.
+    Predictions are off by a few percent. The margins come from 51 shapes on an H100 (docs/benchmarks/h100-rule.json).
     """
     if key.gated:
-        return 0.95 if key.m <= 64 else 1.02 if 128 < key.m <= 256 else 1.0
-    if key.activation == "identity":  # down, which starts while a kernel of ours is finishing
-        return 1.0 if key.m <= 32 else 1.03
+        return 1.06 if 128 < key.m <= MANY else 1.02 if key.m <= MANY else 1.0
     if config.kernel == "gemv":
         return 1.15
     return 1.1 if config.kernel == "skinny" and key.m > 32 else 1.05
@@ -97,9 +96,7 @@ def _without_dot(key: LinearKey) -> TileConfig:
 
 
 def _gemv(key: LinearKey) -> TileConfig:
-    """Half of a row at once, within limits."""
-    block_k = min(4096, max(1024, next_power_of_two(key.k) // 2))
-    return TileConfig("gemv", block_k=block_k, num_warps=4 if block_k == 1024 else 8)
+    return TileConfig("gemv", block_k=2048 if key.k > 2048 else 1024, num_warps=4)
 
 
 def _by_library(key: LinearKey) -> list[TileConfig]:
@@ -121,14 +118,14 @@ def _ours(key: LinearKey) -> Iterator[TileConfig]:
     """The kernels' configurations that won somewhere, for rows that they can read fast."""
     if key.m == 2:
         yield _gemv(key)
-    if skinny.supports(key) is None:
+    if skinny.supports(key) is None and (key.gated or key.m <= FEW):
         yield from _skinny(key)
     is_bare = key.activation == "identity" and not key.gated
     if key.gpu.capability == (9, 0) and not is_bare and gemm.supports(key) is None:
         planes = 2 if key.gated else 1
         for block_m, rows in ((128, 256), (64, 256), (128, 128)):
             # without a gate nothing but the activation is saved, which a short K's first loads outweigh
-            if key.m > block_m // 2 if key.gated else key.m >= MANY and key.k >= 2048 and block_m * rows == 128 * 256:
+            if key.m > FEW if key.gated else key.m >= MANY and key.k >= 2048 and block_m * rows == 128 * 256:
                 # a last group of few tiles reads its weights once more
                 group_m = 16 if 8 < -(-key.m // block_m) <= 16 else 8
                 yield TileConfig("gemm", block_m, rows // planes, 64, num_warps=8, num_stages=4, group_m=group_m)
@@ -143,10 +140,7 @@ def _skinny(key: LinearKey) -> Iterator[TileConfig]:
         if block_m < 16 or (block_m < tokens and (not key.gated or tiles > key.gpu.num_sms)):
             continue
         for split_k in (1, 2, 4) if tiles < key.gpu.num_sms and not key.gated else (1,):
-            # with three stages two tiles share a multiprocessor, so that a third more tiles still run at once
-            is_over = key.gated and block_m == 16 and key.gpu.num_sms < tiles <= 4 * key.gpu.num_sms // 3
-            deep = (128, 3 if is_over else 4)
-            for block_k, stages in (deep, (256, 3)) if split_k == 2 and block_m <= 32 else (deep,):
+            for block_k, stages in ((128, 4), (256, 3)) if split_k == 2 and block_m <= 32 else ((128, 4),):
                 stage_bytes = (block_m + block_n * planes) * block_k * key.dtype.itemsize
                 stages = min(stages, max(1, key.gpu.shared_memory // stage_bytes))
                 yield TileConfig("skinny", block_m, block_n, block_k, num_stages=stages, split_k=split_k)
