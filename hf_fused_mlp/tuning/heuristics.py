@@ -80,7 +80,7 @@ def _margin(key: LinearKey, config: TileConfig) -> float:
     Predictions are off by a few percent. The margins come from 51 shapes on an H100 (docs/benchmarks/h100-rule.json).
     """
     if key.gated:
-        return 1.06 if 128 < key.m <= MANY else 1.02 if key.m <= MANY else 1.0
+        return 1.0 if key.m > MANY else 1.06 if key.m > 128 else 1.02
     if config.kernel == "gemv":
         return 1.15
     return 1.1 if config.kernel == "skinny" and key.m > 32 else 1.05
