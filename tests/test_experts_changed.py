@@ -477,9 +477,8 @@ def kernels(device, monkeypatch):
 def test_a_plan_that_does_not_run(error, kernels, monkeypatch, caplog):
     """It gives way to a slower one, once; running out of memory is not its fault."""
     from hf_fused_mlp.kernels.experts import grouped
-    from hf_fused_mlp.tuning import cache
 
-    _, call, experts = kernels
+    dispatch, call, experts = kernels
     tried = []
 
     def fail(*args):
@@ -496,7 +495,7 @@ def test_a_plan_that_does_not_run(error, kernels, monkeypatch, caplog):
             torch.testing.assert_close(call(*x), ops.experts(*x, operands_of(experts, experts.fused_spec)))
     once = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
     assert len(tried) == len(caplog.records) + (not once) * 2 == (1 if once else 2)
-    assert len(cache.unusable) == once
+    assert len(dispatch.unusable) == once
 
 
 def test_routing_that_is_not_contiguous_or_aligned(kernels):

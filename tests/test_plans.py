@@ -338,8 +338,6 @@ def test_a_plan_that_does_not_fit_gives_way(error, monkeypatch, caplog):
         assert torch.equal(mlp_cuda(tokens, *operands, "silu"), mlp_ref(tokens, *operands, "silu"))
     assert ran == [TUNED.plan, UNFUSED, UNFUSED, UNFUSED]
     assert str(error) in the_warning(caplog)
-    mlp_cuda(x, *random_mlp(72, 64, True, False, torch.float16), "silu")
-    assert ran[4:] == [TUNED.plan, UNFUSED], "for another MLP it may run"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hf_fused_mlp.launch_cache import answer, experts_kind, mlp_kind, remember
 from hf_fused_mlp.logs import logger
 from hf_fused_mlp.modes import COMPLETE, no_kernels_on, why_variant
 from hf_fused_mlp.reference import experts_ref, mlp_ref
-from hf_fused_mlp.tuning.cache import is_unusable, mark_unusable, shipped_plan, user_plan
+from hf_fused_mlp.tuning.cache import shipped_plan, unusable, user_plan
 from hf_fused_mlp.tuning.heuristics import gains_nothing_in_eager, heuristic_plan
 from hf_fused_mlp.tuning.invariant import invariant_plan
 from hf_fused_mlp.types import (
@@ -59,7 +59,7 @@ def by_rule() -> Iterator[None]:
 def find_plan(key: ProblemKey) -> Plan:
     """The plan of the first source that knows `key`, or a fallback if that plan does not run here."""
     plan = next(filter(None, (source(key) for source in SOURCES)))
-    return next(plan for plan in (plan, *_fallbacks(key.storage)) if not is_unusable(key, plan))
+    return next(plan for plan in (plan, *_fallbacks(key.storage)) if plan not in unusable)
 
 
 def _invariant_plan(key: ProblemKey) -> Plan:
@@ -150,19 +150,19 @@ def _first_call(x: Tensor, operands: MLPOperands) -> Tensor:
         if operands.batch_invariant
         else "%s does not run here (%s) and is not used; find one with `hf-fused-mlp tune`"
     )
-    run, out = _first_that_runs(key, plans, lambda plan: prepare(plan, x, operands), (x, gate, up, down), message)
+    run, out = _first_that_runs(plans, lambda plan: prepare(plan, x, operands), (x, gate, up, down), message)
     remember(_kind(mlp_kind(*operands)), (x, *tensors), run)
     return out
 
 
-def _first_that_runs(key, plans, prepared, arguments, message):
+def _first_that_runs(plans, prepared, arguments, message):
     """The function that `prepared` makes from the first of `plans` that runs, and its output.
 
-    Plans that fail are logged once and not tried again for this problem. The error of the last one is raised.
+    Plans that fail are logged once and not tried again. The error of the last one is raised.
     """
     *others, last = dict.fromkeys(plans)
     for plan in others:
-        if is_unusable(key, plan):
+        if plan in unusable:
             continue
         try:
             run = prepared(plan)
@@ -171,7 +171,7 @@ def _first_that_runs(key, plans, prepared, arguments, message):
             raise
         except Exception as error:
             logger.warning(message, plan, error)
-            mark_unusable(key, plan)
+            unusable.add(plan)
     run = prepared(last)
     return run, run(*arguments)
 
@@ -207,10 +207,10 @@ def _first_experts(kind, tensors, form):
         tensors = x, ids, weights, *(None if tensor is None else tensor.contiguous() for tensor in stacks)
     call = describe_experts(x, ids, *tensors[3:5], form)
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    key = ExpertsKey.of(call, any(tensor is not None for tensor in tensors[5:7]))
-    plans = *(experts_plans(call, key.bias) if aligned else ()), without_sorting(call)
+    plans = experts_plans(call, any(tensor is not None for tensor in tensors[5:7])) if aligned else ()
+    plans = *plans, without_sorting(call)
     message = "%s does not run here (%s); a slower plan does"
-    run, out = _first_that_runs(key, plans, lambda plan: prepare_experts(plan, call), tensors, message)
+    run, out = _first_that_runs(plans, lambda plan: prepare_experts(plan, call), tensors, message)
     if usual:
         remember(kind, tensors, run)
     return out

@@ -26,8 +26,8 @@ Key = ProblemKey | ExpertsKey
 
 SHIPPED = Path(__file__).parent / "plans"
 
-# the plans that did not run, each with its problem, whose token count is left out
-unusable: set[tuple[Key, Plan | ExpertsPlan]] = set()
+# the plans that did not run
+unusable: set[Plan | ExpertsPlan] = set()
 
 
 def user_file(gpu: GPU) -> Path:
@@ -82,17 +82,7 @@ def shipped_plan(key: Key) -> Any:
 def tuned_plan(key: Key) -> TunedPlan | None:
     """The measured plan for `key`, with its times; None if none was measured, or if it does not run here."""
     tuned = _user_tuned(key) or _shipped_tuned(key)
-    return None if tuned is None or is_unusable(key, tuned.plan) else tuned
-
-
-def is_unusable(key: Key, plan: Plan | ExpertsPlan) -> bool:
-    """Whether `plan` has failed for `key` or for another token count of it."""
-    return (replace(key, m=0), plan) in unusable
-
-
-def mark_unusable(key: Key, plan: Plan | ExpertsPlan) -> None:
-    """Lets no call like `key` try `plan` again, until plans are read anew."""
-    unusable.add((replace(key, m=0), plan))
+    return None if tuned is None or tuned.plan in unusable else tuned
 
 
 def save(tuned: Iterable[TunedPlan], gpu: GPU, path: Path | None = None) -> Path:
